@@ -1,0 +1,1 @@
+"""Corpora (streams of documents) and the token shards made from them."""

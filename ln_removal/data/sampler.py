@@ -1,0 +1,108 @@
+"""Which tokens a step trains on: a pure function of (seed, step), sliced by rank and micro-batch.
+
+The train split is cut into windows of the context length; every epoch shuffles them by a permutation keyed by (seed,
+epoch) and shifts the cuts by a random offset. Global sequence number k of the run is entry k of that endless list, so a
+resumed run needs no replay, and the number of ranks or micro-batches changes nothing about what a step sees.
+
+Shape legend: N sequences, T positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from ln_removal.data.tokens import TokenSplit
+from ln_removal.errors import UserError
+
+Tokens = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    """The windows of one epoch in training order: shard and start of each, of shape (windows,)."""
+
+    shard: npt.NDArray[np.int32]
+    start: npt.NDArray[np.int64]
+
+
+class WindowSampler:
+    """Draws the training sequences of each step.
+
+    Args:
+        split: the train split.
+        context: T, the number of predicted tokens in a sequence; T + 1 are read.
+        sequences_per_step: sequences in the global batch of one step.
+        seed: of the shuffle.
+        weights: how often the windows of a source come up in an epoch, by source name; 1 when not named, 0 leaves it out.
+
+    Raises:
+        UserError: when the split has no full window, or `weights` names a source that the corpus does not have.
+    """
+
+    def __init__(
+        self,
+        split: TokenSplit,
+        *,
+        context: int,
+        sequences_per_step: int,
+        seed: int,
+        weights: dict[str, int] | None = None,
+    ) -> None:
+        self._split = split
+        self._context = context
+        self._sequences_per_step = sequences_per_step
+        self._seed = seed
+        sources = {shard.source for shard in split.shards}
+        unknown = sorted(set(weights or {}) - sources)
+        if unknown:
+            raise UserError(
+                f"data.weights names the source {', '.join(unknown)}; this corpus has {', '.join(sorted(sources))}"
+            )
+        self._repeats = [(weights or {}).get(shard.source, 1) for shard in split.shards]
+        # One window fewer than would fit, so that every offset of an epoch gives the same number of windows.
+        self._counts = [
+            max(0, (shard.tokens - 1) // context - 1) * repeats
+            for shard, repeats in zip(split.shards, self._repeats, strict=True)
+        ]
+        self.windows_per_epoch = sum(self._counts)
+        if self.windows_per_epoch == 0:
+            raise UserError(
+                f"the corpus is too small: {split.tokens} training tokens do not fill two windows of {context}; add text, or "
+                "lower data.context"
+            )
+        self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
+
+    def _draw_epoch(self, epoch: int) -> _Epoch:
+        generator = np.random.Generator(np.random.Philox(key=[self._seed, epoch]))
+        shards: list[npt.NDArray[np.int32]] = []
+        starts: list[npt.NDArray[np.int64]] = []
+        for shard, (count, repeats) in enumerate(zip(self._counts, self._repeats, strict=True)):
+            for _ in range(repeats if count else 0):
+                windows = count // repeats
+                offset = int(generator.integers(self._context))
+                starts.append(np.arange(windows, dtype=np.int64) * self._context + offset)
+                shards.append(np.full(windows, shard, dtype=np.int32))
+        order = generator.permutation(self.windows_per_epoch)
+        return _Epoch(np.concatenate(shards)[order], np.concatenate(starts)[order])
+
+    def sequences(self, step: int, first: int, count: int) -> Tokens:
+        """Sequences `first` to `first + count` of the global batch of `step`, shape (count, T + 1)."""
+        begin = step * self._sequences_per_step + first
+        rows = []
+        for number in range(begin, begin + count):
+            epoch, entry = divmod(number, self.windows_per_epoch)
+            windows = self._epoch(epoch)
+            rows.append(self._split.read(int(windows.shard[entry]), int(windows.start[entry]), self._context + 1))
+        return np.stack(rows)
+
+    def micro_batches(self, step: int, *, rank: int = 0, ranks: int = 1, micro_batch: int) -> Iterator[Tokens]:
+        """The batches of one rank at one step, each of shape (n <= micro_batch, T + 1)."""
+        assert self._sequences_per_step % ranks == 0, "checked with the recipe"
+        share = self._sequences_per_step // ranks
+        for first in range(0, share, micro_batch):
+            yield self.sequences(step, rank * share + first, min(micro_batch, share - first))

@@ -1,0 +1,212 @@
+"""Token shards on disk: append-only binary files of uint16 or uint32 plus one index, read through memory maps.
+
+A directory of tokens holds `train-stdlib-00000.bin`, `validation-stdlib-00000.bin`, ... and `index.json`, which is written last and
+atomically: a directory without it is an unfinished preparation. Every document ends with the end-of-text token.
+
+Shape legend: N windows, T positions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ln_removal.data.corpora import SPLITS, Split
+from ln_removal.errors import UserError
+
+FORMAT = "ln-removal tokens 1"
+INDEX = "index.json"
+
+Tokens = npt.NDArray[np.int64]
+
+
+@dataclass
+class Shard:
+    """One file of tokens. `bytes` counts the UTF-8 bytes of the text behind them (0 where the text is not known)."""
+
+    file: str
+    split: Split
+    source: str
+    tokens: int = 0
+    documents: int = 0
+    bytes: int = 0
+    sha256: str = ""
+
+
+@dataclass
+class TokenIndex:
+    """What `index.json` holds."""
+
+    corpus: dict[str, object]
+    tokenizer: dict[str, str]
+    vocab_size: int
+    eot_token_id: int
+    dtype: str
+    shards: list[Shard] = field(default_factory=list)
+    format: str = FORMAT
+
+    def total(self, split: Split, attribute: str) -> int:
+        return sum(int(getattr(shard, attribute)) for shard in self.shards if shard.split == split)
+
+
+def dtype_for(vocab_size: int) -> str:
+    """The smallest of uint16 and uint32 that holds every token id."""
+    return "uint16" if vocab_size <= 2**16 else "uint32"
+
+
+def write_json_atomically(path: Path, value: Any) -> None:
+    """Write JSON so that a reader, or a crash, sees the old file or the new one and nothing between."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+class TokenSplit:
+    """One split of a prepared corpus: memory-mapped shards read as one long sequence of tokens."""
+
+    def __init__(self, directory: Path, index: TokenIndex, split: Split) -> None:
+        self.name = split
+        self.shards = [shard for shard in index.shards if shard.split == split and shard.tokens > 0]
+        self.tokens = index.total(split, "tokens")
+        self.documents = index.total(split, "documents")
+        self.bytes = index.total(split, "bytes")
+        self._directory = directory
+        self._dtype = np.dtype(index.dtype)
+
+    @cached_property
+    def maps(self) -> list[npt.NDArray[Any]]:
+        """The shards as read-only memory maps, in the order of `shards`."""
+        return [np.memmap(self._directory / shard.file, dtype=self._dtype, mode="r") for shard in self.shards]
+
+    def read(self, shard: int, start: int, count: int) -> Tokens:
+        """`count` tokens of one shard from `start`, as int64 of shape (count,)."""
+        return np.asarray(self.maps[shard][start : start + count], dtype=np.int64)
+
+    def windows(self, length: int, *, limit_tokens: int | None = None, batch: int = 1) -> Iterator[Tokens]:
+        """Non-overlapping windows in order, in batches of shape (n <= batch, length); a remainder shorter than `length` is left out.
+
+        Args:
+            length: tokens in a window.
+            limit_tokens: stop after this many tokens.
+            batch: windows in one array.
+        """
+        remaining = None if limit_tokens is None else max(1, limit_tokens // length)
+        pending: list[Tokens] = []
+        for shard, data in enumerate(self.maps):
+            for start in range(0, len(data) - length + 1, length):
+                if remaining == 0:
+                    break
+                pending.append(self.read(shard, start, length))
+                remaining = None if remaining is None else remaining - 1
+                if len(pending) == batch:
+                    yield np.stack(pending)
+                    pending = []
+        if pending:
+            yield np.stack(pending)
+
+
+class TokenDataset:
+    """A prepared corpus. Open one with `TokenDataset.open(directory)`."""
+
+    def __init__(self, directory: Path, index: TokenIndex) -> None:
+        self.directory = directory
+        self.index = index
+
+    @property
+    def vocab_size(self) -> int:
+        return self.index.vocab_size
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.index.eot_token_id
+
+    @property
+    def tokenizer(self) -> dict[str, str]:
+        """`name` and `sha256` of the tokenizer that made the tokens."""
+        return self.index.tokenizer
+
+    def split(self, name: Split) -> TokenSplit:
+        return TokenSplit(self.directory, self.index, name)
+
+    @classmethod
+    def open(cls, directory: Path | str) -> TokenDataset:
+        """Open a directory written by `ln-prepare`.
+
+        Raises:
+            UserError: when it is not there, not finished, of another format, or a shard is missing or of another size.
+        """
+        directory = Path(directory)
+        path = directory / INDEX
+        if not path.is_file():
+            found = "an unfinished preparation" if directory.is_dir() and any(directory.glob("*.bin")) else "no tokens"
+            raise UserError(f"{directory}: {found} (there is no {INDEX}); run ln-prepare with --out {directory}")
+        index = read_index(path)
+        width = np.dtype(index.dtype).itemsize
+        for shard in index.shards:
+            file = directory / shard.file
+            size = file.stat().st_size if file.is_file() else -1
+            if size != shard.tokens * width:
+                found = "missing" if size < 0 else f"{size} bytes long"
+                raise UserError(
+                    f"{file} is {found}, the index says {shard.tokens * width} bytes; delete {directory} and run "
+                    "ln-prepare again"
+                )
+        return cls(directory, index)
+
+    def verify(self) -> None:
+        """Compare every shard with its checksum (reads all the data).
+
+        Raises:
+            UserError: naming the first shard that differs.
+        """
+        for shard in self.index.shards:
+            if checksum(self.directory / shard.file) != shard.sha256:
+                raise UserError(f"{self.directory / shard.file} does not match its checksum; run ln-prepare again")
+
+
+def read_index(path: Path) -> TokenIndex:
+    """Parse an index file.
+
+    Raises:
+        UserError: when it is not valid JSON or not in this version's format.
+    """
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        if raw["format"] != FORMAT:
+            raise UserError(f"{path} is in the format {raw['format']!r}, this version reads {FORMAT!r}; prepare again")
+        shards = [Shard(**shard) for shard in raw.pop("shards")]
+        index = TokenIndex(**raw, shards=shards)
+        if index.dtype not in ("uint16", "uint32"):
+            raise UserError(f"{path} names the dtype {index.dtype!r}; expected uint16 or uint32; prepare again")
+        for shard in shards:
+            if Path(shard.file).name != shard.file or shard.split not in SPLITS:
+                raise UserError(f"{path} names a shard {shard.file!r} that is not a file of its directory; prepare again")
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({error}); delete its directory and run ln-prepare again") from error
+    return index
+
+
+def write_index(directory: Path, index: TokenIndex) -> None:
+    """Write `index.json`: from here on the directory counts as complete."""
+    write_json_atomically(directory / INDEX, asdict(index))
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file, read in blocks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()

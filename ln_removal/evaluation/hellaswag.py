@@ -1,0 +1,229 @@
+"""Four-way multiple choice under the protocols in use for HellaSwag, and one for source code.
+
+The same model scores differently under different protocols, so a figure means nothing without its protocol:
+
+- `lm-eval` (lm-evaluation-harness 0.4, task hellaswag 1.0): the query is the cleaned `activity_label: ctx_a Ctx_b`, the
+  endings are cleaned too; query + " " + ending is tokenised as a whole and cut after the query's number of tokens.
+  acc compares summed log-probabilities, acc_norm the same divided by the *characters* of the ending.
+- `nanogpt` (the evaluation of llm.c and build-nanogpt): ctx as it is, no label; ctx and " " + ending are tokenised apart.
+  acc compares sums, acc_norm means over the ending's tokens.
+- `code`: ctx + ending verbatim, tokenised as a whole; acc compares sums, acc_norm sums divided by the ending's UTF-8 bytes.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import nn
+
+from ln_removal.errors import UserError
+from ln_removal.evaluation.loss import Precision
+from ln_removal.evaluation.multiple_choice import Prompt, ending_log_probs
+from ln_removal.evaluation.questions import Question
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Protocol = Literal["lm-eval", "nanogpt", "code"]
+PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
+
+Texts = tuple[str, tuple[str, ...]]
+"""A context and its endings, as they are tokenised."""
+
+
+@dataclass(frozen=True, slots=True)
+class QuestionScore:
+    """One question: the right ending, the ending chosen by each rule, and the figures compared (nats; larger is better)."""
+
+    ind: int
+    label: int
+    choice: int
+    choice_norm: int
+    log_probs: tuple[float, ...]
+    normalised: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceResult:
+    """Accuracy of one model. Standard errors are None for a single question."""
+
+    protocol: Protocol
+    questions: int
+    acc: float
+    acc_standard_error: float | None
+    acc_norm: float
+    acc_norm_standard_error: float | None
+    per_question: tuple[QuestionScore, ...]
+
+    def summary(self) -> dict[str, Any]:
+        """All but the single questions, ready for JSON."""
+        return {
+            "protocol": self.protocol,
+            "questions": self.questions,
+            "acc": self.acc,
+            "acc_standard_error": self.acc_standard_error,
+            "acc_norm": self.acc_norm,
+            "acc_norm_standard_error": self.acc_norm_standard_error,
+        }
+
+    def per_question_json(self) -> list[dict[str, Any]]:
+        """One JSON object a question; a figure that is not finite (an ending that cleaning left empty) is null."""
+        return [
+            {**asdict(score), "normalised": [value if math.isfinite(value) else None for value in score.normalised]}
+            for score in self.per_question
+        ]
+
+
+def evaluate_choices(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    *,
+    protocol: Protocol,
+    limit: int | None = None,
+    batch_tokens: int | Literal["auto"] = "auto",
+    packed: bool | None = None,
+    device: torch.device | str | None = None,
+    precision: Precision = "float32",
+    progress: bool | str = False,
+) -> ChoiceResult:
+    """Answer questions with a model.
+
+    Args:
+        model, tokenizer: they must belong together.
+        questions: what to answer.
+        protocol: see the module's docstring.
+        limit: the first this many questions only.
+        batch_tokens, packed, device, precision, progress: as in `multiple_choice.ending_log_probs`.
+
+    Raises:
+        UserError: no questions, an unknown protocol, an ending that gives no token or does not fit, scores not finite.
+    """
+    if protocol not in PROTOCOLS:
+        raise UserError(f"unknown protocol {protocol!r}; choose one of {', '.join(PROTOCOLS)}")
+    chosen = list(islice(questions, limit))
+    if not chosen:
+        raise UserError(f"no questions to answer ({len(questions)} given, limit {limit})")
+    encode = {"lm-eval": _encode_lm_eval, "nanogpt": _encode_nanogpt, "code": _encode_code}[protocol]
+    texts = [texts_of(question, protocol) for question in chosen]
+    prompts = encode(tokenizer, texts, [f"question {question.ind}" for question in chosen])
+    log_probs = ending_log_probs(
+        model,
+        prompts,
+        batch_tokens=batch_tokens,
+        packed=packed,
+        device=device,
+        precision=precision,
+        progress=progress,
+    )
+    scores: list[QuestionScore] = []
+    for question, (_, endings), prompt, sums in zip(chosen, texts, prompts, log_probs, strict=True):
+        with np.errstate(divide="ignore"):  # an ending that is empty once cleaned: minus infinity, never chosen
+            normalised = sums / np.asarray(_lengths(endings, prompt, protocol), dtype=np.float64)
+        scores.append(
+            QuestionScore(
+                ind=question.ind,
+                label=question.label,
+                choice=int(np.argmax(sums)),
+                choice_norm=int(np.argmax(normalised)),
+                log_probs=tuple(sums.tolist()),
+                normalised=tuple(normalised.tolist()),
+            )
+        )
+    acc, acc_error = _proportion([score.choice == score.label for score in scores])
+    acc_norm, acc_norm_error = _proportion([score.choice_norm == score.label for score in scores])
+    return ChoiceResult(protocol, len(scores), acc, acc_error, acc_norm, acc_norm_error, tuple(scores))
+
+
+def clean(text: str) -> str:
+    """lm-eval's cleaning: WikiHow's " [title]" marks become full stops, other bracketed marks go, double spaces halve."""
+    text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
+    return text.replace("  ", " ")
+
+
+def texts_of(question: Question, protocol: Protocol) -> Texts:
+    """The context and the endings that a protocol reads."""
+    if protocol == "lm-eval":
+        query = f"{question.activity_label}: {question.ctx_a} {question.ctx_b.capitalize()}"
+        return clean(query), tuple(clean(ending) for ending in question.endings)
+    return question.ctx, question.endings
+
+
+def _lengths(endings: Sequence[str], prompt: Prompt, protocol: Protocol) -> list[int]:
+    """What acc_norm divides by: characters (lm-eval), tokens (nanogpt), UTF-8 bytes (code)."""
+    if protocol == "lm-eval":
+        return [len(ending) for ending in endings]
+    if protocol == "code":
+        return [len(ending.encode()) for ending in endings]
+    return [len(tokens) for tokens in prompt.endings]
+
+
+def _encode_lm_eval(tokenizer: PreTrainedTokenizerBase, texts: list[Texts], names: list[str]) -> list[Prompt]:
+    # White space at the end of the query counts as the endings', where it is part of a token.
+    contexts = _tokens(tokenizer, [context.rstrip() for context, _ in texts])
+    wholes = iter(_tokens(tokenizer, [context + " " + ending for context, endings in texts for ending in endings]))
+    return [
+        _prompt(tokenizer, name, tokens, [next(wholes)[len(tokens) :] for _ in endings])
+        for tokens, (_, endings), name in zip(contexts, texts, names, strict=True)
+    ]
+
+
+def _encode_nanogpt(tokenizer: PreTrainedTokenizerBase, texts: list[Texts], names: list[str]) -> list[Prompt]:
+    contexts = _tokens(tokenizer, [context for context, _ in texts])
+    apart = iter(_tokens(tokenizer, [" " + ending for _, endings in texts for ending in endings]))
+    return [
+        _prompt(tokenizer, name, tokens, [next(apart) for _ in endings])
+        for tokens, (_, endings), name in zip(contexts, texts, names, strict=True)
+    ]
+
+
+def _encode_code(tokenizer: PreTrainedTokenizerBase, texts: list[Texts], names: list[str]) -> list[Prompt]:
+    """The context is the tokens that begin inside it and that all endings agree on.
+
+    A tokenizer for code may join the last line break of the context with the indentation of the ending, or even with the
+    symbol before it ("):\\n    "). Cutting the text there would show the model a token sequence it never met in training;
+    a token that all endings share adds the same to every score and can as well be given.
+    """
+    prompts: list[Prompt] = []
+    for (context, endings), name in zip(texts, names, strict=True):
+        encoded = tokenizer(
+            [context + ending for ending in endings], add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        wholes: list[list[int]] = encoded["input_ids"]
+        inside = sum(start < len(context) for start, _ in encoded["offset_mapping"][0])
+        shared = 0
+        while shared < min(inside, *(len(whole) - 1 for whole in wholes)) and len({w[shared] for w in wholes}) == 1:
+            shared += 1
+        prompts.append(_prompt(tokenizer, name, wholes[0][:shared], [whole[shared:] for whole in wholes]))
+    return prompts
+
+
+def _prompt(tokenizer: PreTrainedTokenizerBase, name: str, context: list[int], endings: list[list[int]]) -> Prompt:
+    """A checked prompt; an empty context becomes the end-of-text token, as in lm-eval."""
+    if not context:
+        start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        if not isinstance(start, int):
+            raise UserError(f"{name}: the context is empty and the tokenizer has no token to begin with; leave it out")
+        context = [start]
+    if not all(endings):
+        raise UserError(f"{name}: ending {endings.index([])} gives no token of its own after the context; leave it out")
+    return Prompt(name, context, endings)
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def _proportion(correct: Sequence[bool]) -> tuple[float, float | None]:
+    """Share and its standard error, sqrt(p (1 - p) / (n - 1)): the sample standard deviation over sqrt(n)."""
+    count = len(correct)
+    share = sum(correct) / count
+    return share, math.sqrt(share * (1 - share) / (count - 1)) if count > 1 else None

@@ -1,0 +1,265 @@
+"""Cross-entropy of a causal language model on a token split, with its spread and not only its mean.
+
+A mean alone hides the tokens on which a LayerNorm-free model can blow up (FACTS: three samples of 10,000 took GPT-2 XL
+from 2.5 to 130 nats), so percentiles of the per-token loss come with it.
+
+Shape legend: B batch, T positions, D width, V vocabulary, M scored positions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ln_removal.errors import UserError
+
+if TYPE_CHECKING:
+    from ln_removal.data.tokens import TokenSplit
+
+Precision = Literal["float32", "bfloat16"]
+
+# Logits held at once, in elements. On the CPU small chunks stay near the cache; on a GPU larger ones fill it.
+CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 28}
+# Tokens in one forward when the batch size is chosen here.
+BATCH_TOKENS = {"cpu": 1 << 12, "cuda": 1 << 16}
+
+
+@dataclass(frozen=True, slots=True)
+class LossResult:
+    """Loss of one model on one split. Losses are in nats per token.
+
+    Attributes:
+        cross_entropy: mean over all scored tokens.
+        standard_error: of the mean, over windows (tokens within a window are not independent); None for one window.
+        bits_per_byte: cross_entropy / ln 2 * tokens / bytes, with the tokens and bytes of the whole split; None where the text
+            behind the tokens, hence its bytes, is not known.
+        median, percentile_95, percentile_99_9: of the per-token losses.
+        tokens: scored tokens. windows: windows they stand in.
+    """
+
+    cross_entropy: float
+    standard_error: float | None
+    bits_per_byte: float | None
+    median: float
+    percentile_95: float
+    percentile_99_9: float
+    tokens: int
+    windows: int
+
+
+def cross_entropy(
+    model: nn.Module,
+    split: TokenSplit,
+    *,
+    context: int,
+    batch_size: int | Literal["auto"] = "auto",
+    max_tokens: int | None = None,
+    device: torch.device | str | None = None,
+    precision: Precision = "float32",
+    progress: bool | str = False,
+) -> LossResult:
+    """Score `model` on windows of `context` input tokens.
+
+    Windows follow one another with an overlap of one token, so every token but the first of a shard is predicted exactly
+    once, the shorter window at the end of a shard included. With `max_tokens` whole windows spread evenly over the split
+    are scored instead: the same ones for every model.
+
+    Args:
+        model: a Hugging Face causal language model; with norms, with freezable norms installed, or without.
+        split: tokens to score.
+        context: tokens in a window (at most the model's positions).
+        batch_size: windows in one forward, or "auto".
+        max_tokens: score about this many tokens at most; None for the whole split.
+        device: where to compute; default: where the model is. The model itself is not moved.
+        precision: "bfloat16" runs the forward under autocast; losses are taken in float32 either way (float64 for a
+            float64 model).
+        progress: a progress bar on standard error, with this label when a string.
+
+    Raises:
+        UserError: when the split is too small to score, or the context longer than the model's.
+    """
+    positions = getattr(getattr(model, "config", None), "n_positions", None)
+    if positions is not None and context > positions:
+        raise UserError(
+            f"the context of {context} tokens is longer than the model's {positions} positions; "
+            f"evaluate with a context of at most {positions}"
+        )
+    if context < 1 or (max_tokens is not None and max_tokens < 1):
+        raise UserError(f"nothing to score: context {context}, at most {max_tokens} tokens; both must be at least 1")
+    windows = plan_windows([shard.tokens for shard in split.shards], context, max_tokens)
+    if not windows:
+        raise UserError(
+            f"the {split.name} split has {split.tokens} tokens, too few to score (2 or more in a shard are needed); "
+            "prepare more text"
+        )
+    device = torch.device(device) if device is not None else next(model.parameters()).device
+    if batch_size == "auto":
+        batch_size = max(1, _batch_tokens(model, device) // context)
+
+    total = sum(window.count for window in windows)
+    losses = np.empty(total, dtype=np.float64 if next(model.parameters()).dtype == torch.float64 else np.float32)
+    done = 0
+    label = progress if isinstance(progress, str) else "loss"
+    with scoring(model, device, precision), tqdm(total=total, desc=label, unit="tok", disable=not progress) as bar:
+        # Only windows of one length share a batch, so nothing is padded.
+        for count, same in groupby(windows, key=lambda window: window.count):
+            for group in _chunks(list(same), batch_size):
+                tokens = np.stack([split.read(window.shard, window.start, count + 1) for window in group])
+                batch = torch.from_numpy(tokens).to(device)
+                scored = _losses_halving(model, batch).flatten().cpu().numpy()
+                losses[done : done + scored.size] = scored
+                done += scored.size
+                bar.update(scored.size)
+    assert done == total, f"{done} of {total} tokens scored"
+    return summarise(losses, [window.count for window in windows], tokens=split.tokens, size=split.bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """`count` inputs from `start` of a shard; their targets stand one token further."""
+
+    shard: int
+    start: int
+    count: int
+
+
+def plan_windows(shards: list[int], context: int, max_tokens: int | None = None) -> list[Window]:
+    """The windows to score, given the number of tokens in each shard.
+
+    With `max_tokens` below what is there: max(1, max_tokens // context) whole windows, evenly spread (the shorter windows
+    at the ends of shards only where no whole one exists).
+    """
+    windows = [
+        Window(shard, start, min(context, tokens - 1 - start))
+        for shard, tokens in enumerate(shards)
+        for start in range(0, tokens - 1, context)
+    ]
+    if max_tokens is None or max_tokens >= sum(window.count for window in windows):
+        return windows
+    whole = [window for window in windows if window.count == context]
+    windows = whole or windows
+    wanted = min(len(windows), max(1, max_tokens // context))
+    return [windows[(2 * i + 1) * len(windows) // (2 * wanted)] for i in range(wanted)]
+
+
+def summarise(losses: np.ndarray[Any, Any], counts: list[int], *, tokens: int, size: int) -> LossResult:
+    """Mean, spread and bits per byte of per-token losses.
+
+    Args:
+        losses: (M,) nats, window after window.
+        counts: tokens in each window; they sum to M.
+        tokens, size: tokens and UTF-8 bytes of the split the windows come from (size 0: unknown).
+
+    The standard error is that of a ratio estimate: windows weigh as much as they hold tokens,
+    se^2 = n / (n - 1) * sum_i (c_i / M)^2 (m_i - mean)^2 over the n window means m_i.
+    """
+    mean = float(losses.mean(dtype=np.float64))
+    starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
+    sums = np.add.reduceat(losses.astype(np.float64), starts)
+    error = None
+    if len(counts) > 1:
+        deviations = (sums - mean * np.asarray(counts)) / losses.size
+        error = math.sqrt(len(counts) / (len(counts) - 1) * float(np.square(deviations).sum()))
+    median, high, highest = (float(value) for value in np.percentile(losses, [50, 95, 99.9]))
+    return LossResult(
+        cross_entropy=mean,
+        standard_error=error,
+        bits_per_byte=mean / math.log(2) * tokens / size if size else None,
+        median=median,
+        percentile_95=high,
+        percentile_99_9=highest,
+        tokens=int(losses.size),
+        windows=len(counts),
+    )
+
+
+@contextmanager
+def scoring(model: nn.Module, device: torch.device, precision: Precision) -> Iterator[None]:
+    """Evaluation mode without gradients, under autocast when asked; the model's own mode comes back afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        with (
+            torch.inference_mode(),
+            torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"),
+        ):
+            yield
+    finally:
+        model.train(was_training)
+
+
+def position_losses(
+    model: nn.Module, input_ids: Tensor, targets: Tensor, positions: Tensor | None = None, **inputs: Any
+) -> Tensor:
+    """Negative log-probability of a target at each chosen position, in nats.
+
+    The unembedding is applied to a chunk of positions at a time, so the logits of the whole batch never exist together.
+    A model that does not keep its body in `.transformer` is called as a whole, logits and all.
+
+    Args:
+        model: the language model, in evaluation mode.
+        input_ids: (B, T) tokens.
+        targets: (M,) tokens to predict.
+        positions: (M,) flat indices b * T + t of the positions that predict them; None for all B * T.
+        **inputs: further inputs of the model, such as `position_ids` or `attention_mask`.
+
+    Returns:
+        (M,) float32, or float64 for a float64 model.
+    """
+    if not _has_body(model):
+        logits = model(input_ids=input_ids, use_cache=False, **inputs).logits.flatten(0, 1)
+        return _nll(logits if positions is None else logits[positions], targets)
+    hidden = model.transformer(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state.flatten(0, 1)
+    if positions is not None:
+        hidden = hidden[positions]
+    rows = max(1, CHUNK_ELEMENTS.get(hidden.device.type, 1 << 23) // _vocabulary(model))
+    return torch.cat(
+        [_nll(model.lm_head(h), t) for h, t in zip(hidden.split(rows), targets.split(rows), strict=True)]
+    )
+
+
+def _nll(logits: Tensor, targets: Tensor) -> Tensor:
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return F.cross_entropy(logits, targets, reduction="none")
+
+
+def _losses_halving(model: nn.Module, batch: Tensor) -> Tensor:
+    """Losses (B, T) of windows (B, T + 1); a batch that does not fit in the GPU's memory is done in two halves."""
+    inputs, targets = batch[:, :-1], batch[:, 1:]
+    try:
+        return position_losses(model, inputs, targets.flatten()).view(targets.shape)
+    except torch.OutOfMemoryError:
+        if len(batch) == 1:
+            raise
+    # Outside the handler: the exception's frames, and with them the failed batch's tensors, are gone by now.
+    return torch.cat([_losses_halving(model, half) for half in batch.tensor_split(2)])
+
+
+def _has_body(model: nn.Module) -> bool:
+    return hasattr(model, "transformer") and hasattr(model, "lm_head")
+
+
+def _vocabulary(model: Any) -> int:
+    return int(model.config.vocab_size)
+
+
+def _batch_tokens(model: nn.Module, device: torch.device) -> int:
+    budget = BATCH_TOKENS.get(device.type, BATCH_TOKENS["cpu"])
+    if _has_body(model):
+        return budget
+    return min(budget, max(1, CHUNK_ELEMENTS.get(device.type, 1 << 23) // _vocabulary(model)))
+
+
+def _chunks(items: list[Window], size: int) -> Iterator[list[Window]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

@@ -1,0 +1,178 @@
+"""Questions in HellaSwag's format (Zellers et al. 2019): a context, four endings, the index of the right one."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ln_removal.errors import UserError
+
+ENDINGS = 4
+HUB_NAME = "Rowan/hellaswag"
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One question, with the field names of the official jsonl.
+
+    Attributes:
+        ind: number in its set.
+        activity_label: topic, such as "Roof shingle removal".
+        ctx_a, ctx_b: the whole sentences of the context, and the started one (may be empty).
+        ctx: the context as a reader sees it.
+        endings: four continuations. label: index of the right one.
+        split, source_id: where the question comes from.
+    """
+
+    ind: int
+    activity_label: str
+    ctx_a: str
+    ctx_b: str
+    ctx: str
+    endings: tuple[str, str, str, str]
+    label: int
+    split: str = "validation"
+    source_id: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """The record of the official jsonl."""
+        return {
+            "ind": self.ind,
+            "activity_label": self.activity_label,
+            "ctx_a": self.ctx_a,
+            "ctx_b": self.ctx_b,
+            "ctx": self.ctx,
+            "split": self.split,
+            "label": self.label,
+            "endings": list(self.endings),
+            "source_id": self.source_id,
+        }
+
+
+def load_questions(path: Path | str) -> list[Question]:
+    """Read a file of questions: the official jsonl or the six-line text form, plain, .gz or .bz2.
+
+    The text form has six lines a question: `activity_label: ctx`, the index of the right ending, the four endings. It does
+    not keep ctx_a and ctx_b apart, so ctx_a is the whole context and ctx_b empty.
+
+    Raises:
+        UserError: when the file cannot be read, is empty, or a question is malformed (with its line).
+    """
+    path = Path(path)
+    openers: dict[str, Any] = {".bz2": bz2.open, ".gz": gzip.open}
+    try:
+        with openers.get(path.suffix, open)(path, "rt", encoding="utf-8") as file:
+            # Not splitlines: a text may hold other characters that it would break at.
+            lines = file.read().split("\n")
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read questions from {path}: {error}; give a jsonl or six-line text file") from error
+    while lines and not lines[-1].strip():
+        lines.pop()
+    if not lines:
+        raise UserError(f"{path} holds no questions: it is empty; give the official jsonl or the six-line text form")
+    parse = _parse_jsonl if lines[0].lstrip().startswith("{") else _parse_text
+    return list(parse(lines, path))
+
+
+def load_from_hub(*, split: str = "validation") -> list[Question]:
+    """HellaSwag from the Hugging Face Hub (10,042 validation questions).
+
+    Raises:
+        UserError: when `datasets` is missing or the Hub cannot be reached.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(
+            f"{HUB_NAME} needs the package datasets, which is not installed; pip install datasets, or give --data FILE"
+        ) from error
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    from ln_removal.models import first_answer, hub_error
+
+    advice = (
+        "give --data FILE (hellaswag_val.jsonl from github.com/rowanz/hellaswag), or, if it was downloaded here before, set "
+        "HF_HUB_OFFLINE=1"
+    )
+    try:
+        # One request with a short time-out first: `datasets` would try again and again for minutes.
+        with suppress(OfflineModeIsEnabled):
+            first_answer(lambda: HfApi().dataset_info(HUB_NAME))
+        records = datasets.load_dataset(HUB_NAME, split=split)
+    except Exception as error:
+        raise hub_error(error, "data set", HUB_NAME, advice) from error
+    return [_question(record, f"{HUB_NAME} record {number}", number) for number, record in enumerate(records)]
+
+
+def write_jsonl(questions: Iterable[Question], path: Path | str) -> None:
+    """Write questions as the official jsonl.
+
+    Raises:
+        UserError: when the file cannot be written.
+    """
+    try:
+        with Path(path).open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(question.to_json(), ensure_ascii=False) + "\n" for question in questions)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; choose another file") from error
+
+
+def _parse_jsonl(lines: list[str], path: Path) -> Iterator[Question]:
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, line {number}: not JSON ({error.msg}); expected one question a line") from error
+        yield _question(record, f"{path}, line {number}", number - 1)
+
+
+def _parse_text(lines: list[str], path: Path) -> Iterator[Question]:
+    size = ENDINGS + 2
+    if len(lines) % size:
+        raise UserError(
+            f"{path} has {len(lines)} lines, not a multiple of {size} (activity_label: ctx, label, four endings); "
+            "it is cut off, or not a file of questions"
+        )
+    for start in range(0, len(lines), size):
+        head, label, *endings = lines[start : start + size]
+        activity, separator, context = head.partition(": ")
+        if not separator:
+            raise UserError(f"{path}, line {start + 1}: expected 'activity_label: context', found {head[:60]!r}")
+        record = {"activity_label": activity, "ctx": context, "label": label, "endings": endings}
+        yield _question(record, f"{path}, line {start + 2}", start // size)
+
+
+def _question(record: Any, where: str, number: int) -> Question:
+    """A checked question from a record of the jsonl or of the Hub; `where` names it in an error."""
+    if not isinstance(record, Mapping):
+        raise UserError(f"{where}: expected a JSON object, found {type(record).__name__}")
+    missing = [key for key in ("ctx", "endings", "label") if key not in record]
+    if missing:
+        raise UserError(f"{where}: no {', '.join(missing)}; a question has ctx, endings and label")
+    endings, label = record["endings"], str(record["label"]).strip()
+    if not isinstance(endings, list) or len(endings) != ENDINGS or not all(isinstance(e, str) for e in endings):
+        raise UserError(f"{where}: endings is not a list of {ENDINGS} texts; only four-way questions are scored")
+    if label not in {str(index) for index in range(ENDINGS)}:
+        hint = "the test split is published without labels, use the validation split" if not label else "expected 0 to 3"
+        raise UserError(f"{where}: the label is {label!r}; {hint}")
+    first, second, third, fourth = endings
+    return Question(
+        ind=int(record.get("ind", number)),
+        activity_label=str(record.get("activity_label", "")),
+        ctx_a=str(record.get("ctx_a", record["ctx"])),
+        ctx_b=str(record.get("ctx_b", "")),
+        ctx=str(record["ctx"]),
+        endings=(first, second, third, fourth),
+        label=int(label),
+        split=str(record.get("split", "validation")),
+        source_id=str(record.get("source_id", "")),
+    )

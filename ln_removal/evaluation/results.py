@@ -1,0 +1,254 @@
+"""results.json: what a removal run, or an evaluation of its models, measured.
+
+Three models are told apart everywhere: `original` (before any training), `control` (the same fine-tuning with LayerNorm kept)
+and `ln_free`. A model that was not there, or not scored, is null.
+
+    {
+      "format": "ln-removal results 1",
+      "models":        {"original": "tiny", "control": "out/control", "ln_free": "out/model"},
+      "cross_entropy": {"original": 3.31, "control": 3.26, "ln_free": 3.29},      nats per token, validation set
+      "bits_per_byte": {...},                                                     the same over the bytes of the text
+      "accuracy":      {...},                                                     share of questions answered rightly
+      "accuracy_standard_error": {...},
+      "loss_spread":   {"original": {"standard_error": ..., "median": ..., "percentile_95": ..., "percentile_99_9": ...}, ...},
+      "gap": 0.03,                                                                cross_entropy.ln_free - .control
+      "tokens": 403210,                                                           validation tokens scored, of each model
+      "seconds": 412.0, "device": "cpu",
+      "settings": {"data": ..., "context": ..., "precision": ..., "questions": ..., "question_set": ..., "protocol": ...},
+      "versions": {"ln_removal": ..., "torch": ..., "transformers": ..., "python": ...}
+    }
+
+`accuracy` is acc_norm, the length-normalised choice that is usually quoted for HellaSwag; it is null when no questions were
+asked.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, ValidationError, model_validator
+
+from ln_removal.data.tokens import write_json_atomically
+from ln_removal.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ln_removal.evaluation.hellaswag import ChoiceResult
+    from ln_removal.evaluation.loss import LossResult
+
+FORMAT = "ln-removal results 1"
+ROLES = ("original", "control", "ln_free")
+TITLES = {"original": "original", "control": "control", "ln_free": "LN-free"}
+
+T = TypeVar("T")
+
+
+class _Schema(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Trio(_Schema, Generic[T]):
+    """One value for each model; None for a model that was not there or not scored."""
+
+    original: T | None = None
+    control: T | None = None
+    ln_free: T | None = None
+
+
+class LossSpread(_Schema):
+    """How the per-token losses spread, in nats; `standard_error` is that of the mean, over windows."""
+
+    standard_error: float | None
+    median: float
+    percentile_95: float
+    percentile_99_9: float
+
+
+class Settings(_Schema):
+    """How the figures were taken.
+
+    Attributes:
+        data: the validation set, in words. context: tokens in a window. precision: of the forward passes.
+        questions: how many were asked of each model; 0 for none. question_set, protocol: empty then.
+    """
+
+    data: str
+    context: int
+    precision: Literal["float32", "bfloat16"] = "float32"
+    questions: NonNegativeInt = 0
+    question_set: str = ""
+    protocol: str = ""
+
+
+class Results(_Schema):
+    """The content of results.json; the module's docstring explains the fields."""
+
+    format: Literal["ln-removal results 1"] = FORMAT
+    models: Trio[str]
+    cross_entropy: Trio[float]
+    bits_per_byte: Trio[float] = Trio[float]()
+    accuracy: Trio[float] = Trio[float]()
+    accuracy_standard_error: Trio[float] = Trio[float]()
+    loss_spread: Trio[LossSpread] = Trio[LossSpread]()
+    gap: float | None = None
+    tokens: NonNegativeInt
+    seconds: NonNegativeFloat
+    device: str
+    settings: Settings
+    versions: dict[str, str] = Field(default_factory=lambda: versions())
+
+    @model_validator(mode="after")
+    def _gap_is_the_difference(self) -> Results:
+        difference = _minus(self.cross_entropy.ln_free, self.cross_entropy.control)
+        same = self.gap == difference or (
+            self.gap is not None and difference is not None and math.isclose(self.gap, difference, abs_tol=1e-6)
+        )
+        if not same:
+            raise ValueError(f"gap is {self.gap}, cross_entropy.ln_free - cross_entropy.control is {difference}")
+        return self
+
+
+def collect(
+    losses: Mapping[str, LossResult],
+    choices: Mapping[str, ChoiceResult] | None = None,
+    *,
+    models: Mapping[str, str],
+    settings: Settings,
+    seconds: float,
+    device: str,
+) -> Results:
+    """Put measurements together.
+
+    Args:
+        losses, choices: by role: `original`, `control`, `ln_free`; any may be missing.
+        models: the name or directory of each model, by role.
+        settings: how the figures were taken.
+        seconds: wall-clock time of the whole run or evaluation.
+        device: where it ran, such as "cpu" or "NVIDIA H100".
+    """
+    choices = choices or {}
+    assert {*losses, *choices, *models} <= {*ROLES}, "roles are original, control and ln_free"
+
+    def spread(loss: LossResult) -> LossSpread:
+        return LossSpread(
+            standard_error=loss.standard_error,
+            median=loss.median,
+            percentile_95=loss.percentile_95,
+            percentile_99_9=loss.percentile_99_9,
+        )
+
+    cross_entropy = {role: loss.cross_entropy for role, loss in losses.items()}
+    return Results(
+        models=Trio[str](**models),
+        cross_entropy=Trio[float](**cross_entropy),
+        bits_per_byte=Trio[float](**{role: loss.bits_per_byte for role, loss in losses.items()}),
+        accuracy=Trio[float](**{role: choice.acc_norm for role, choice in choices.items()}),
+        accuracy_standard_error=Trio[float](
+            **{role: choice.acc_norm_standard_error for role, choice in choices.items()}
+        ),
+        loss_spread=Trio[LossSpread](**{role: spread(loss) for role, loss in losses.items()}),
+        gap=_minus(cross_entropy.get("ln_free"), cross_entropy.get("control")),
+        tokens=max((loss.tokens for loss in losses.values()), default=0),
+        seconds=seconds,
+        device=device,
+        settings=settings,
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the figures depend on."""
+    import ln_removal
+
+    found = {"ln_removal": ln_removal.__version__, "python": platform.python_version()}
+    return {**found, **{name: metadata.version(name) for name in ("torch", "transformers")}}
+
+
+def write(results: Results, path: Path | str) -> None:
+    """Write results.json, whole or not at all.
+
+    Raises:
+        UserError: when the file cannot be written.
+    """
+    try:
+        write_json_atomically(Path(path), results.model_dump())
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; choose another directory") from error
+
+
+def read(path: Path | str) -> Results:
+    """Read results.json.
+
+    Raises:
+        UserError: when it cannot be read or does not follow the schema.
+    """
+    try:
+        return Results.model_validate_json(Path(path).read_bytes())
+    except OSError as error:
+        raise UserError(f"cannot read results from {path}: {error.strerror or error}; run ln-evaluate first") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "the whole file"
+        raise UserError(
+            f"{path} does not hold results in the format {FORMAT!r} ({place}: {first['msg']}; {error.error_count()} faults); "
+            "run ln-evaluate again"
+        ) from error
+
+
+def render(results: Results, console: Console) -> None:
+    """Print the table original / control / LN-free, with the differences that matter."""
+    from rich.table import Table
+
+    shown = [role for role in ROLES if getattr(results.models, role) is not None]
+    table = Table(title="LayerNorm removal: scores", title_justify="left")
+    table.add_column("")
+    for role in shown:
+        table.add_column(TITLES[role], justify="right")
+    differences = [role for role in ("control", "original") if role in shown and "ln_free" in shown]
+    for role in differences:
+        table.add_column(f"LN-free - {TITLES[role]}", justify="right")
+
+    def row(name: str, values: Trio[float], form: str, errors: Trio[float] | None = None) -> None:
+        cells = []
+        for role in shown:
+            value, error = getattr(values, role), getattr(errors, role, None)
+            cells.append(("-" if value is None else format(value, form)) + (f" ± {error:{form}}" if error is not None else ""))
+        for role in differences:
+            difference = _minus(values.ln_free, getattr(values, role))
+            cells.append("-" if difference is None else format(difference, "+" + form))
+        if any(getattr(values, role) is not None for role in shown):
+            table.add_row(name, *cells)
+
+    def part(name: str) -> Trio[float]:
+        spreads = {role: getattr(results.loss_spread, role) for role in ROLES}
+        return Trio[float](**{role: getattr(spread, name) for role, spread in spreads.items() if spread is not None})
+
+    row("cross-entropy (nats per token)", results.cross_entropy, ".4f", part("standard_error"))
+    row("  median token", part("median"), ".4f")
+    row("  95 % of tokens below", part("percentile_95"), ".2f")
+    row("  99.9 % of tokens below", part("percentile_99_9"), ".2f")
+    row("bits per byte", results.bits_per_byte, ".4f")
+    row("accuracy (%)", _percent(results.accuracy), ".2f", _percent(results.accuracy_standard_error))
+    console.print(table)
+    settings = results.settings
+    notes = [f"{results.tokens:,} tokens of {settings.data}, context {settings.context}, {settings.precision}"]
+    if settings.questions:
+        notes.append(f"{settings.questions:,} questions of {settings.question_set}, protocol {settings.protocol}")
+    notes.append(f"{results.seconds:.0f} s on {results.device}")
+    if results.gap is not None:
+        notes.append(f"gap (LN-free - control): {results.gap:+.4f} nats per token")
+    for note in notes:
+        console.print(note, markup=False, highlight=False)
+
+
+def _percent(values: Trio[float]) -> Trio[float]:
+    return Trio[float](**{role: 100 * share for role in ROLES if (share := getattr(values, role)) is not None})
+
+
+def _minus(first: Any, second: Any) -> float | None:
+    return None if first is None or second is None else float(first - second)

@@ -1,0 +1,413 @@
+"""Load a model, its configuration and its tokenizer: the embedded `tiny`, a local directory, or a Hub id.
+
+A Hub id is fetched file by file into the Hub client's cache and then read as a local directory, so that every kind of
+damage is found, and worded, in one place. Only safetensors are read, and no code from a model directory is ever run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ln_removal.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+EMBEDDED_MODEL = "tiny"
+MODEL_TYPES = ("gpt2", "normfree_gpt2")
+WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json")
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+
+HUB_SECONDS = 12.0
+"""How long the Hub may take to give its first answer before it counts as out of reach."""
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A language model in evaluation mode, the tokenizer that belongs to it, and the name it was asked for by."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+
+
+def load_model(name: str, *, device: str = "cpu", dtype: torch.dtype | None = None) -> LoadedModel:
+    """Load a GPT-2-architecture model (with LayerNorm, or a norm-free export of this project) and its tokenizer.
+
+    Args:
+        name: `tiny`, a directory in Hugging Face format, or a Hub id.
+        device: where to put the weights, such as `cpu` or `cuda`.
+        dtype: floating-point type of the weights; float32 by default, whatever the file holds.
+
+    Raises:
+        UserError: when there is no such model, the Hub is out of reach, a file is missing or damaged, the weights are
+            only there as a pickle, the architecture is another one, the device does not exist, or the tokenizer has
+            more entries than the model's embedding.
+    """
+    import torch
+    import transformers
+
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"device {device!r} asked for, but PyTorch sees no CUDA GPU; pass --device cpu")
+    directory = _directory(name, weights=True, tokenizer=True)
+    config = _read_config(directory)
+    _check_weight_files(directory)
+    tokenizer = _read_tokenizer(directory)
+    check_tokenizer(config, tokenizer)
+    loader: Any = transformers.AutoModelForCausalLM
+    try:
+        with _quiet_transformers():
+            model, report = loader.from_pretrained(
+                directory,
+                config=config,
+                dtype=dtype or torch.float32,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported below, with the names
+            )
+    except Exception as error:
+        raise UserError(f"{directory} does not load as {config.model_type}: {_one_line(error)}") from error
+    if mismatched := sorted(report["mismatched_keys"]):
+        key, found, expected = mismatched[0]
+        raise UserError(
+            f"{directory}: the shapes of {len(mismatched)} weights do not fit config.json, such as {key}: {tuple(found)} in "
+            f"the file, {tuple(expected)} by config.json; use the config.json that the weights were saved with"
+        )
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(
+            f"{directory}: the weights lack {len(missing)} tensors of a {config.n_layer}-layer GPT-2, such as "
+            f"{missing[0]}; save the model again with save_pretrained"
+        )
+    if unexpected := sorted(report["unexpected_keys"]):
+        logger.warning(
+            "%s: left out %d tensors unknown to GPT-2, such as %s", directory, len(unexpected), unexpected[0]
+        )
+    return LoadedModel(model.to(device).eval(), tokenizer, name)
+
+
+def load_config(name: str) -> PretrainedConfig:
+    """The configuration of a model, without its weights (of a Hub id only config.json is fetched).
+
+    Raises:
+        UserError: as `load_model`.
+    """
+    return _read_config(_directory(name))
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, or of a directory or Hub repository that holds only a tokenizer.
+
+    Raises:
+        UserError: as `load_model`.
+    """
+    return _read_tokenizer(_directory(name, config=False, tokenizer=True))
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 over what decides how text becomes ids: vocabulary, merges, normalizer, pre-tokenizer, added tokens.
+
+    Truncation and padding, which calls switch on and off, and the decoder are left out.
+
+    Raises:
+        UserError: when it is not a fast tokenizer.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise UserError(f"{type(tokenizer).__name__} is no fast tokenizer; load one that has a tokenizer.json")
+    state = json.loads(backend.to_str())
+    model = state["model"]
+    if "merges" in model:  # two notations for the same merges
+        model["merges"] = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    kept = {key: state[key] for key in ("model", "normalizer", "pre_tokenizer", "added_tokens")}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def check_tokenizer(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make sure that every id the tokenizer can give has a row in the model's embedding.
+
+    Raises:
+        UserError: when the vocabulary is larger than the embedding.
+    """
+    entries = max(tokenizer.get_vocab().values(), default=-1) + 1
+    if entries > config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {entries} entries and the model's embedding {config.vocab_size} rows; use the tokenizer "
+            "that the model was trained with"
+        )
+
+
+def _directory(name: str, *, config: bool = True, weights: bool = False, tokenizer: bool = False) -> Path:
+    """The directory that holds what is asked for, fetched first when `name` is a Hub id."""
+    if name == EMBEDDED_MODEL:
+        from ln_removal.resources import embedded_model_directory
+
+        return embedded_model_directory()
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise UserError(f"{name} is a file; a model is a directory with config.json and {WEIGHTS}")
+    if _looks_like_path(name):
+        raise UserError(f"no such directory: {name}; give one with config.json and {WEIGHTS}, or a Hub id such as gpt2")
+    return _fetch(name, config=config, weights=weights, tokenizer=tokenizer)
+
+
+def _looks_like_path(name: str) -> bool:
+    if name.startswith((".", "/", "~")) or name.endswith("/") or "\\" in name or name.count("/") > 1:
+        return True
+    return "/" in name and Path(name).parent.is_dir()
+
+
+def _fetch(repo_id: str, *, config: bool, weights: bool, tokenizer: bool) -> Path:
+    """Fetch the named kinds of files of a Hub model into the client's cache; the directory they lie in."""
+    from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    short = Path(repo_id).name
+    advice = (
+        f"download on another machine with `hf download {repo_id} --local-dir {short}`, copy that folder here and pass "
+        f"--model ./{short}"
+    )
+    try:
+        info = first_answer(lambda: HfApi().model_info(repo_id, timeout=HUB_SECONDS - 2))
+    except HFValidationError:
+        raise UserError(f"{repo_id!r} is no directory and no valid Hub id; give ./DIRECTORY or OWNER/NAME") from None
+    except Exception as error:
+        cached = (try_to_load_from_cache(repo_id, name) for name in ("config.json", *TOKENIZER_FILES))
+        copy = next((path for path in cached if isinstance(path, str)), None)
+        if copy is not None and is_unreachable(error):
+            logger.warning("the Hub is out of reach; using the copy of %s that was downloaded before", repo_id)
+            return Path(copy).parent
+        raise hub_error(error, "model", repo_id, advice) from error
+
+    files = {sibling.rfilename for sibling in info.siblings or ()}
+    wanted = [_required("config.json", files, repo_id)] if config else []
+    if tokenizer:
+        _require_tokenizer(files, repo_id)
+        wanted += [name for name in TOKENIZER_FILES if name in files]
+    sharded = weights and WEIGHTS not in files and WEIGHTS_INDEX in files
+    if weights:
+        wanted.append(WEIGHTS_INDEX if sharded else _required(WEIGHTS, files, repo_id))
+    try:
+        # The first file notes in the cache what the main branch is now; the others come from the same commit.
+        directory = Path(hf_hub_download(repo_id, wanted[0])).parent
+        for name in wanted[1:]:
+            hf_hub_download(repo_id, name, revision=directory.name)
+        for name in _shards(directory / WEIGHTS_INDEX) if sharded else ():
+            hf_hub_download(repo_id, name, revision=directory.name)
+    except UserError:
+        raise
+    except Exception as error:
+        raise hub_error(error, "model", repo_id, advice) from error
+    return directory
+
+
+def _read_config(directory: Path) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    path = directory / _required("config.json", _names(directory), str(directory))
+    raw = _read_json(path)
+    if not isinstance(raw, dict) or raw.get("model_type") not in MODEL_TYPES:
+        fields = raw if isinstance(raw, dict) else {}
+        raise UserError(
+            f"{directory} is not a GPT-2: config.json says model_type {fields.get('model_type')!r}, architectures "
+            f"{fields.get('architectures')}; ln-removal works on GPT2LMHeadModel checkpoints"
+        )
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise UserError(f"{path} is not a valid GPT-2 configuration: {_one_line(error)}") from error
+    return config
+
+
+def _read_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    _require_tokenizer(_names(directory), str(directory))
+    for name in TOKENIZER_FILES:
+        if name.endswith(".json") and (directory / name).is_file():
+            _read_json(directory / name)
+    loader: Any = AutoTokenizer
+    try:
+        with _quiet_transformers():
+            tokenizer: PreTrainedTokenizerBase = loader.from_pretrained(
+                directory, local_files_only=True, trust_remote_code=False
+            )
+    except Exception as error:
+        raise UserError(f"the tokenizer in {directory} does not load: {_one_line(error)}; save it again") from error
+    return tokenizer
+
+
+def _check_weight_files(directory: Path) -> None:
+    """Open every safetensors header, so that a truncated or foreign file is named before transformers trips over it."""
+    from safetensors import SafetensorError, safe_open
+
+    names = _names(directory)
+    sharded = WEIGHTS not in names and WEIGHTS_INDEX in names
+    for file in _shards(directory / WEIGHTS_INDEX) if sharded else [_required(WEIGHTS, names, str(directory))]:
+        path = directory / file
+        try:
+            with safe_open(path, framework="pt") as opened:
+                opened.keys()
+        except (SafetensorError, OSError) as error:
+            found = f"{path.stat().st_size:,} bytes; {_one_line(error)}" if file in names else "no such file"
+            raise UserError(f"{path} is not a whole safetensors file ({found}); copy or download it again") from error
+
+
+def _shards(index: Path) -> list[str]:
+    weight_map = _read_json(index).get("weight_map")
+    names = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
+    if not names or any(Path(name).name != name for name in names):
+        raise UserError(f"{index} names no weight files; copy or download it again")
+    return names
+
+
+def _names(directory: Path) -> set[str]:
+    return {path.name for path in directory.iterdir() if path.is_file()}
+
+
+def _required(name: str, files: set[str], where: str) -> str:
+    """`name`, when it is among `files`; otherwise an error that says what is there instead."""
+    if name in files:
+        return name
+    pickles = sorted(file for file in files if file.endswith(PICKLE_SUFFIXES) and "training" not in file)
+    if name == WEIGHTS and pickles:
+        raise UserError(
+            f"{where} has no {WEIGHTS}, only {pickles[0]}, a pickle, which can run code and is never loaded; if you trust "
+            'it, convert it: python -c "from transformers import GPT2LMHeadModel as M; '
+            f"M.from_pretrained('{where}').save_pretrained('converted')\""
+        )
+    raise UserError(f"{where} has no {name}; found: {_listing(files)}")
+
+
+def _require_tokenizer(files: set[str], where: str) -> None:
+    if "tokenizer.json" not in files and not {"vocab.json", "merges.txt"} <= files:
+        raise UserError(
+            f"{where} has no tokenizer (tokenizer.json, or vocab.json and merges.txt); found: {_listing(files)}; save one "
+            "there with tokenizer.save_pretrained"
+        )
+
+
+def _listing(files: set[str], limit: int = 6) -> str:
+    more = f" and {len(files) - limit} more" if len(files) > limit else ""
+    return ", ".join(sorted(files)[:limit]) + more if files else "nothing"
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not readable JSON ({_one_line(error)}); copy or download it again") from error
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No loading report and no progress bar: what matters in them is checked and raised here."""
+    import transformers
+
+    messages: Any = transformers.logging
+    verbosity, bars = messages.get_verbosity(), messages.is_progress_bar_enabled()
+    messages.set_verbosity_error()
+    messages.disable_progress_bar()
+    try:
+        yield
+    finally:
+        messages.set_verbosity(verbosity)
+        if bars:
+            messages.enable_progress_bar()
+
+
+def first_answer(request: Callable[[], T], *, seconds: float = HUB_SECONDS) -> T:
+    """Run a Hub request and wait at most `seconds` for it.
+
+    The client's own time-out holds for one address of one connection attempt and not for name look-up, so a network
+    that swallows packets can keep it for minutes. The request then goes on in a daemon thread that is left behind.
+
+    Raises:
+        TimeoutError: when there was no answer in time; otherwise whatever the request raises.
+    """
+    outcome: list[T] = []
+    failure: list[Exception] = []
+
+    def run() -> None:
+        try:
+            outcome.append(request())
+        except Exception as error:  # noqa: BLE001 (raised again by the caller)
+            failure.append(error)
+
+    thread = threading.Thread(target=run, daemon=True, name="hub-first-answer")
+    thread.start()
+    thread.join(seconds)
+    if failure:
+        raise failure[0]
+    if not outcome:
+        raise TimeoutError(f"no answer in {seconds:.0f} seconds")
+    return outcome[0]
+
+
+def is_unreachable(error: BaseException | None) -> bool:
+    """Whether an error of the Hub client, or one it was raised from, means that no connection could be made or kept.
+
+    The client has changed its HTTP library more than once, so its transport errors are told by their base's name.
+    """
+    from huggingface_hub.errors import HfHubHTTPError
+
+    seen: list[BaseException] = []
+    while error is not None and error not in seen and not isinstance(error, HfHubHTTPError):
+        if isinstance(error, (ConnectionError, TimeoutError)):
+            return True
+        if any(base.__name__ in ("TransportError", "ClientConnectionError") for base in type(error).__mro__):
+            return True
+        seen.append(error)
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def hub_error(error: BaseException, what: str, repo_id: str, advice: str) -> UserError:
+    """The one-line message for a failure of the Hub client.
+
+    Args:
+        error: what the client raised.
+        what: `model` or `data set`.
+        repo_id: the repository asked for.
+        advice: what to do without network.
+    """
+    from huggingface_hub import constants, errors
+
+    host = constants.ENDPOINT.partition("://")[2]
+    page = f"{constants.ENDPOINT}/{'datasets/' if what == 'data set' else ''}{repo_id}"
+    status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
+    if isinstance(error, errors.RevisionNotFoundError):
+        return UserError(f"the {what} {repo_id} on {host} lacks the revision asked for; see {page}")
+    if isinstance(error, errors.RepositoryNotFoundError) and not isinstance(error, errors.GatedRepoError):
+        return UserError(
+            f"{host} has no {what} {repo_id!r} that you may read; check the spelling, or, if it is private, log in with "
+            "`hf auth login`"
+        )
+    if status in (401, 403):
+        return UserError(f"the {what} {repo_id} is gated: accept its terms at {page} and log in with `hf auth login`")
+    if is_unreachable(error):
+        reason = "HF_HUB_OFFLINE is set" if isinstance(error, errors.OfflineModeIsEnabled) else _one_line(error)
+        return UserError(f"cannot reach {host} for the {what} {repo_id} ({reason}); {advice}")
+    reason = f"it answered {status}" if status else _one_line(error)
+    return UserError(f"the {what} {repo_id} could not be fetched from {host}: {reason}; try again later, or {advice}")

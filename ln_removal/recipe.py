@@ -1,0 +1,239 @@
+"""The schema of recipes/*.toml: loading, overrides, every fault reported at once, and writing the resolved recipe.
+
+A recipe says everything that determines a run. A removal recipe has a [schedule]; a pretraining recipe has an
+[architecture] in its place.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from ln_removal.errors import UserError
+from ln_removal.recipe_faults import all_faults, cross_field_faults, did_you_mean, follow
+from ln_removal.resources import recipes_directory
+from ln_removal.toml_writer import write_toml
+
+
+class _Spec(BaseModel):
+    # strict: a recipe that says "20" or true where a number belongs holds a mistake, not a number.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class DataSpec(_Spec):
+    """What the model reads. `context` is T, the tokens of one sequence; the limits cap what is prepared."""
+
+    corpus: Annotated[str, Field(min_length=1)]
+    tokenizer: str = ""  # empty: the model's own
+    context: PositiveInt = 1024
+    max_bytes: PositiveInt | None = None
+    max_tokens: PositiveInt | None = None
+    validation_tokens: PositiveInt | None = None
+    weights: dict[str, PositiveInt] = Field(default_factory=dict)  # how often a source is repeated
+
+
+class ScheduleSpec(_Spec):
+    """When each site freezes; every number counts optimizer steps, and the first step is 0.
+
+    The four kinds go one after the other: each kind begins where the last gap of the one before ends (start +
+    n_layer * gap), unless its own start is given. `eot_after` counts from ln_f, `first_after` from the drop of the
+    end-of-text constant. `taper` is the number of intermediate steps between LayerNorm and constant (0: at once);
+    `special_taper` the same for the constants of the special positions.
+    """
+
+    ln_2_start: NonNegativeInt
+    ln_2_gap: NonNegativeInt
+    qk_gap: NonNegativeInt
+    v_gap: NonNegativeInt
+    qk_start: NonNegativeInt | None = None
+    v_start: NonNegativeInt | None = None
+    ln_f_at: NonNegativeInt | None = None
+    eot_after: NonNegativeInt
+    first_after: NonNegativeInt
+    taper: NonNegativeInt = 0
+    special_taper: NonNegativeInt = 0
+
+
+class TrainingSpec(_Spec):
+    """The optimisation: lengths in steps, batch in tokens, learning rates as given to the optimizer."""
+
+    steps: PositiveInt
+    tokens_per_step: PositiveInt
+    micro_batch: PositiveInt | Literal["auto"] = "auto"  # sequences a forward pass
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    learning_rate: PositiveFloat
+    minimum_learning_rate: NonNegativeFloat = 0.0
+    warmup_steps: NonNegativeInt = 0
+    decay: Literal["cosine", "linear", "trapezoid"] = "cosine"
+    decay_steps: PositiveInt | None = None  # the step at which the decay ends; None: the last one
+    decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2  # trapezoid only: the share of the run that decays
+    weight_decay: NonNegativeFloat = 0.01
+    betas: Annotated[
+        tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]],
+        BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value),
+    ] = (0.9, 0.95)
+    clip: PositiveFloat = 1.0
+    std_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    auxiliary_weight: NonNegativeFloat = 0.0
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    compile: bool | Literal["auto"] = "auto"
+    evaluate_every: PositiveInt = 50
+    evaluation_tokens: PositiveInt = 1_048_576
+    checkpoint_every: PositiveInt = 100
+    keep_checkpoints: PositiveInt = 2
+
+
+class ArchitectureSpec(_Spec):
+    """The GPT-2 to pretrain from scratch."""
+
+    n_layer: PositiveInt
+    n_head: PositiveInt
+    n_embd: PositiveInt
+    n_positions: PositiveInt
+    vocab_size: PositiveInt
+
+
+class ExportSpec(_Spec):
+    """The forms and the precision in which the model is written; a pretrained model has only its own form."""
+
+    formats: Annotated[list[Literal["normfree", "stock"]], Field(min_length=1)] = ["normfree", "stock"]
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+
+class Recipe(_Spec):
+    """One run. `model` is "tiny" (the embedded model), a local directory or a Hugging Face Hub id."""
+
+    name: Annotated[str, Field(min_length=1)]
+    description: str = ""
+    model: Annotated[str, Field(min_length=1)]
+    seed: NonNegativeInt = 0
+    data: DataSpec
+    schedule: ScheduleSpec | None = None
+    training: TrainingSpec
+    architecture: ArchitectureSpec | None = None
+    export: ExportSpec = Field(default_factory=ExportSpec)
+
+    @model_validator(mode="after")
+    def _check_across_fields(self) -> Recipe:
+        faults = cross_field_faults(lambda key: follow(self, key))
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the whole run trains on."""
+        return self.training.steps * self.training.tokens_per_step
+
+
+def available_recipes() -> list[str]:
+    """Names of the built-in recipes, sorted."""
+    return sorted(path.stem for path in recipes_directory().glob("*.toml"))
+
+
+def load_recipe(name_or_path: str, overrides: Mapping[str, object] | None = None) -> Recipe:
+    """Load a built-in recipe by name, or a TOML file by path, and apply dotted-key overrides.
+
+    Args:
+        name_or_path: "gpt2", or a path such as "my/recipe.toml".
+        overrides: for example {"training.steps": 20, "data.corpus": "openwebtext"}. They replace values literally; to
+            shorten a run together with its schedule use `recipe_scaling.with_steps`.
+
+    Raises:
+        UserError: no such recipe, not TOML, or faults in it: all of them at once, one a line.
+    """
+    path = _find(name_or_path)
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the recipe {path}: {error.strerror}; give a readable TOML file") from error
+    except ValueError as error:  # TOMLDecodeError and UnicodeDecodeError
+        raise UserError(f"the recipe {path} is not TOML: {error}; mend that line") from error
+    document.setdefault("name", path.stem)
+    for key, value in (overrides or {}).items():
+        _override(document, key, value)
+    return validate_recipe(document, source=str(path))
+
+
+def validate_recipe(document: Mapping[str, Any], *, source: str) -> Recipe:
+    """Build a Recipe from a nested dictionary; `source` names it in messages.
+
+    Raises:
+        UserError: one line for each fault (unknown keys, wrong types, fields that contradict one another).
+    """
+    try:
+        return Recipe.model_validate(document)
+    except ValidationError as error:
+        faults = all_faults(error.errors(include_url=False), document, Recipe)
+    count = "a fault" if len(faults) == 1 else f"{len(faults)} faults"
+    raise UserError(f"the recipe {source} has {count}:\n" + "\n".join(f"  {fault}" for fault in faults))
+
+
+def dump_toml(recipe: Recipe) -> str:
+    """The resolved recipe as TOML, defaults written out; loading it gives an equal Recipe."""
+    return write_toml(recipe.model_dump())
+
+
+def parse_overrides(assignments: Iterable[str]) -> dict[str, object]:
+    """Turn command-line assignments such as "training.steps=20" into overrides; values are TOML, or else plain text.
+
+    Raises:
+        UserError: an assignment without "=" or without a key.
+    """
+    overrides: dict[str, object] = {}
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        key, text = key.strip(), text.strip()
+        if not (equals and key):
+            raise UserError(f"cannot read the setting {assignment!r}; write KEY=VALUE, for example training.steps=20")
+        try:
+            overrides[key] = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            overrides[key] = text
+    return overrides
+
+
+def _find(name_or_path: str) -> Path:
+    """The file of a built-in recipe, or the given path."""
+    looks_like_a_path = name_or_path.endswith(".toml") or Path(name_or_path).name != name_or_path
+    if looks_like_a_path:
+        path = Path(name_or_path)
+        if not path.exists():
+            raise UserError(f"there is no recipe file {path}; give a path that exists or one of: {_names()}")
+        return path
+    path = recipes_directory() / f"{name_or_path}.toml"
+    if not path.is_file():
+        hint = did_you_mean(name_or_path, available_recipes())
+        raise UserError(f"there is no recipe named {name_or_path!r}{hint}; built in are: {_names()}")
+    return path
+
+
+def _names() -> str:
+    return ", ".join(available_recipes())
+
+
+def _override(document: dict[str, Any], dotted: str, value: object) -> None:
+    """Set document["a"]["b"] for "a.b", making tables on the way."""
+    *parents, last = dotted.split(".")
+    table = document
+    for parent in parents:
+        below = table.setdefault(parent, {})
+        if not isinstance(below, dict):
+            raise UserError(f"cannot set {dotted}: {parent} is a value, not a table; check the key's spelling")
+        table = below
+    table[last] = value

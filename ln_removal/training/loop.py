@@ -1,0 +1,251 @@
+"""The training loop: step, evaluate, save. Removal, its control and pretraining all run through it.
+
+A step that logs nothing does not wait for the device: losses and gradient norms stay there until the next log step.
+
+Shape legend: B batch, T positions.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ln_removal.data.read_ahead import read_ahead
+from ln_removal.data.sampler import WindowSampler
+from ln_removal.errors import UserError
+from ln_removal.training.learning_rate import learning_rate_at
+from ln_removal.training.optimizers import build_optimizers, set_learning_rate, step_unless_bad
+from ln_removal.training.state import TrainerState, load_newest, save_checkpoint
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from ln_removal.objective import Objective
+    from ln_removal.recipe import TrainingSpec
+    from ln_removal.schedule import RemovalSchedule
+    from ln_removal.surgery import NormSites
+    from ln_removal.training.tracking import Tracker
+
+LOG_EVERY = 10
+"""Steps between two synchronisations with the device, at which metrics are written and the bar moves."""
+
+BAD_STEPS_ALLOWED = 3
+"""Consecutive steps with a non-finite loss or gradient after which the run stops."""
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What turns a fine-tuning into a removal: the installed sites and when each one freezes."""
+
+    sites: NormSites
+    schedule: RemovalSchedule
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished loop reports. `tokens_per_second` counts training steps only, over the last session."""
+
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+    skipped_steps: int
+    last_loss: float
+
+
+def train(
+    objective: Objective,
+    sampler: WindowSampler,
+    spec: TrainingSpec,
+    *,
+    accelerator: Accelerator,
+    tracker: Tracker,
+    state_directory: Path,
+    micro_batch: int,
+    removal: Removal | None = None,
+    evaluate: Callable[[], dict[str, float]] | None = None,
+    resume: bool = False,
+) -> TrainResult:
+    """Train `objective` for `spec.steps` optimizer steps.
+
+    Args:
+        objective: model and loss, already on the accelerator's device.
+        sampler: gives the sequences of every step.
+        spec: the recipe's [training].
+        accelerator: device, autocast and gradient averaging over ranks.
+        tracker: open; receives metrics.
+        state_directory: where checkpoints go.
+        micro_batch: sequences of one forward pass.
+        removal: None trains with whatever norms the model has.
+        evaluate: called every `evaluate_every` steps and at the end with the model in evaluation mode.
+        resume: continue from the newest whole checkpoint if there is one.
+
+    Raises:
+        UserError: the loss was not finite for several steps in a row; the last checkpoint is kept.
+    """
+    device = accelerator.device
+    optimizers = build_optimizers(objective.model, spec)
+    state = TrainerState()
+    if resume:
+        found, faults = load_newest(state_directory, objective.model, optimizers)
+        state = found or state
+        for fault in faults:
+            tracker.say(f"passed over: {fault}")
+    tracker.forget_after(state.step)
+    model = accelerator.prepare_model(objective)
+    parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+    pending = _Pending(device)
+    began = time.perf_counter()
+    seconds_before, first_step = state.seconds, state.step
+    paused = 0.0
+    last_loss = float("nan")
+    objective.train()
+
+    steps = range(state.step, spec.steps)
+    with closing(read_ahead(_batches_of_steps(sampler, steps, accelerator, micro_batch))) as batches_of_steps:
+        for step, batches in zip(steps, batches_of_steps, strict=True):
+            if removal is not None:
+                _apply_schedule(removal, step, tracker)
+            set_learning_rate(optimizers, learning_rate_at(step, spec))
+            loss, norm = _forward_backward(model, batches, accelerator, parameters, spec)
+            step_unless_bad(optimizers, pending.add(loss, norm))
+            if removal is not None:
+                removal.sites.update_running(spec.std_momentum)
+            state.step, state.tokens = step + 1, state.tokens + spec.tokens_per_step
+
+            last = state.step == spec.steps
+            if state.step % LOG_EVERY == 0 or last:
+                rows = pending.read(accelerator)
+                elapsed = time.perf_counter() - began - paused
+                state.seconds = seconds_before + elapsed
+                speed = (state.step - first_step) * spec.tokens_per_step / max(elapsed, 1e-9)
+                stage = removal.schedule.stage(step) if removal is not None else "training"
+                for number, (row_loss, row_norm) in enumerate(rows, start=state.step - len(rows)):
+                    tracker.log(
+                        "train",
+                        number,
+                        {
+                            "loss": row_loss,
+                            "gradient_norm": row_norm,
+                            "learning_rate": learning_rate_at(number, spec),
+                            "tokens_per_second": speed,
+                        },
+                    )
+                state.skipped += pending.take_skipped()
+                last_loss = rows[-1][0]
+                tracker.show(state.step, stage=stage, loss=last_loss, tokens_per_second=speed)
+                if pending.worst_streak() >= BAD_STEPS_ALLOWED:
+                    raise UserError(
+                        f"the loss or its gradient was not finite for {BAD_STEPS_ALLOWED} steps in a row (before step {state.step}, "
+                        f"stage {stage}); these updates were not made. The last checkpoint in {state_directory} is intact: lower "
+                        "training.learning_rate, widen the gaps of the schedule or set training.auxiliary_weight, and --resume"
+                    )
+            pause = time.perf_counter()
+            if evaluate is not None and (state.step % spec.evaluate_every == 0 or last):
+                objective.eval()
+                tracker.log("evaluation", state.step, dict(evaluate()))
+                objective.train()
+            if state.step % spec.checkpoint_every == 0 or last:
+                if accelerator.is_main_process:
+                    save_checkpoint(state_directory, state, objective.model, optimizers, keep=spec.keep_checkpoints)
+                accelerator.wait_for_everyone()
+            paused += time.perf_counter() - pause
+
+    elapsed = max(time.perf_counter() - began - paused, 1e-9)
+    return TrainResult(
+        tokens=state.tokens,
+        seconds=state.seconds,
+        tokens_per_second=(state.step - first_step) * spec.tokens_per_step / elapsed,
+        skipped_steps=state.skipped,
+        last_loss=last_loss,
+    )
+
+
+def _apply_schedule(removal: Removal, step: int, tracker: Tracker) -> None:
+    changes = removal.schedule.changes(step)
+    if any(change.action == "freeze" for change in changes):
+        removal.sites.average_over_ranks()
+    for change in changes:
+        if change.action == "freeze":
+            removal.sites.set_mix(change.site, change.value)
+        else:
+            removal.sites.set_special(change.site, change.value)
+        tracker.log("event", step, {"site": change.site, "action": change.action, "value": change.value})
+
+
+def _batches_of_steps(
+    sampler: WindowSampler, steps: range, accelerator: Accelerator, micro_batch: int
+) -> Iterator[list[Tensor]]:
+    """This rank's micro-batches of every step, in pinned memory where a GPU will fetch them."""
+    pin = accelerator.device.type == "cuda"
+    for step in steps:
+        batches = sampler.micro_batches(
+            step, rank=accelerator.process_index, ranks=accelerator.num_processes, micro_batch=micro_batch
+        )
+        tensors = (torch.from_numpy(batch) for batch in batches)
+        yield [tensor.pin_memory() if pin else tensor for tensor in tensors]
+
+
+def _forward_backward(
+    model: torch.nn.Module,
+    batches: list[Tensor],
+    accelerator: Accelerator,
+    parameters: list[torch.nn.Parameter],
+    spec: TrainingSpec,
+) -> tuple[Tensor, Tensor]:
+    """Accumulate the gradient of one step; returns its mean cross-entropy and the gradient norm before clipping."""
+    share = sum(len(batch) for batch in batches)
+    total: Tensor | None = None
+    for number, batch in enumerate(batches):
+        weight = len(batch) / share
+        synchronise = nullcontext() if number == len(batches) - 1 else accelerator.no_sync(model)
+        tokens = batch.to(accelerator.device, non_blocking=True)
+        with synchronise:
+            with accelerator.autocast():
+                loss = model(tokens)
+            (loss.total * weight).backward()
+        part = loss.cross_entropy * weight
+        total = part if total is None else total + part
+    assert total is not None, "a step has at least one micro-batch"
+    norm = torch.nn.utils.clip_grad_norm_(parameters, spec.clip, foreach=True)
+    return total, norm
+
+
+class _Pending:
+    """Losses and gradient norms of the steps since the last log, and the bad-step counters, all on the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._rows: list[Tensor] = []
+        self._streak = torch.zeros((), device=device)
+        self._worst = torch.zeros((), device=device)
+        self._skipped = torch.zeros((), device=device)
+
+    def add(self, loss: Tensor, norm: Tensor) -> Tensor:
+        """Keep a step's figures; returns 1.0 where either is not finite, else 0.0 (a scalar tensor)."""
+        bad = (~(torch.isfinite(loss) & torch.isfinite(norm))).float()
+        self._streak = (self._streak + 1) * bad
+        self._worst = torch.maximum(self._worst, self._streak)
+        self._skipped = self._skipped + bad
+        self._rows.append(torch.stack([loss.float(), norm.float()]))
+        return bad
+
+    def read(self, accelerator: Accelerator) -> list[tuple[float, float]]:
+        """(loss averaged over ranks, gradient norm) of every step since the last call: the one synchronisation."""
+        figures: Tensor = accelerator.reduce(torch.stack(self._rows), reduction="mean")
+        rows: list[tuple[float, float]] = [(loss, norm) for loss, norm in figures.tolist()]
+        self._rows = []
+        return rows
+
+    def worst_streak(self) -> int:
+        return int(self._worst)
+
+    def take_skipped(self) -> int:
+        count = int(self._skipped)
+        self._skipped = torch.zeros_like(self._skipped)
+        return count

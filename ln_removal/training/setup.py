@@ -1,0 +1,145 @@
+"""What a run needs before its first step: the device, the run's directory, the micro-batch and compilation."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from ln_removal.errors import UserError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from ln_removal.objective import Objective
+    from ln_removal.recipe import Recipe
+
+TOKENS_IN_A_CPU_PASS = 4096
+COMPILE_FROM_TOKENS = 400_000
+"""On a CPU, compiling costs about as much time as it saves over this many tokens (measured: docs/LOG.md)."""
+
+RECIPE_FILE = "recipe.toml"
+
+
+def build_accelerator(device: str, precision: Literal["float32", "bfloat16"]) -> Accelerator:
+    """An Accelerator on `device` ("auto", "cpu", "cuda") that autocasts to `precision`.
+
+    Raises:
+        UserError: CUDA was asked for and there is none.
+    """
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+
+    if device == "cuda" and not torch.cuda.is_available():
+        found = "no CUDA build of it" if torch.version.cuda is None else "no usable GPU"
+        raise UserError(
+            f"--device cuda: PyTorch {torch.__version__} finds {found} on this machine; use --device cpu, or install a CUDA "
+            "build of PyTorch on a machine with a GPU"
+        )
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"unknown device {device!r}; use auto, cpu or cuda")
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")
+    return Accelerator(
+        cpu=device == "cpu",
+        mixed_precision="bf16" if precision == "bfloat16" else "no",
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+
+
+def claim_run_directory(out: Path, recipe_toml: str, *, resume: bool) -> None:
+    """Make `out` this run's directory and write its recipe there, or check that it is the run to resume.
+
+    Raises:
+        UserError: `out` cannot be written, holds something already (without `resume`), or holds a run of another recipe.
+    """
+    file = out / RECIPE_FILE
+    try:
+        used = out.is_dir() and any(out.iterdir())
+        if used and not resume:
+            what = "a run" if file.exists() else "files that are not a run of ours"
+            raise UserError(f"{out} already holds {what}; continue it with --resume, or choose another --out")
+        if used and not file.exists():
+            raise UserError(f"{out} holds no {RECIPE_FILE}, so there is no run to resume; choose another --out")
+        if used and file.read_text(encoding="utf-8") != recipe_toml:
+            raise UserError(
+                f"{out} was begun with another recipe (see {file}); resume it with the same recipe and options, or choose "
+                "another --out"
+            )
+        out.mkdir(parents=True, exist_ok=True)
+        file.write_text(recipe_toml, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror or error}; choose another --out") from error
+
+
+def choose_micro_batch(recipe: Recipe, objective: Objective, accelerator: Accelerator) -> int:
+    """Sequences of one forward pass: what the recipe says, or the largest that fits when it says "auto".
+
+    On a GPU it tries powers of two from the top, on a CPU it takes 4,096 tokens: more is not faster there.
+
+    Raises:
+        UserError: a single sequence does not fit into the GPU's memory, or the ranks do not divide the global batch.
+    """
+    context = recipe.data.context
+    sequences = recipe.training.tokens_per_step // context
+    ranks = accelerator.num_processes
+    if sequences % ranks:
+        raise UserError(
+            f"{sequences} sequences a step do not divide among {ranks} processes; change training.tokens_per_step or the "
+            "number of processes"
+        )
+    share = sequences // ranks
+    if recipe.training.micro_batch != "auto":
+        return min(share, recipe.training.micro_batch)
+    divisors = [size for size in range(share, 0, -1) if share % size == 0]
+    if accelerator.device.type != "cuda":
+        return next((size for size in divisors if size * context <= TOKENS_IN_A_CPU_PASS), 1)
+    for size in divisors:
+        if size <= 128 and _fits(objective, size, context, accelerator):
+            return size
+    raise UserError(
+        f"one sequence of {context} tokens does not fit into the memory of {torch.cuda.get_device_name()}; lower data.context "
+        "or use a larger GPU"
+    )
+
+
+def _fits(objective: Objective, size: int, context: int, accelerator: Accelerator) -> bool:
+    """Whether a forward and backward pass of `size` sequences fits beside the optimizer's two moments."""
+    tokens = torch.zeros(size, context + 1, dtype=torch.int64, device=accelerator.device)
+    moments: list[torch.Tensor] = []
+    # Evaluation mode keeps the probe out of the running statistics; there is no dropout whose memory it would miss.
+    objective.eval()
+    try:
+        for parameter in objective.parameters():
+            moments += [torch.empty_like(parameter), torch.empty_like(parameter)]
+        with accelerator.autocast():
+            loss = objective(tokens).total
+        loss.backward()
+        return True
+    except torch.cuda.OutOfMemoryError:
+        return False
+    finally:
+        moments.clear()
+        objective.zero_grad(set_to_none=True)
+        objective.train()
+        torch.cuda.empty_cache()
+
+
+def compile_if_worthwhile(objective: Objective, setting: bool | Literal["auto"], *, tokens: int, device: torch.device) -> bool:
+    """Compile the whole step's forward and backward in place; returns whether it did.
+
+    "auto" compiles on CUDA, and on a CPU that has a C++ compiler when the run is long enough to earn the time back.
+
+    Raises:
+        UserError: `setting` is True on a machine without a C++ compiler.
+    """
+    compiler = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
+    if setting is True and compiler is None:
+        raise UserError("training.compile = true needs a C++ compiler (g++ or clang++), none was found; install one or set false")
+    wanted = setting is True or (
+        setting == "auto" and compiler is not None and (device.type == "cuda" or tokens >= COMPILE_FROM_TOKENS)
+    )
+    if wanted:
+        objective.compile(dynamic=False)
+    return wanted

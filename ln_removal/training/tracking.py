@@ -1,0 +1,132 @@
+"""What a run tells while it goes: metrics.jsonl, a progress bar with stage, loss, tokens/s and time left, and wandb if asked."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from ln_removal.errors import UserError
+
+Metrics = dict[str, float | int | str]
+
+
+class Tracker:
+    """Writes metrics and shows progress; a context manager. Only the main process gets an enabled one.
+
+    Args:
+        path: metrics.jsonl, one JSON object a line, each with `kind` ("train", "evaluation", "event") and `step`.
+        total_steps: of the run.
+        tokens_per_step: for tokens/s on the bar.
+        label: shown before the bar, such as "ln-free" or "control".
+        enabled: False writes and shows nothing.
+        wandb_project: also log to this Weights & Biases project.
+        config: the resolved recipe, for wandb.
+
+    Raises:
+        UserError: wandb is asked for and not installed, or cannot start.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        total_steps: int,
+        tokens_per_step: int,
+        label: str,
+        enabled: bool = True,
+        wandb_project: str | None = None,
+        config: dict[str, Any] | None = None,
+    ) -> None:
+        self._path = path
+        self._total_steps = total_steps
+        self._tokens_per_step = tokens_per_step
+        self._label = label
+        self._enabled = enabled
+        self._wandb = _start_wandb(wandb_project, f"{path.parent.name}-{label}", config) if enabled and wandb_project else None
+
+    def __enter__(self) -> Tracker:
+        if self._enabled:
+            from tqdm import tqdm
+
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._path.open("a", encoding="utf-8")
+            self._bar = tqdm(
+                total=self._total_steps,
+                desc=self._label,
+                unit="step",
+                file=sys.stderr,
+                dynamic_ncols=True,
+                bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
+            )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._enabled:
+            self._bar.close()
+            self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=0 if kind is None else 1)
+
+    def forget_after(self, step: int) -> None:
+        """Drop the metrics of steps that a resumed run will train again, and start the bar at `step`."""
+        if not self._enabled:
+            return
+        self._file.close()
+        truncate_metrics(self._path, step)
+        self._file = self._path.open("a", encoding="utf-8")
+        self._bar.n = self._bar.initial = step
+        self._bar.refresh()
+
+    def log(self, kind: str, step: int, metrics: Metrics) -> None:
+        """Append one line to metrics.jsonl (and wandb)."""
+        if not self._enabled:
+            return
+        self._file.write(json.dumps({"kind": kind, "step": step, **metrics}) + "\n")
+        self._file.flush()
+        if self._wandb is not None:
+            numbers = {f"{kind}/{name}": value for name, value in metrics.items() if not isinstance(value, str)}
+            self._wandb.log(numbers, step=step)
+
+    def show(self, step: int, *, stage: str, loss: float, tokens_per_second: float) -> None:
+        """Move the bar to `step` finished steps."""
+        if not self._enabled:
+            return
+        self._bar.set_postfix_str(f"{stage}, loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s", refresh=False)
+        self._bar.update(step - self._bar.n)
+
+    def say(self, line: str) -> None:
+        """Print a line above the bar."""
+        if self._enabled:
+            self._bar.write(line, file=sys.stderr)
+
+
+def truncate_metrics(path: Path, step: int) -> None:
+    """Keep the lines of metrics.jsonl before `step`, dropping a last line cut short by a crash."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] < step:
+                kept.append(line + "\n")
+        except (json.JSONDecodeError, KeyError, TypeError):
+            continue
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.replace(path)
+
+
+def _start_wandb(project: str | None, name: str, config: dict[str, Any] | None) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("--wandb needs the package wandb, which is not installed; pip install wandb, or leave --wandb out") from None
+    try:
+        return wandb.init(project=project, name=name, config=config)
+    except Exception as error:  # wandb raises many kinds: no login, no network, a bad project name
+        raise UserError(f"wandb could not start: {error}; run `wandb login`, or leave --wandb out") from error

@@ -1,0 +1,67 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+if TYPE_CHECKING:
+    from transformers import GPT2LMHeadModel
+
+EOT = 100
+"""End-of-text token of the tiny_gpt2 fixture: the last of its 101 tokens."""
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tiny tensors gain nothing from threads, and the machine may be busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def tiny_gpt2() -> GPT2LMHeadModel:
+    """A random GPT-2: 3 layers, width 32, 4 heads, 101 tokens, 32 positions, no dropout, evaluation mode.
+
+    Norm weights, norm biases and all other biases are random too, so that a fold which forgets one of them shows.
+    """
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=101,
+        n_positions=32,
+        n_embd=32,
+        n_layer=3,
+        n_head=4,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        initializer_range=0.15,
+        bos_token_id=EOT,
+        eos_token_id=EOT,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = GPT2LMHeadModel(config)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.ndim == 1:
+                    parameter.add_(0.3 * torch.randn_like(parameter))
+                if name.endswith("wpe.weight"):
+                    parameter[0] *= 8  # position 0 stands out, as it does in GPT-2
+                if name.endswith("wte.weight"):
+                    parameter[EOT] *= 3
+    return model.eval()
+
+
+@pytest.fixture
+def token_ids() -> torch.Tensor:
+    """(4, 24) tokens with end-of-text in the middle of rows, and at position 0 of the second row."""
+    ids = torch.randint(0, EOT, (4, 24), generator=torch.Generator().manual_seed(1))
+    ids[0, 7] = ids[1, 0] = ids[2, 23] = ids[2, 5] = EOT
+    return ids

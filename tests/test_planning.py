@@ -1,0 +1,235 @@
+"""The dry run: counts against transformers' own model, memory against autograd, and what is printed."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from ln_removal import planning
+from ln_removal.errors import UserError
+from ln_removal.planning import architecture_of, count_parameters, estimate_memory, flops_per_token, plan
+from ln_removal.recipe import ArchitectureSpec, Recipe, load_recipe
+
+SMALL = ArchitectureSpec(n_layer=3, n_head=2, n_embd=16, n_positions=32, vocab_size=100)
+
+
+def recipe_for(model: str, overrides: dict[str, object] | None = None) -> Recipe:
+    return load_recipe("gpt2-fast", {"model": model} | (overrides or {}))
+
+
+def write_config(folder: Path, shape: ArchitectureSpec, **changes: object) -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    config = shape.model_dump() | {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]} | changes
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "parameters", "tokens", "sites"),
+    [
+        ("distilgpt2", 81_912_576, 157_286_400, 6 * 3 + 1),
+        ("gpt2", 124_439_808, 524_288_000, 12 * 3 + 1),
+        ("gpt2-apollo", 124_439_808, 629_145_600, 12 * 3 + 1),
+        ("gpt2-medium", 354_823_168, 262_144_000, 24 * 3 + 1),
+        ("gpt2-large", 774_030_080, 314_572_800, 36 * 3 + 1),
+        ("gpt2-xl", 1_557_611_200, 419_430_400, 48 * 3 + 1),
+    ],
+)
+def test_known_sizes_need_no_files(recipe: str, parameters: int, tokens: int, sites: int, tmp_path: Path) -> None:
+    drawn = plan(load_recipe(recipe))
+    assert (drawn.parameters, drawn.tokens) == (parameters, tokens)
+    freezes = [row for row in drawn.to_json()["schedule"] if row["action"] == "freeze"]  # type: ignore[attr-defined]
+    assert len(freezes) == sites
+
+
+def test_owners_of_the_published_models_are_ignored() -> None:
+    assert architecture_of(recipe_for("openai-community/gpt2-large")).n_layer == 36
+
+
+def test_parameters_are_those_of_the_real_model() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config.from_dict(SMALL.model_dump() | {"bos_token_id": 0, "eos_token_id": 0}))
+    assert count_parameters(SMALL) == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_flops_per_token_of_gpt2() -> None:
+    small = planning.KNOWN_ARCHITECTURES["gpt2"]
+    assert flops_per_token(small, 1024) == 6 * 124_439_808 + 12 * 12 * 768 * 1024
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_activation_bytes_are_what_autograd_keeps(precision: str) -> None:
+    """The constant c, measured as the growth from 2 to 4 layers of the installed model, not compiled."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from ln_removal.surgery import install
+
+    batch, context, width = 2, 64, 64
+
+    def kept(n_layer: int) -> int:
+        shape = SMALL.model_dump() | {"n_layer": n_layer, "n_embd": width, "n_positions": context}
+        off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0}
+        config = GPT2Config.from_dict(shape | off)
+        model = GPT2LMHeadModel(config).train()
+        install(model, eot_token_id=None)
+        own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        storages: dict[int, tuple[int, torch.Tensor]] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                storages[storage.data_ptr()] = (storage.nbytes(), tensor)
+            return tensor
+
+        tokens = torch.zeros(batch, context, dtype=torch.int64)
+        with (
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+            torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"),
+        ):
+            alive = model.transformer(tokens).last_hidden_state
+        assert alive.requires_grad
+        return sum(size for size, _ in storages.values())
+
+    grown = kept(4) - kept(2)
+    copies = 2 * 12 * width**2 * 2 if precision == "bfloat16" else 0  # autocast's weights
+    found = (grown - copies) / (2 * batch * context * width)
+    assert found == pytest.approx(planning.ACTIVATION_BYTES[precision, False], rel=0.1)
+
+
+def test_memory_follows_the_formula_and_the_settings() -> None:
+    recipe = recipe_for("gpt2", {"training.precision": "float32"})
+    small = planning.KNOWN_ARCHITECTURES["gpt2"]
+    one, two = (estimate_memory(recipe, small, size) for size in (4, 8))
+    count = count_parameters(small)
+    assert (one.parameters, one.gradients, one.optimizer) == (4 * count, 4 * count, 8 * count)
+    assert two.activations - one.activations == 4 * 1024 * (12 * 76 + 12) * 768
+    assert one.total == one.parameters + one.gradients + one.optimizer + one.activations
+    muon = estimate_memory(recipe_for("gpt2", {"training.optimizer": "muon"}), small, 4)
+    assert one.optimizer - muon.optimizer == 4 * 12 * 12 * 768**2
+    eager = estimate_memory(recipe_for("gpt2", {"training.compile": False}), small, 4)
+    assert eager.activations > estimate_memory(recipe_for("gpt2"), small, 4).activations
+
+
+def test_constants_shared_with_the_modules_that_need_torch() -> None:
+    from ln_removal import objective
+    from ln_removal.training import setup
+
+    assert planning.LOGITS_IN_A_CHUNK == objective.LOGITS_IN_A_CHUNK
+    assert planning.CPU_TOKENS_IN_A_PASS == setup.TOKENS_IN_A_CPU_PASS
+
+
+def test_time_on_a_gpu_scales_with_what_it_should() -> None:
+    recipe = load_recipe("gpt2-fast")
+    base = plan(recipe, device="NVIDIA H100 80GB HBM3").seconds
+    assert base is not None
+    work = 157_286_400 * flops_per_token(planning.KNOWN_ARCHITECTURES["gpt2"], 1024)
+    assert base == pytest.approx(work / (989e12 * planning.ASSUMED_UTILISATION))
+    assert plan(recipe, device="H100", control=True).seconds == pytest.approx(2 * base)
+    assert plan(recipe, device="H100", processes=8).seconds == pytest.approx(base / 8)
+    assert plan(recipe, device="NVIDIA A100-SXM4-80GB").seconds == pytest.approx(base * 989 / 312)
+    assert plan(recipe, device="NVIDIA L40S").seconds == pytest.approx(base * 989 / 362)
+
+
+def test_time_on_a_cpu_is_not_guessed() -> None:
+    recipe = load_recipe("gpt2-fast")
+    guessed = plan(recipe)
+    assert guessed.seconds is None
+    assert guessed.seconds_elsewhere["H100"] == pytest.approx(plan(recipe, device="H100").seconds)
+    assert plan(recipe, tokens_per_second=1000.0).seconds == pytest.approx(157_286.4)
+    assert plan(recipe, tokens_per_second=1000.0, control=True).seconds == pytest.approx(314_572.8)
+    assert plan(recipe, device="Some Future GPU").seconds is None
+
+
+def test_automatic_micro_batch() -> None:
+    recipe = load_recipe("gpt2-medium")
+    shape = planning.KNOWN_ARCHITECTURES["gpt2-medium"]
+    assert plan(recipe).micro_batch == 4, "4,096 tokens on a CPU"
+    on_gpu = plan(recipe, device="NVIDIA GeForce RTX 4090")
+    assert 512 % on_gpu.micro_batch == 0
+    assert on_gpu.memory.total <= 0.9 * 24e9 < estimate_memory(recipe, shape, 2 * on_gpu.micro_batch).total
+    assert plan(recipe_for("gpt2", {"training.micro_batch": 16})).micro_batch == 16
+    assert plan(recipe_for("gpt2", {"training.micro_batch": 16}), processes=64).micro_batch == 8
+    with pytest.raises(UserError, match="do not divide among 3 processes"):
+        plan(recipe, processes=3)
+
+
+def test_a_model_that_does_not_fit_is_said_so() -> None:
+    drawn = plan(load_recipe("gpt2-xl"), device="RTX 3090")
+    assert any("does not fit into the 24.0 GB of RTX 3090" in assumption for assumption in drawn.assumptions)
+
+
+def test_other_models_are_read_from_their_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_config(tmp_path / "mine", SMALL)
+    recipe = recipe_for(folder, {"data.context": 32})
+    assert architecture_of(recipe) == SMALL
+    # A directory of a published model's name is what loading would take, so planning takes it too.
+    write_config(tmp_path / "gpt2", SMALL)
+    monkeypatch.chdir(tmp_path)
+    assert architecture_of(recipe_for("gpt2")) == SMALL
+
+
+def test_models_that_cannot_be_planned(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such directory"):
+        plan(recipe_for(str(tmp_path / "absent")))
+    with pytest.raises(UserError, match="not a GPT-2"):
+        plan(recipe_for(write_config(tmp_path / "other", SMALL, model_type="llama")))
+    with pytest.raises(UserError, match=r"longer than .* can read; lower it to 32 or less"):
+        plan(recipe_for(write_config(tmp_path / "short", SMALL)))
+
+
+def test_an_impossible_schedule_is_refused() -> None:
+    with pytest.raises(UserError, match="not complete by the last step"):
+        plan(load_recipe("gpt2", {"training.steps": 500}))
+
+
+def test_json_is_plain_and_complete() -> None:
+    drawn = plan(load_recipe("gpt2-fast")).to_json()
+    assert json.loads(json.dumps(drawn)) == drawn
+    assert {"recipe", "schedule", "tokens", "steps", "parameters", "memory_bytes", "seconds", "assumptions"} <= set(
+        drawn
+    )
+    schedule = drawn["schedule"]
+    assert isinstance(schedule, list)
+    assert {"site": "ln_1_v.7", "step": 89, "action": "freeze", "taper": 0, "tokens": 89 * 524_288} in schedule
+    assert (drawn["steps"], drawn["seconds"]) == (300, None)
+    assert drawn["memory_bytes"] == sum(drawn["memory"].values())  # type: ignore[attr-defined]
+
+
+def test_pretraining_plans_have_no_schedule() -> None:
+    recipe = load_recipe("gpt2-fast")
+    pretraining = Recipe.model_validate(
+        dict(recipe) | {"schedule": None, "architecture": planning.KNOWN_ARCHITECTURES["gpt2"]}
+    )
+    drawn = plan(pretraining)
+    assert drawn.schedule is None
+    assert drawn.to_json()["schedule"] == []
+    drawn.render(Console(file=io.StringIO()))
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_render_shows_recipe_schedule_timeline_and_estimates(width: int) -> None:
+    output = io.StringIO()
+    plan(load_recipe("gpt2-fast"), device="H100", control=True).render(Console(file=output, width=width))
+    text = output.getvalue()
+    for part in ("ln_2_gap = 2", "steps = 300", "timeline", "157,286,400", "124,439,808", "about 15 min", "30% of"):
+        assert part in " ".join(text.split()), part
+    row = next(line.split() for line in text.splitlines() if line.split()[:1] == ["7"])
+    assert row == ["7", "34", "58", "89"]
+
+
+def test_planning_a_published_model_imports_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys; from ln_removal.recipe import load_recipe; from ln_removal.planning import plan; "
+        "plan(load_recipe('gpt2')).to_json(); "
+        "print([name for name in ('torch', 'transformers', 'numpy') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
