@@ -21,6 +21,7 @@ from ln_removal.errors import UserError
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import GPT2LMHeadModel
 
 SITE_KINDS = ("ln_2", "ln_1_qk", "ln_1_v", "ln_f")
 """Kinds of site, in the order in which a removal takes them."""
@@ -125,7 +126,7 @@ def check_supported(model: nn.Module) -> None:
         )
 
 
-def _named_norms(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def _named_norms(model: GPT2LMHeadModel) -> list[tuple[str, nn.Module]]:
     """(module path, module) of ln_1 and ln_2 of each block and of ln_f."""
     names = [f"transformer.h.{i}.{ln}" for i in range(model.config.n_layer) for ln in ("ln_1", "ln_2")]
     return [(name, model.get_submodule(name)) for name in [*names, "transformer.ln_f"]]

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from ln_removal.errors import UserError
 
@@ -86,7 +86,7 @@ def load_model(name: str, *, device: str = "cpu", dtype: torch.dtype | None = No
     if mismatched := sorted(report["mismatched_keys"]):
         key, found, expected = mismatched[0]
         raise UserError(
-            f"{directory}: the shapes of {len(mismatched)} weights do not fit config.json, such as {key}: {tuple(found)} in "
+            f"{directory}: config.json does not fit {len(mismatched)} of the weights, such as {key}: {tuple(found)} in "
             f"the file, {tuple(expected)} by config.json; use the config.json that the weights were saved with"
         )
     if missing := sorted(report["missing_keys"]):
@@ -147,8 +147,8 @@ def check_tokenizer(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
     entries = max(tokenizer.get_vocab().values(), default=-1) + 1
     if entries > config.vocab_size:
         raise UserError(
-            f"the tokenizer has {entries} entries and the model's embedding {config.vocab_size} rows; use the tokenizer "
-            "that the model was trained with"
+            f"the tokenizer has {entries} entries and the model's embedding {config.vocab_size} rows; use the "
+            "tokenizer that the model was trained with"
         )
 
 
@@ -230,28 +230,22 @@ def _read_config(directory: Path) -> PretrainedConfig:
             f"{fields.get('architectures')}; ln-removal works on GPT2LMHeadModel checkpoints"
         )
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise UserError(f"{path} is not a valid GPT-2 configuration: {_one_line(error)}") from error
-    return config
 
 
 def _read_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     _require_tokenizer(_names(directory), str(directory))
-    for name in TOKENIZER_FILES:
-        if name.endswith(".json") and (directory / name).is_file():
-            _read_json(directory / name)
     loader: Any = AutoTokenizer
     try:
         with _quiet_transformers():
-            tokenizer: PreTrainedTokenizerBase = loader.from_pretrained(
-                directory, local_files_only=True, trust_remote_code=False
-            )
+            tokenizer = loader.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise UserError(f"the tokenizer in {directory} does not load: {_one_line(error)}; save it again") from error
-    return tokenizer
+    return cast("PreTrainedTokenizerBase", tokenizer)
 
 
 def _check_weight_files(directory: Path) -> None:
@@ -288,10 +282,12 @@ def _required(name: str, files: set[str], where: str) -> str:
         return name
     pickles = sorted(file for file in files if file.endswith(PICKLE_SUFFIXES) and "training" not in file)
     if name == WEIGHTS and pickles:
+        folder = where if Path(where).is_dir() else Path(where).name
+        download = "" if folder == where else f"run `hf download {where} --local-dir {folder}` and, "
         raise UserError(
-            f"{where} has no {WEIGHTS}, only {pickles[0]}, a pickle, which can run code and is never loaded; if you trust "
-            'it, convert it: python -c "from transformers import GPT2LMHeadModel as M; '
-            f"M.from_pretrained('{where}').save_pretrained('converted')\""
+            f"{where} has no {WEIGHTS}, only {pickles[0]}, a pickle, which can run code and is never loaded; {download}"
+            'if you trust it, convert it: python -c "from transformers import GPT2LMHeadModel as M; '
+            f"M.from_pretrained('{folder}').save_pretrained('{folder}')\""
         )
     raise UserError(f"{where} has no {name}; found: {_listing(files)}")
 
@@ -299,8 +295,8 @@ def _required(name: str, files: set[str], where: str) -> str:
 def _require_tokenizer(files: set[str], where: str) -> None:
     if "tokenizer.json" not in files and not {"vocab.json", "merges.txt"} <= files:
         raise UserError(
-            f"{where} has no tokenizer (tokenizer.json, or vocab.json and merges.txt); found: {_listing(files)}; save one "
-            "there with tokenizer.save_pretrained"
+            f"{where} has no tokenizer (tokenizer.json, or vocab.json and merges.txt); found: {_listing(files)}; save "
+            "one there with tokenizer.save_pretrained"
         )
 
 
@@ -401,8 +397,8 @@ def hub_error(error: BaseException, what: str, repo_id: str, advice: str) -> Use
         return UserError(f"the {what} {repo_id} on {host} lacks the revision asked for; see {page}")
     if isinstance(error, errors.RepositoryNotFoundError) and not isinstance(error, errors.GatedRepoError):
         return UserError(
-            f"{host} has no {what} {repo_id!r} that you may read; check the spelling, or, if it is private, log in with "
-            "`hf auth login`"
+            f"{host} has no {what} {repo_id!r} that you may read; check the spelling, or, if it is private, log in "
+            "with `hf auth login`"
         )
     if status in (401, 403):
         return UserError(f"the {what} {repo_id} is gated: accept its terms at {page} and log in with `hf auth login`")

@@ -231,7 +231,7 @@ class FreezableNorm(nn.Module):
         self._refresh_frozen()
 
     def _refresh_frozen(self) -> None:
-        """frozen_std as a function of captured_std and dropped: geometric, exp((1 - d) log special + d log ordinary)."""
+        """Set frozen_std from captured_std and dropped: exp((1 - d) log special + d log ordinary)."""
         ordinary = self.captured_std[:, :1]
         between = self.captured_std * (ordinary / self.captured_std) ** self.dropped
         # At d = 1 take the ordinary value itself, not one a rounding away: folding needs a single constant.

@@ -264,22 +264,29 @@ def plan(
 
 
 def architecture_of(recipe: Recipe) -> ArchitectureSpec:
-    """The architecture of the recipe's model: its own [architecture], a published size, or what config.json says.
+    """The architecture of the recipe's model: its own [architecture], or that of the model it names.
+
+    Raises:
+        UserError: as `architecture_of_model`.
+    """
+    return recipe.architecture or architecture_of_model(recipe.model)
+
+
+def architecture_of_model(name: str) -> ArchitectureSpec:
+    """The architecture of a model: a published size, known without asking the Hub, or what config.json says.
 
     Raises:
         UserError: the model is neither a published size nor a readable GPT-2 (see `models.load_config`).
     """
-    if recipe.architecture is not None:
-        return recipe.architecture
-    name = recipe.model
+    published = name
     for owner in _OWNERS:
-        name = name.removeprefix(owner)
+        published = published.removeprefix(owner)
     # A local directory of that name comes first, as it does when the model is loaded.
-    if name in KNOWN_ARCHITECTURES and not Path(recipe.model).is_dir():
-        return KNOWN_ARCHITECTURES[name]
+    if published in KNOWN_ARCHITECTURES and not Path(name).is_dir():
+        return KNOWN_ARCHITECTURES[published]
     from ln_removal.models import load_config
 
-    config = load_config(recipe.model)
+    config = load_config(name)
     return ArchitectureSpec(**{field: getattr(config, field) for field in ArchitectureSpec.model_fields})
 
 

@@ -189,6 +189,18 @@ def dump_toml(recipe: Recipe) -> str:
     return write_toml(recipe.model_dump())
 
 
+def with_overrides(recipe: Recipe, overrides: Mapping[str, object]) -> Recipe:
+    """A recipe with dotted-key overrides applied, as `load_recipe` applies them.
+
+    Raises:
+        UserError: the changed recipe has faults.
+    """
+    document = recipe.model_dump(exclude_none=True)
+    for key, value in overrides.items():
+        _override(document, key, value)
+    return validate_recipe(document, source=recipe.name)
+
+
 def parse_overrides(assignments: Iterable[str]) -> dict[str, object]:
     """Turn command-line assignments such as "training.steps=20" into overrides; values are TOML, or else plain text.
 

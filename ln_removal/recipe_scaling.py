@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from ln_removal.errors import UserError
-from ln_removal.recipe import ArchitectureSpec, Recipe, ScheduleSpec, load_recipe
+from ln_removal.recipe import ArchitectureSpec, Recipe, ScheduleSpec, load_recipe, with_overrides
 
 _MOMENTS = ("ln_2_start", "qk_start", "v_start", "ln_f_at")
 _GAPS = ("ln_2_gap", "qk_gap", "v_gap")
@@ -33,6 +35,36 @@ def default_recipe(model: str, shape: ArchitectureSpec) -> Recipe:
     context = next(length for length in fitting if tokens % length == 0)
     data = recipe.data.model_copy(update={"context": context})
     return Recipe.model_validate(dict(recipe) | {"model": model, "data": data})
+
+
+def resolve_recipe(
+    *,
+    model: str | None = None,
+    recipe: str | None = None,
+    overrides: Mapping[str, object] | None = None,
+    steps: int | None = None,
+) -> Recipe:
+    """The removal that a user asks for by a model's name, a recipe's, or both.
+
+    Args:
+        model: "tiny", a published size, a directory or a Hub id; replaces the recipe's model.
+        recipe: a built-in recipe or a TOML file; default: the one of the model (see `default_recipe`).
+        overrides: dotted keys, applied literally.
+        steps: length of the run, schedule included (see `with_steps`), applied last.
+
+    Raises:
+        UserError: neither is named, there is no such model or recipe, or the result has faults.
+    """
+    from ln_removal.planning import architecture_of_model
+
+    if model is None and recipe is None:
+        raise UserError("name what to remove LayerNorm from: --model tiny, --model gpt2, --model DIRECTORY or --recipe NAME")
+    if recipe is not None:
+        found = load_recipe(recipe, {**(overrides or {}), **({} if model is None else {"model": model})})
+    else:
+        assert model is not None
+        found = with_overrides(default_recipe(model, architecture_of_model(model)), overrides or {})
+    return found if steps is None else with_steps(found, steps)
 
 
 def with_steps(recipe: Recipe, steps: int) -> Recipe:

@@ -299,7 +299,7 @@ def _fold_reader(norm: FreezableNorm, weight: Tensor, bias: Tensor | None) -> tu
 
 
 def _fold_attention(projection: NormedProjection) -> tuple[Tensor, Tensor]:
-    """c_attn with the constant of ln_1_qk under the query and key columns and that of ln_1_v under the value columns."""
+    """c_attn, with the constant of ln_1_qk for its query and key columns and that of ln_1_v for its value columns."""
     norm = projection.norm
     width = norm.weight.shape[0]
     for_qk, for_v = norm.frozen_std[:, ORDINARY]
@@ -307,7 +307,7 @@ def _fold_attention(projection: NormedProjection) -> tuple[Tensor, Tensor]:
     return fold_affine(projection.weight, projection.bias, norm.weight, norm.bias, sigma)
 
 
-def _some(sites: list[object], most: int = 4) -> str:
+def _some(sites: list[Site], most: int = 4) -> str:
     names = [str(site) for site in sites[:most]]
     return ", ".join(names) + (", ..." if len(sites) > most else "")
 

@@ -1,7 +1,7 @@
 """A small Hugging Face Hub on localhost: the part of its HTTP API that loading models and streaming data sets uses.
 
-The real clients (huggingface_hub, transformers, datasets) are pointed at it with HF_ENDPOINT, which they read when they are
-imported; so whatever uses it runs in a process of its own (`run_client`).
+The real clients (huggingface_hub, transformers, datasets) are pointed at it with HF_ENDPOINT, which they read when they
+are imported; so whatever uses it runs in a process of its own (`run_client`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 from urllib.parse import unquote, urlsplit
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,12 +51,12 @@ def read_folder(folder: Path) -> dict[str, bytes]:
 
 
 class FakeHub:
-    """A context manager; `endpoint` is what HF_ENDPOINT has to be, `requests` are (method, path, bytes sent) in order."""
+    """A context manager; `endpoint` is what HF_ENDPOINT has to be, `requests` are (method, path, bytes sent)."""
 
     def __init__(self) -> None:
         self.repos: dict[tuple[str, str], FakeRepo] = {}
         self.requests: list[tuple[str, str, int]] = []
-        self.broken_after: int | None = None  # from this many requests on, connections are cut
+        self.cut_path: str | None = None  # requests for this path get no answer: the connection is closed
         hub = self
 
         class Handler(_Handler):
@@ -74,7 +74,7 @@ class FakeHub:
         repo.gated = gated
         return repo
 
-    def __enter__(self) -> FakeHub:
+    def __enter__(self) -> Self:
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         return self
 
@@ -83,9 +83,6 @@ class FakeHub:
     ) -> None:
         self._server.shutdown()
         self._server.server_close()
-
-    def bytes_sent(self, path_part: str) -> int:
-        return sum(size for _, path, size in self.requests if path_part in path)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -107,7 +104,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         hub = self.owner
-        if hub.broken_after is not None and len(hub.requests) >= hub.broken_after:
+        if hub.cut_path is not None and hub.cut_path in self.path:
             self.close_connection = True
             return
         path = unquote(urlsplit(self.path).path).strip("/")
@@ -249,12 +246,12 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def run_client(
-    code: str, endpoint: str, home: Path, *, timeout: float = 60, **environment: str
+    code: str, endpoint: str, home: Path, *, timeout: float = 240, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Run Python code in a fresh process whose Hub is `endpoint` and whose Hub cache lies under `home`."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING", "TRANSFORMERS_"))}
     clean |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_TELEMETRY": "1"}
     clean |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "NO_PROXY": "127.0.0.1", **environment}
     return subprocess.run(
-        [sys.executable, "-c", code], env=clean, capture_output=True, text=True, timeout=timeout, cwd=home
+        [sys.executable, "-c", code], check=False, env=clean, capture_output=True, text=True, timeout=timeout, cwd=home
     )

@@ -1,7 +1,7 @@
 """A plain GPT-2 in NumPy float64, against which the tests compare. Shares no code with ln_removal.
 
-Its norms are LayerNorm, frozen, or a mixture, given for each site and each position class. Shapes: B batch, T positions,
-D width, H heads.
+Its norms are LayerNorm, frozen, or a mixture, given for each site and each position class. Shapes: B batch,
+T positions, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ class Reference:
             x = x + self._attention(x, i, sites)
             x = x + self._mlp(x, i, sites)
         out = self._norm(x, "transformer.ln_f", "ln_f", sites.get("ln_f", SiteSetting()))
-        return out @ self.weights["lm_head.weight"].T
+        logits: Array = out @ self.weights["lm_head.weight"].T
+        return logits
 
     def _norm(self, x: Array, path: str, name: str, setting: SiteSetting) -> Array:
         mean = x.mean(-1, keepdims=True)
@@ -93,11 +94,13 @@ class Reference:
             scores = np.where(self.visible, scores, -np.inf)
             weights = np.exp(scores - scores.max(-1, keepdims=True))
             mixed[..., part] = (weights / weights.sum(-1, keepdims=True)) @ value[..., part]
-        return mixed @ self.weights[f"{path}.attn.c_proj.weight"] + self.weights[f"{path}.attn.c_proj.bias"]
+        out: Array = mixed @ self.weights[f"{path}.attn.c_proj.weight"] + self.weights[f"{path}.attn.c_proj.bias"]
+        return out
 
     def _mlp(self, x: Array, i: int, sites: Mapping[str, SiteSetting]) -> Array:
         path = f"transformer.h.{i}"
         normed = self._norm(x, f"{path}.ln_2", f"ln_2.{i}", sites.get(f"ln_2.{i}", SiteSetting()))
         hidden = normed @ self.weights[f"{path}.mlp.c_fc.weight"] + self.weights[f"{path}.mlp.c_fc.bias"]
         hidden = 0.5 * hidden * (1 + np.tanh(np.sqrt(2 / np.pi) * (hidden + 0.044715 * hidden**3)))
-        return hidden @ self.weights[f"{path}.mlp.c_proj.weight"] + self.weights[f"{path}.mlp.c_proj.bias"]
+        out: Array = hidden @ self.weights[f"{path}.mlp.c_proj.weight"] + self.weights[f"{path}.mlp.c_proj.bias"]
+        return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import GPT2LMHeadModel
 
 from ln_removal.data.tokens import Shard, TokenDataset, TokenIndex, TokenSplit, write_index
 from ln_removal.errors import UserError
@@ -24,7 +26,11 @@ BYTES = 340
 def make_split(directory: Path, lengths: list[int], *, size: int = BYTES) -> TokenSplit:
     random = np.random.default_rng(0)
     index = TokenIndex(
-        corpus={"name": "test"}, tokenizer={"name": "t", "sha256": ""}, vocab_size=VOCABULARY, eot_token_id=100, dtype="uint16"
+        corpus={"name": "test"},
+        tokenizer={"name": "t", "sha256": ""},
+        vocab_size=VOCABULARY,
+        eot_token_id=100,
+        dtype="uint16",
     )
     for number, length in enumerate(lengths):
         file = f"validation-{number}.bin"
@@ -68,7 +74,9 @@ def test_equals_a_plain_computation(tiny_gpt2: nn.Module, tmp_path: Path) -> Non
 def test_float64_model_is_scored_in_float64(tiny_gpt2: nn.Module, tmp_path: Path) -> None:
     split = make_split(tmp_path, [65])
     losses, _ = plain_losses(tiny_gpt2, split)
-    assert cross_entropy(tiny_gpt2.double(), split, context=CONTEXT).cross_entropy == pytest.approx(np.mean(losses), abs=1e-12)
+    assert cross_entropy(tiny_gpt2.double(), split, context=CONTEXT).cross_entropy == pytest.approx(
+        np.mean(losses), abs=1e-12
+    )
 
 
 def test_standard_error_is_over_windows(tiny_gpt2: nn.Module, tmp_path: Path) -> None:
@@ -87,7 +95,7 @@ def test_one_window_has_no_standard_error_and_unknown_bytes_give_no_bits(tiny_gp
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_batches_and_chunks_change_nothing(
-    tiny_gpt2: nn.Module, tmp_path: Path, batch_size: int, monkeypatch: pytest.MonkeyPatch
+    tiny_gpt2: GPT2LMHeadModel, tmp_path: Path, batch_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     split = make_split(tmp_path, [150, 33])
     whole = cross_entropy(tiny_gpt2, split, context=CONTEXT)
@@ -101,7 +109,7 @@ def test_batches_and_chunks_change_nothing(
     assert result.percentile_99_9 == pytest.approx(whole.percentile_99_9, abs=1e-5)
 
 
-def test_memory_error_halves_the_batch(tiny_gpt2: nn.Module, tmp_path: Path) -> None:
+def test_memory_error_halves_the_batch(tiny_gpt2: GPT2LMHeadModel, tmp_path: Path) -> None:
     split = make_split(tmp_path, [200])
     expected = cross_entropy(tiny_gpt2, split, context=CONTEXT).cross_entropy
     sizes: list[int] = []
@@ -117,7 +125,7 @@ def test_memory_error_halves_the_batch(tiny_gpt2: nn.Module, tmp_path: Path) -> 
     assert result.cross_entropy == pytest.approx(expected, abs=1e-6)
 
 
-def test_freezable_norms_and_other_models(tiny_gpt2: nn.Module, tmp_path: Path) -> None:
+def test_freezable_norms_and_other_models(tiny_gpt2: GPT2LMHeadModel, tmp_path: Path) -> None:
     from ln_removal.surgery import install
 
     class Bare(nn.Module):
@@ -132,7 +140,9 @@ def test_freezable_norms_and_other_models(tiny_gpt2: nn.Module, tmp_path: Path) 
 
     split = make_split(tmp_path, [80])
     expected = cross_entropy(tiny_gpt2, split, context=CONTEXT)
-    assert cross_entropy(Bare(tiny_gpt2), split, context=CONTEXT).cross_entropy == pytest.approx(expected.cross_entropy, abs=1e-6)
+    assert cross_entropy(Bare(tiny_gpt2), split, context=CONTEXT).cross_entropy == pytest.approx(
+        expected.cross_entropy, abs=1e-6
+    )
     install(tiny_gpt2, eot_token_id=100)
     tiny_gpt2.train()
     before = {name: value.clone() for name, value in tiny_gpt2.named_buffers()}
@@ -162,7 +172,7 @@ def test_limited_windows_are_whole_spread_and_within_the_limit() -> None:
     assert len(windows) == 10 and all(w.count == 16 for w in windows)
     assert [w.shard for w in windows] == [0] * 5 + [1] * 5
     starts = [w.shard * 1000 + w.start for w in windows]
-    assert max(b - a for a, b in zip(starts, starts[1:], strict=False)) < 2 * 2000 / 10
+    assert max(b - a for a, b in itertools.pairwise(starts)) < 2 * 2000 / 10
     assert len(plan_windows([1000], 16, 3)) == 1
     assert plan_windows([1000], 16, 10_000) == plan_windows([1000], 16)
 
@@ -178,7 +188,9 @@ def test_uneven_windows_weigh_by_their_tokens() -> None:
     assert result.standard_error == pytest.approx(math.sqrt(2 * ((3 / 4 * 1) ** 2 + (1 / 4 * 3) ** 2)))
 
 
-@pytest.mark.parametrize(("lengths", "context", "message"), [([1, 1], 16, "too few"), ([50], 33, "at most 32"), ([50], 0, "at least 1")])
+@pytest.mark.parametrize(
+    ("lengths", "context", "message"), [([1, 1], 16, "too few"), ([50], 33, "at most 32"), ([50], 0, "at least 1")]
+)
 def test_user_errors(tiny_gpt2: nn.Module, tmp_path: Path, lengths: list[int], context: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
         cross_entropy(tiny_gpt2, make_split(tmp_path, lengths), context=context)

@@ -6,7 +6,7 @@ import math
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ln_removal.recipe import TrainingSpec, load_recipe
@@ -43,6 +43,7 @@ def specs(draw: st.DrawFn) -> TrainingSpec:
 
 
 @given(specs())
+@settings(deadline=None)
 def test_rises_to_the_peak_then_falls_to_the_minimum(drawn: TrainingSpec) -> None:
     rates = [learning_rate_at(step, drawn) for step in range(450)]
     warm = drawn.warmup_steps
@@ -58,6 +59,7 @@ def test_rises_to_the_peak_then_falls_to_the_minimum(drawn: TrainingSpec) -> Non
 
 
 @given(specs())
+@settings(deadline=None)
 def test_no_jump_larger_than_the_curve_allows(drawn: TrainingSpec) -> None:
     end = drawn.steps if drawn.decay_steps is None else drawn.decay_steps
     start = end - round(drawn.decay_fraction * end) if drawn.decay == "trapezoid" else drawn.warmup_steps

@@ -21,7 +21,9 @@ EOT = 100
 WIDTH = 8
 
 
-def make_norm(ids: Tensor, *, readers: int = 1, dtype: torch.dtype = torch.float32, width: int = WIDTH) -> FreezableNorm:
+def make_norm(
+    ids: Tensor, *, readers: int = 1, dtype: torch.dtype = torch.float32, width: int = WIDTH
+) -> FreezableNorm:
     generator = torch.Generator().manual_seed(2)
     classes = PositionClasses(EOT)
     classes.fill(ids)
@@ -245,12 +247,13 @@ class TestStatistics:
         norm(x)
         norm.update_running(0.9)
         before = norm.running_std.clone()
-        x[0, 0, 0] = float("nan")  # position 0 only
-        norm(x)
+        doubled = 2 * x
+        doubled[0, 0, 0] = float("nan")  # position 0 only
+        norm(doubled)
         norm.update_running(0.0)
-        assert torch.isfinite(norm.running_std).all()
         assert norm.running_std[FIRST] == before[FIRST]
-        torch.testing.assert_close(norm.running_std[END_OF_TEXT], before[END_OF_TEXT])
+        others = [ORDINARY, END_OF_TEXT]  # these move as ever
+        torch.testing.assert_close(norm.running_std[others], 2 * before[others], rtol=1e-4, atol=0)
 
 
 class TestConstants:
@@ -372,4 +375,4 @@ def test_no_buffer_is_lost_in_a_state_dict() -> None:
     x = stream(2, 6) + 1
     for mine, theirs in zip(norm.eval()(x), other.eval()(x), strict=True):
         assert torch.equal(mine, theirs)
-    assert N_CLASSES == norm.running_std.shape[0]
+    assert norm.running_std.shape == (N_CLASSES,)

@@ -257,13 +257,17 @@ def test_all_faults_at_once(tmp_path: Path) -> None:
         ),
         (
             {"training.micro_batch": 24},
-            "training.micro_batch: must divide the 32 sequences of a step (4096 tokens / context 128), found 24; "
-            + "try 16",
+            (
+                "training.micro_batch: must divide the 32 sequences of a step "
+                "(4096 tokens / context 128), found 24; try 16"
+            ),
         ),
         (
             {"training.decay": "trapezoid", "training.decay_fraction": 0.5, "training.warmup_steps": 60},
-            "training.decay_fraction: the decay (50 steps) and the warm-up (60) overlap within 100 steps; "
-            + "lower one of them",
+            (
+                "training.decay_fraction: the decay (50 steps) and the warm-up (60) "
+                "overlap within 100 steps; lower one of them"
+            ),
         ),
         ({"schedule.taper": -1}, "schedule.taper: should be greater than or equal to 0, found -1"),
         ({"data.corpus": ""}, "data.corpus: String should have at least 1 character, found ''"),

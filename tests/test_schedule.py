@@ -127,6 +127,7 @@ def test_changes_replay_to_the_values(schedule: RemovalSchedule) -> None:
 
 
 @given(start=st.integers(1, 50), taper=st.integers(0, 40))
+@settings(deadline=None)
 def test_taper_takes_equal_steps(start: int, taper: int) -> None:
     event = Event(start, "ln_f", "freeze", taper)
     assert event.value(start - 1) == 0.0

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo
-import torch.multiprocessing
 from reference_gpt2 import Array, Reference, SiteSetting
 from torch import Tensor, nn
 from torch._dynamo.backends.debugging import aot_eager
+from torch.multiprocessing.spawn import spawn
 from transformers import GPT2LMHeadModel, GPT2Model
 
 from ln_removal.architectures import Site, all_sites, check_supported, parse_site
@@ -66,7 +66,9 @@ class TestArchitectures:
         for site in all_sites(12):
             assert parse_site(str(site)) == site
 
-    @pytest.mark.parametrize("text", ["ln_1.0", "ln_2", "ln_f.0", "ln_1_v.-1", "ln_1_v.x", "ln_1_v.", "", "ln_2. 1", "ln_2.1.2"])
+    @pytest.mark.parametrize(
+        "text", ["ln_1.0", "ln_2", "ln_f.0", "ln_1_v.-1", "ln_1_v.x", "ln_1_v.", "", "ln_2. 1", "ln_2.1.2"]
+    )
     def test_what_is_not_a_site(self, text: str) -> None:
         with pytest.raises(UserError, match="is not a site"):
             parse_site(text)
@@ -181,7 +183,10 @@ class TestStagesAgainstReference:
     def test_running_stds(self, staged: Staged, token_ids: Tensor) -> None:
         model, sites, reference, tolerance = staged
         reference.logits(token_ids.numpy())
-        first = {name: np.array([std[reference.classes == k].mean() for k in range(3)]) for name, std in reference.stds.items()}
+        first = {
+            name: np.array([std[reference.classes == k].mean() for k in range(3)])
+            for name, std in reference.stds.items()
+        }
         for name, found in sites.running_stds().items():
             np.testing.assert_allclose(found, first[name], rtol=10 * tolerance)
         other = token_ids.flip(1)
@@ -203,7 +208,7 @@ class TestStagesAgainstReference:
         constants = running[parse_site(site).norm]
         expected = reference.logits(ids, {site: SiteSetting(1.0, (constants[0], constants[1], constants[2]))})
         assert relative_error(logits(model, token_ids), expected) < tolerance
-        assert relative_error(logits(model, token_ids), reference.logits(ids)) > 1e-3  # and it is not LayerNorm any more
+        assert relative_error(logits(model, token_ids), reference.logits(ids)) > 1e-3  # no longer LayerNorm
 
     def test_site_after_site_tapered_then_the_special_constants(self, staged: Staged, token_ids: Tensor) -> None:
         model, sites, reference, tolerance = staged
@@ -467,7 +472,7 @@ def _rank(rank: int, folder: str) -> None:
 
 @pytest.mark.slow
 def test_average_over_two_ranks(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_rank, args=(str(tmp_path),), nprocs=2)
+    spawn(_rank, args=(str(tmp_path),), nprocs=2)
     results = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
     single = torch.load(tmp_path / "single.pt", weights_only=True)
     for pooled, _, _ in results:

@@ -9,11 +9,14 @@ import functools
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Annotated, Literal, ParamSpec
+from typing import TYPE_CHECKING, Annotated, Literal, ParamSpec
 
 import typer
 
 from ln_removal.errors import UserError
+
+if TYPE_CHECKING:
+    from ln_removal.recipe import Recipe
 
 P = ParamSpec("P")
 
@@ -91,3 +94,18 @@ def pick_device(device: Device) -> str:
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch finds no CUDA GPU on this machine; use --device cpu")
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
+def print_plan(recipe: Recipe, *, control: bool, as_json: bool) -> None:
+    """What `--dry-run` prints: recipe, schedule and estimates, as text or as JSON."""
+    import json
+
+    from ln_removal.planning import plan
+
+    found = plan(recipe, control=control)
+    if as_json:
+        typer.echo(json.dumps(found.to_json(), indent=2))
+        return
+    from rich.console import Console
+
+    found.render(Console())

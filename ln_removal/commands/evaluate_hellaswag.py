@@ -3,43 +3,44 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from ln_removal.commands import console
 from ln_removal.errors import UserError
 
-if TYPE_CHECKING:
-    from ln_removal.evaluation.questions import Question
-
-EMBEDDED_MODEL = "tiny"
-
 
 def evaluate_hellaswag(
     models: Annotated[
-        list[str], typer.Argument(metavar="MODEL", help="tiny, a directory, or a Hub id such as gpt2.", show_default=False)
+        list[str],
+        typer.Argument(metavar="MODEL", help="tiny, a directory, or a Hub id such as gpt2.", show_default=False),
     ],
     data: Annotated[
         str | None,
         typer.Option(
             metavar="FILE",
-            help="Questions: the official jsonl or the six-line text form, plain, .gz or .bz2; or `completions`, the Python "
-            "completion set built from this machine's held-out modules. "
-            "Default: completions for tiny and for --protocol code, else HellaSwag from the Hub.",
+            help="Questions: the official jsonl or the six-line text form, plain, .gz or .bz2; `hellaswag`, from the "
+            "Hub; or `completions`, the Python set built from this machine's held-out modules. "
+            "Default: completions for tiny and for --protocol code, else hellaswag.",
             show_default=False,
         ),
     ] = None,
     protocol: Annotated[
         Literal["lm-eval", "nanogpt", "code"] | None,
         typer.Option(
-            help="How endings are tokenised and compared. Default: code for completions, else lm-eval.", show_default=False
+            help="How endings are tokenised and compared. Default: code for completions, else lm-eval.",
+            show_default=False,
         ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Answer only the first LIMIT questions.", show_default=False)] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Answer only the first LIMIT questions.", show_default=False)
+    ] = None,
     per_question: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Write each question's scores and choices there, as JSON lines.", show_default=False),
+        typer.Option(
+            metavar="FILE", help="Write each question's scores and choices there, as JSON lines.", show_default=False
+        ),
     ] = None,
     device: console.DeviceOption = "auto",
     as_json: console.JsonOption = False,
@@ -59,18 +60,20 @@ def evaluate_hellaswag(
     import json
     import sys
 
-    completions = data == "completions" or (data is None and (EMBEDDED_MODEL in models or protocol == "code"))
-    chosen = protocol or ("code" if completions else "lm-eval")
+    from ln_removal.evaluation.scoring import COMPLETIONS, HELLASWAG, load_question_set
+    from ln_removal.models import EMBEDDED_MODEL, load_config, load_model
+
+    if data is None:
+        data = COMPLETIONS if EMBEDDED_MODEL in models or protocol == "code" else HELLASWAG
     if per_question is not None:
         _check_writable(per_question)
     place = console.pick_device(device)
-
-    from ln_removal.evaluation.hellaswag import evaluate_choices
-    from ln_removal.models import load_config, load_model
-
     for name in models:  # a misspelt last name should not wait for the scores of the first
         load_config(name)
-    questions = _questions("completions" if completions else data)
+    question_set = load_question_set(data, protocol=protocol)
+
+    from ln_removal.evaluation.hellaswag import evaluate_choices
+
     summaries: dict[str, dict[str, Any]] = {}
     lines: list[dict[str, Any]] = []
     for name in dict.fromkeys(models):
@@ -78,8 +81,8 @@ def evaluate_hellaswag(
         result = evaluate_choices(
             loaded.model,
             loaded.tokenizer,
-            questions,
-            protocol=chosen,
+            question_set.questions,
+            protocol=question_set.protocol,
             limit=limit,
             progress=name if sys.stderr.isatty() else False,
         )
@@ -88,24 +91,10 @@ def evaluate_hellaswag(
         del loaded
     if per_question is not None:
         per_question.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    source = "completions" if completions else data or "Rowan/hellaswag"
     if as_json:
-        typer.echo(json.dumps({"data": source, "device": place, "models": summaries}, indent=2))
+        typer.echo(json.dumps({"data": question_set.name, "device": place, "models": summaries}, indent=2))
     else:
-        _print_table(summaries, source)
-
-
-def _questions(data: str | None) -> list[Question]:
-    from ln_removal.evaluation.questions import load_from_hub, load_questions
-
-    if data is None:
-        return load_from_hub()
-    if data == "completions":
-        from ln_removal.data.python_source import held_out_modules
-        from ln_removal.evaluation.completions import build_completions
-
-        return build_completions(held_out_modules())
-    return load_questions(data)
+        _print_table(summaries, question_set.name)
 
 
 def _check_writable(path: Path) -> None:
@@ -116,7 +105,9 @@ def _check_writable(path: Path) -> None:
         if not existed:
             path.unlink()
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; choose another --per-question file") from error
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; choose another --per-question file"
+        ) from error
 
 
 def _print_table(summaries: dict[str, dict[str, Any]], source: str) -> None:
@@ -124,7 +115,9 @@ def _print_table(summaries: dict[str, dict[str, Any]], source: str) -> None:
     from rich.table import Table
 
     first = next(iter(summaries.values()))
-    table = Table(title=f"{source}: {first['questions']:,} questions, protocol {first['protocol']}", title_justify="left")
+    table = Table(
+        title=f"{source}: {first['questions']:,} questions, protocol {first['protocol']}", title_justify="left"
+    )
     table.add_column("model", overflow="fold")
     for column in ("acc", "acc_norm"):
         table.add_column(f"{column} (%)", justify="right")

@@ -1,7 +1,7 @@
 """Corpora from the Hugging Face Hub, streamed: the ones this project knows, and any other data set by its id.
 
-Nothing is downloaded as a whole: rows are read from the Hub as they are needed, and an interrupted preparation goes on in
-the file where it stopped. The row counts in the footers of parquet files say which file that is.
+Nothing is downloaded as a whole: rows are read from the Hub as they are needed, and an interrupted preparation goes on
+in the file where it stopped. The row counts in the footers of parquet files say which file that is.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 import logging
 import math
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -36,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class HubPart:
-    """One split of one Hub data set. A data set that has only one split gives that one, whatever its name."""
+    """One split of one Hub data set. Of a data set that has one split and is used once, the split's name may differ."""
 
     dataset: str
     split: str = "train"
@@ -56,7 +57,7 @@ class HubSource:
     parts: tuple[HubPart, ...]
     revision: str | None = None
     config: str | None = None
-    data_files: str | None = None
+    data_files: tuple[tuple[str, str], ...] = ()  # (split, pattern); empty: as the data set says
     field: str = "text"
     tokenised: bool = False
     nanogpt_split: bool = False
@@ -76,7 +77,11 @@ def _both(dataset: str, *, optional: bool = False) -> tuple[HubPart, ...]:
 
 
 _PILE = HubSource(
-    "the-pile", "the Pile without copyrighted sets", _both("monology/pile-uncopyrighted"), compression="zstd"
+    "the-pile",
+    "the Pile without copyrighted sets",
+    _both("monology/pile-uncopyrighted"),
+    data_files=(("train", "train/*.jsonl*"), ("validation", "val.jsonl*")),
+    compression="zstd",
 )
 
 KNOWN_CORPORA: dict[str, HubSource] = {
@@ -86,8 +91,8 @@ KNOWN_CORPORA: dict[str, HubSource] = {
             "openwebtext",
             "OpenWebText, about 9 billion GPT-2 tokens, with nanoGPT's validation split",
             _only("Skylion007/openwebtext"),
-            revision="refs/convert/parquet",  # the main branch holds a loading script, which datasets 4 and later refuse
-            data_files="plain_text/train/*.parquet",
+            revision="refs/convert/parquet",  # main holds a loading script, which datasets refuses from version 4 on
+            data_files=(("train", "plain_text/train/*.parquet"),),
             nanogpt_split=True,
             documents=8_013_769,
         ),
@@ -122,7 +127,7 @@ KNOWN_CORPORA: dict[str, HubSource] = {
         ),
         HubSource(
             "pile-filtered-10k",
-            "10,000 rows of 1,024 GPT-2 tokens of the filtered Pile, for evaluation: all but one are held out",
+            "10,000 rows of the Pile without tokens that OpenWebText lacks, for evaluation: all but one are held out",
             _only("lucabaroni/apollo-pile-filtered-10k"),
             field="input_ids",
             tokenised=True,
@@ -199,7 +204,7 @@ class HubCorpus:
         self.name = source.name
         self.max_bytes = max_bytes
         if source.tokenised and max_bytes is not None:
-            raise UserError(f"{self.name} holds tokens, not text, so max_bytes means nothing; use max_tokens")
+            raise UserError(f"{self.name} holds tokens, not text, so max_bytes means nothing; use --max-tokens")
 
     def identity(self) -> dict[str, object]:
         described = {key: value for key, value in asdict(self.source).items() if key != "summary"}
@@ -213,15 +218,15 @@ class HubCorpus:
         for part in self.source.parts:
             if part.dataset not in opened:
                 opened[part.dataset] = self._open(part.dataset)
-            stream = _choose_split(opened[part.dataset], part)
+            stream = self._choose_split(opened[part.dataset], part)
             if stream is None:
                 continue
             held_out |= part.validation
             split_of = self._splitter(stream, part, held_out)
-            first = self._fast_forward(stream, skip - position)
+            most = VALIDATION_DOCUMENTS if part.validation else sys.maxsize
+            first = self._fast_forward(stream, min(skip - position, most))
             position += first
-            limit = max(0, VALIDATION_DOCUMENTS - first) if part.validation else None
-            for index, value in islice(enumerate(self._values(stream), first), limit):
+            for index, value in islice(enumerate(self._values(stream), first), most - first):
                 split = split_of(index)
                 if split == "train" and self.max_bytes is not None and isinstance(value, str):
                     if written >= self.max_bytes and position >= 2:
@@ -234,17 +239,13 @@ class HubCorpus:
                         yield TokenDocument(value, split, self.name)
                 position += 1
         if position < 2:
-            raise UserError(
-                f"{self.name} holds {position} documents; at least 2 are needed, one of them to validate on"
-            )
+            raise UserError(f"{self.name} holds {position} documents; at least 2 are needed, one to validate on")
 
     def _check_compression(self) -> None:
         from fsspec.compression import available_compressions
 
         if self.source.compression not in available_compressions():
-            raise UserError(
-                f"{self.name} is compressed with zstandard, which is not installed; run pip install zstandard"
-            )
+            raise UserError(f"{self.name} is compressed with zstandard, which is missing; run pip install zstandard")
 
     def _open(self, dataset: str) -> dict[str, _Stream]:
         """The splits of a data set, ready to stream, by the Hub's name for them."""
@@ -252,16 +253,16 @@ class HubCorpus:
 
         source = self.source
         try:
-            # Asked before `datasets` is: this answers or fails in a known time, and with the commit pinned `datasets` does
-            # not ask the data-set viewer, another server that it waits 100 seconds for.
-            info = first_answer(
-                lambda: HfApi().dataset_info(dataset, revision=source.revision, timeout=HUB_SECONDS - 2)
-            )
+            # Asked before `datasets` is: this answers or fails in a known time, and with the commit pinned `datasets`
+            # does not ask the data-set viewer, another server that it waits 100 seconds for.
+            api = HfApi()
+            info = first_answer(lambda: api.dataset_info(dataset, revision=source.revision, timeout=HUB_SECONDS - 2))
             if info.gated:
-                first_answer(lambda: HfApi().auth_check(dataset, repo_type="dataset"))
+                first_answer(lambda: api.auth_check(dataset, repo_type="dataset"))
             from datasets import load_dataset_builder
 
-            builder = load_dataset_builder(dataset, name=source.config, revision=info.sha, data_files=source.data_files)
+            data_files = dict(source.data_files) or None
+            builder = load_dataset_builder(dataset, name=source.config, revision=info.sha, data_files=data_files)
             files = builder.config.data_files or {}
             return {
                 str(name): _Stream(dataset, stream, [str(file) for file in files.get(str(name), [])])
@@ -269,6 +270,16 @@ class HubCorpus:
             }
         except Exception as error:
             raise self._failure(error, dataset) from error
+
+    def _choose_split(self, streams: dict[str, _Stream], part: HubPart) -> _Stream | None:
+        if part.split in streams:
+            return streams[part.split]
+        if part.optional:
+            return None
+        uses = sum(part.dataset == other.dataset for other in self.source.parts if not other.optional)
+        if uses == len(streams) == 1:
+            return next(iter(streams.values()))
+        raise UserError(f"{part.dataset} has no split {part.split!r}; found: {', '.join(streams)}")
 
     def _splitter(self, stream: _Stream, part: HubPart, held_out: bool) -> Callable[[int], Split]:
         """The split of the document with a given index in its part."""
@@ -281,19 +292,15 @@ class HubCorpus:
             return lambda index: hash_split(index, f"{part.dataset}:{index}", source.validation_fraction)
         documents = sum(self._rows_by_file(stream))
         if documents != source.documents:
-            logger.warning(
-                "%s has %s documents, not %s: the held-out ones are not nanoGPT's",
-                self.name,
-                documents,
-                source.documents,
-            )
+            logger.warning("%s has %s documents now: the held-out ones are not nanoGPT's", self.name, documents)
         validation = nanogpt_validation(documents)
         return lambda index: "validation" if index in validation else "train"
 
     def _fast_forward(self, stream: _Stream, count: int) -> int:
         """Make the stream start up to `count` documents later without reading them; how many were passed over."""
         one_row_each = not (self.source.dropped_sets or self.source.articles or self.max_bytes)
-        if count <= 0 or not one_row_each or not stream.all_parquet:
+        parquet = bool(stream.files) and all(file.endswith(".parquet") for file in stream.files)
+        if count <= 0 or not one_row_each or not parquet:
             return 0
         passed = 0
         files = list(stream.files)
@@ -307,27 +314,27 @@ class HubCorpus:
             return passed
         from datasets import load_dataset
 
-        stream.rows = load_dataset("parquet", data_files={"rest": files}, split="rest", streaming=True).skip(
-            count - passed
-        )
+        rest = load_dataset("parquet", data_files={"rest": files}, split="rest", streaming=True)
+        stream.rows = rest.skip(count - passed)
         return count
 
     def _rows_by_file(self, stream: _Stream) -> list[int]:
         """The number of rows of each parquet file, from its footer (a few kilobytes of it are read)."""
-        try:
-            with ThreadPoolExecutor(8) as pool:
-                return list(pool.map(_parquet_rows, stream.files))
-        except Exception as error:
-            raise self._failure(error, stream.dataset) from error
+        if not stream.counts:
+            try:
+                with ThreadPoolExecutor(8) as pool:
+                    stream.counts = list(pool.map(_parquet_rows, stream.files))
+            except Exception as error:
+                raise self._failure(error, stream.dataset) from error
+        return stream.counts
 
     def _values(self, stream: _Stream) -> Iterator[str | list[int]]:
         """The documents of a stream: a text, or the token ids of a row."""
-        source = self.source
-        rows = self._rows(stream)
-        if source.dropped_sets:
-            rows = (row for row in rows if (row.get("meta") or {}).get("pile_set_name") not in source.dropped_sets)
+        rows, dropped = self._rows(stream), self.source.dropped_sets
+        if dropped:
+            rows = (row for row in rows if (row.get("meta") or {}).get("pile_set_name") not in dropped)
         values = (self._value(row, stream.dataset) for row in rows)
-        return _articles(values) if source.articles else values
+        return _articles(values) if self.source.articles else values
 
     def _value(self, row: dict[str, Any], dataset: str) -> Any:
         kind = list if self.source.tokenised else str
@@ -336,8 +343,8 @@ class HubCorpus:
             return kind()
         if not isinstance(value, kind):
             raise UserError(
-                f"{dataset}: no {'token ids' if self.source.tokenised else 'text'} in the column {self.source.field!r} (found: "
-                f"{', '.join(row)}); name the column with the option field"
+                f"{dataset}: no {'token ids' if self.source.tokenised else 'text'} in the column {self.source.field!r} "
+                f"(found: {', '.join(row)}); name the right one with --field"
             )
         return value
 
@@ -350,19 +357,16 @@ class HubCorpus:
     def _failure(self, error: Exception, dataset: str, *, started: bool = False) -> UserError:
         from huggingface_hub.errors import HfHubHTTPError
 
-        advice = (
-            "start the same command again: it goes on where it stopped"
-            if started
-            else f"on a machine with network run `ln-prepare {self.name}` and copy the folder it writes, or prepare a local "
-            "file or directory instead"
-        )
+        advice = f"run `ln-prepare {self.name}` on another machine and copy its output here, or prepare a local file"
+        if started:
+            advice = "start the same command again: it goes on where it stopped"
         if isinstance(error, UserError):
             return error
         if isinstance(error, HfHubHTTPError) or is_unreachable(error):
             return hub_error(error, "data set", dataset, advice)
-        return UserError(
-            f"the data set {dataset} cannot be read ({' '.join(str(error).split())[:300]}); see https://huggingface.co/datasets/{dataset}"
-        )
+        message = " ".join(str(error).split())[:300]
+        hint = "name one as hub:OWNER/NAME:CONFIG, or " if "onfig" in message else ""
+        return UserError(f"cannot read the data set {dataset}: {message}; {hint}see huggingface.co/datasets/{dataset}")
 
 
 @dataclass
@@ -372,20 +376,7 @@ class _Stream:
     dataset: str
     rows: Iterable[dict[str, Any]]
     files: list[str]
-
-    @property
-    def all_parquet(self) -> bool:
-        return bool(self.files) and all(file.endswith(".parquet") for file in self.files)
-
-
-def _choose_split(streams: dict[str, _Stream], part: HubPart) -> _Stream | None:
-    if part.split in streams:
-        return streams[part.split]
-    if part.optional:
-        return None
-    if len(streams) == 1:
-        return next(iter(streams.values()))
-    raise UserError(f"{part.dataset} has no split {part.split!r}; found: {', '.join(streams)}")
+    counts: list[int] = field(default_factory=list)
 
 
 def _parquet_rows(url: str) -> int:

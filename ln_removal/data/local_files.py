@@ -1,6 +1,6 @@
 """Corpora from files of this machine: text, jsonl, parquet, or a directory of them.
 
-Documents come in the order of the files' paths. Whatever the size, only one document, one line or one parquet batch is in
+Documents come in the order of the files' paths. Whatever the size, one document, one line or one parquet batch is in
 memory at a time.
 """
 
@@ -34,7 +34,7 @@ PIECE_BYTES = 64 << 10
 """A piece ends at the first blank line after this many bytes..."""
 
 MAXIMUM_PIECE_BYTES = 256 << 10
-"""...or here, when there is none."""
+"""...or, when there is none, at the last line that ends before this many bytes."""
 
 PARQUET_ROWS = 512
 SOURCE = "local"
@@ -139,14 +139,14 @@ class LocalFiles:
     def _too_small(self, count: int) -> str:
         if self.path.is_file():
             return (
-                f"{self.path} holds {count} documents ({self.path.stat().st_size:,} bytes); at least 2 are needed, one to "
-                "train on and one to validate; add text, or give a directory"
+                f"{self.path} holds {count} documents ({self.path.stat().st_size:,} bytes); at least 2 are needed, one "
+                "to train on and one to validate on; add text, or give a directory"
             )
         endings = Counter(path.suffix or path.name for path in _walk(self.path))
         found = ", ".join(f"{number} {ending}" for ending, number in endings.most_common(5)) or "no files"
         return (
-            f"{self.path} holds {count} documents; at least 2 are needed, one to train on and one to validate; read are "
-            f"{' '.join(SUFFIXES)} that are not empty, hidden or binary; found {found}"
+            f"{self.path} holds {count} documents; at least 2 are needed, one to train on and one to validate on; read "
+            f"are {' '.join(SUFFIXES)} that are not empty, hidden or binary; found {found}"
         )
 
     def _files(self) -> Iterator[Path]:
@@ -203,7 +203,8 @@ class LocalFiles:
                 if not isinstance(text, str):
                     found = ", ".join(map(str, islice(row, 8))) if isinstance(row, dict) else type(row).__name__
                     raise UserError(
-                        f"{file}, line {number}: no text in the field {self.field!r} (found: {found}); name the field with the option field"
+                        f"{file}, line {number}: no text in the field {self.field!r} (found: {found}); name the right "
+                        "one with --field"
                     )
                 yield self._without_surrogates(text)
 
@@ -216,12 +217,14 @@ class LocalFiles:
                 schema = opened.schema_arrow
                 if self.field not in schema.names:
                     raise UserError(
-                        f"{file} has no column {self.field!r} (found: {', '.join(schema.names)}); name the column with the option field"
+                        f"{file} has no column {self.field!r} (found: {', '.join(schema.names)}); name the right "
+                        "one with --field"
                     )
                 kind = schema.field(self.field).type
                 if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
                     raise UserError(
-                        f"{file}: the column {self.field!r} holds {kind}, not strings; name the text column with the option field"
+                        f"{file}: the column {self.field!r} holds {kind}, not strings; name the text column "
+                        "with --field"
                     )
                 for batch in opened.iter_batches(batch_size=PARQUET_ROWS, columns=[self.field]):
                     for data in batch.column(0).cast(pa.large_binary()).to_pylist():
@@ -250,7 +253,7 @@ class LocalFiles:
 
 
 def _walk(directory: Path) -> Iterator[Path]:
-    """All files below a directory in the order of their paths, without hidden ones and without following links to directories."""
+    """All files below a directory in the order of their paths, without hidden ones and those behind linked folders."""
 
     def refuse(error: OSError) -> None:
         raise UserError(
@@ -266,28 +269,22 @@ def _walk(directory: Path) -> Iterator[Path]:
 
 
 def _pieces(file: BinaryIO) -> Iterator[bytes]:
-    """Cut a text at blank lines into pieces of a little over PIECE_BYTES; joined, they are the text again."""
+    """Cut a text into pieces of a little over PIECE_BYTES, at blank lines where possible; joined, they are the text."""
     piece = bytearray()
     while line := file.readline(MAXIMUM_PIECE_BYTES):
         piece += line
+        while len(piece) > MAXIMUM_PIECE_BYTES:
+            end = piece.rfind(b"\n", PIECE_BYTES, MAXIMUM_PIECE_BYTES) + 1
+            end = end or _character_boundary(piece, MAXIMUM_PIECE_BYTES)
+            yield bytes(piece[:end])
+            del piece[:end]
         if len(piece) >= PIECE_BYTES and not line.strip():
             yield bytes(piece)
             piece.clear()
-        elif len(piece) >= MAXIMUM_PIECE_BYTES:
-            end = _character_boundary(piece)
-            yield bytes(piece[:end])
-            del piece[:end]
     if piece:
         yield bytes(piece)
 
 
-def _character_boundary(data: bytearray) -> int:
-    """The largest length of `data` that does not end inside a UTF-8 character."""
-    for back in range(1, 4):
-        byte = data[-back]
-        if byte >= 0xC0:  # a leading byte: it needs 1, 2 or 3 more
-            needed = 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
-            return len(data) - back if needed > back else len(data)
-        if byte < 0x80:
-            break
-    return len(data)
+def _character_boundary(data: bytearray, end: int) -> int:
+    """The last position up to `end` that is not inside a UTF-8 character (`end` itself when that is nowhere near)."""
+    return next((end - back for back in range(4) if data[end - back] & 0xC0 != 0x80), end)

@@ -50,8 +50,8 @@ def open_corpus(name_or_path: str, **options: Any) -> Corpus:
         close = difflib.get_close_matches(name_or_path.lower(), names, n=1, cutoff=0.5)
         hint = f", did you mean {close[0]}?" if close else ";"
         raise UserError(
-            f"no corpus or file {name_or_path!r}{hint} known: {', '.join(names)}, hub:OWNER/NAME[:CONFIG], or the path of a "
-            "file or directory"
+            f"no corpus or file {name_or_path!r}{hint} known: {', '.join(names)}, hub:OWNER/NAME[:CONFIG], or the path "
+            "of a file or directory"
         )
     given = {key: value for key, value in options.items() if value is not None}
     accepted = inspect.signature(factory).parameters

@@ -1,8 +1,8 @@
 """A completion test for models of Python: HellaSwag's format, built from modules that the model was never trained on.
 
-A question shows consecutive lines of a real module and offers four continuations: the next one to three lines, and three
-runs of lines from other modules that begin at the same indentation, have as many lines where such are to be found, and
-differ by at most 15 % in length. So neither length nor layout gives the answer away.
+A question shows consecutive lines of a real module and offers four continuations: the next one to three lines, and
+three runs of lines from other modules that begin at the same indentation, have as many lines where such are to be
+found, and differ by at most 15 % in length. So neither length nor layout gives the answer away.
 
 Questions depend on the modules and the seed alone: same modules, same questions. Score them with the protocol `code`.
 """
@@ -81,7 +81,9 @@ class _Pool:
         return None
 
 
-def build_completions(modules: Iterable[tuple[str, str]], *, count: int = DEFAULT_COUNT, seed: int = 0) -> list[Question]:
+def build_completions(
+    modules: Iterable[tuple[str, str]], *, count: int = DEFAULT_COUNT, seed: int = 0
+) -> list[Question]:
     """Build completion questions from source texts.
 
     Args:
@@ -116,8 +118,8 @@ def build_completions(modules: Iterable[tuple[str, str]], *, count: int = DEFAUL
             travelled += module.sizes[at]
     if not found:
         raise UserError(
-            f"no completion question can be built from {len(parsed)} modules with {sum(map(len, common))} characters of code; "
-            "give more source, or questions with --data FILE"
+            f"no completion question can be built from {len(parsed)} modules with "
+            f"{sum(len(module.lines) for module in parsed)} lines; give more source, or questions with --data FILE"
         )
     kept = sorted(sorted(range(len(found)), key=lambda _: random.random())[:count])
     return [replace(found[index], ind=ind) for ind, index in enumerate(kept)]
@@ -141,18 +143,21 @@ def _question(
 
     def fits(run: _Run) -> bool:
         opening = _opening(run.text)
-        return run.module != number and run.text.strip() not in taken and opening not in openings and opening not in seen
+        return (
+            run.module != number and run.text.strip() not in taken and opening not in openings and opening not in seen
+        )
 
-    wrong: list[str] = []
+    endings: list[str] = []
     for _ in range(ENDINGS - 1):
         run = pool.draw(random, _indent(module.lines[at]), lines, right.size, fits)
         if run is None:
             return None
-        wrong.append(run.text)
+        endings.append(run.text)
         taken.add(run.text.strip())
         openings.add(_opening(run.text))
     label = _below(random, ENDINGS)
-    first, second, third, fourth = [*wrong[:label], right.text, *wrong[label:]]
+    endings.insert(label, right.text)
+    first, second, third, fourth = endings
     return Question(
         ind=0,
         activity_label=module.name,

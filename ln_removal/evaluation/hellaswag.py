@@ -5,9 +5,10 @@ The same model scores differently under different protocols, so a figure means n
 - `lm-eval` (lm-evaluation-harness 0.4, task hellaswag 1.0): the query is the cleaned `activity_label: ctx_a Ctx_b`, the
   endings are cleaned too; query + " " + ending is tokenised as a whole and cut after the query's number of tokens.
   acc compares summed log-probabilities, acc_norm the same divided by the *characters* of the ending.
-- `nanogpt` (the evaluation of llm.c and build-nanogpt): ctx as it is, no label; ctx and " " + ending are tokenised apart.
-  acc compares sums, acc_norm means over the ending's tokens.
-- `code`: ctx + ending verbatim, tokenised as a whole; acc compares sums, acc_norm sums divided by the ending's UTF-8 bytes.
+- `nanogpt` (the evaluation of llm.c and build-nanogpt): ctx as it is, no label; ctx and " " + ending are tokenised
+  apart. acc compares sums, acc_norm means over the ending's tokens.
+- `code`: ctx + ending verbatim, tokenised as a whole; acc compares sums, acc_norm sums divided by the ending's UTF-8
+  bytes.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ Texts = tuple[str, tuple[str, ...]]
 
 @dataclass(frozen=True, slots=True)
 class QuestionScore:
-    """One question: the right ending, the ending chosen by each rule, and the figures compared (nats; larger is better)."""
+    """One question: the right ending, the choices by acc's and acc_norm's rule, and the figures they compare (nats)."""
 
     ind: int
     label: int
@@ -143,7 +144,7 @@ def evaluate_choices(
 
 
 def clean(text: str) -> str:
-    """lm-eval's cleaning: WikiHow's " [title]" marks become full stops, other bracketed marks go, double spaces halve."""
+    """lm-eval's cleaning: WikiHow's " [title]" becomes a full stop, other bracketed marks go, double spaces halve."""
     text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
     return text.replace("  ", " ")
 
@@ -187,14 +188,17 @@ def _encode_nanogpt(tokenizer: PreTrainedTokenizerBase, texts: list[Texts], name
 def _encode_code(tokenizer: PreTrainedTokenizerBase, texts: list[Texts], names: list[str]) -> list[Prompt]:
     """The context is the tokens that begin inside it and that all endings agree on.
 
-    A tokenizer for code may join the last line break of the context with the indentation of the ending, or even with the
-    symbol before it ("):\\n    "). Cutting the text there would show the model a token sequence it never met in training;
-    a token that all endings share adds the same to every score and can as well be given.
+    A tokenizer for code may join the last line break of the context with the indentation of the ending, or even with
+    the symbol before it ("):\\n    "). Cutting the text there would show the model a token sequence it never met in
+    training; a token that all endings share adds the same to every score and can as well be given.
     """
     prompts: list[Prompt] = []
     for (context, endings), name in zip(texts, names, strict=True):
         encoded = tokenizer(
-            [context + ending for ending in endings], add_special_tokens=False, return_offsets_mapping=True, verbose=False
+            [context + ending for ending in endings],
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            verbose=False,
         )
         wholes: list[list[int]] = encoded["input_ids"]
         inside = sum(start < len(context) for start, _ in encoded["offset_mapping"][0])

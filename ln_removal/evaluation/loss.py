@@ -41,8 +41,8 @@ class LossResult:
     Attributes:
         cross_entropy: mean over all scored tokens.
         standard_error: of the mean, over windows (tokens within a window are not independent); None for one window.
-        bits_per_byte: cross_entropy / ln 2 * tokens / bytes, with the tokens and bytes of the whole split; None where the text
-            behind the tokens, hence its bytes, is not known.
+        bits_per_byte: cross_entropy / ln 2 * tokens / bytes, with the tokens and bytes of the whole split; None where
+            the text behind the tokens, hence its bytes, is not known.
         median, percentile_95, percentile_99_9: of the per-token losses.
         tokens: scored tokens. windows: windows they stand in.
     """
@@ -70,9 +70,9 @@ def cross_entropy(
 ) -> LossResult:
     """Score `model` on windows of `context` input tokens.
 
-    Windows follow one another with an overlap of one token, so every token but the first of a shard is predicted exactly
-    once, the shorter window at the end of a shard included. With `max_tokens` whole windows spread evenly over the split
-    are scored instead: the same ones for every model.
+    Windows follow one another with an overlap of one token, so every token but the first of a shard is predicted
+    exactly once, the shorter window at the end of a shard included. With `max_tokens` whole windows spread evenly over
+    the split are scored instead: the same ones for every model.
 
     Args:
         model: a Hugging Face causal language model; with norms, with freezable norms installed, or without.
@@ -103,8 +103,7 @@ def cross_entropy(
             "prepare more text"
         )
     device = torch.device(device) if device is not None else next(model.parameters()).device
-    if batch_size == "auto":
-        batch_size = max(1, _batch_tokens(model, device) // context)
+    batch = max(1, _batch_tokens(model, device) // context) if batch_size == "auto" else batch_size
 
     total = sum(window.count for window in windows)
     losses = np.empty(total, dtype=np.float64 if next(model.parameters()).dtype == torch.float64 else np.float32)
@@ -113,10 +112,9 @@ def cross_entropy(
     with scoring(model, device, precision), tqdm(total=total, desc=label, unit="tok", disable=not progress) as bar:
         # Only windows of one length share a batch, so nothing is padded.
         for count, same in groupby(windows, key=lambda window: window.count):
-            for group in _chunks(list(same), batch_size):
+            for group in _chunks(list(same), batch):
                 tokens = np.stack([split.read(window.shard, window.start, count + 1) for window in group])
-                batch = torch.from_numpy(tokens).to(device)
-                scored = _losses_halving(model, batch).flatten().cpu().numpy()
+                scored = _losses_halving(model, torch.from_numpy(tokens).to(device)).flatten().cpu().numpy()
                 losses[done : done + scored.size] = scored
                 done += scored.size
                 bar.update(scored.size)
@@ -136,8 +134,8 @@ class Window:
 def plan_windows(shards: list[int], context: int, max_tokens: int | None = None) -> list[Window]:
     """The windows to score, given the number of tokens in each shard.
 
-    With `max_tokens` below what is there: max(1, max_tokens // context) whole windows, evenly spread (the shorter windows
-    at the ends of shards only where no whole one exists).
+    With `max_tokens` below what is there: max(1, max_tokens // context) whole windows, evenly spread (the shorter
+    windows at the ends of shards only where no whole one exists).
     """
     windows = [
         Window(shard, start, min(context, tokens - 1 - start))
@@ -199,7 +197,7 @@ def scoring(model: nn.Module, device: torch.device, precision: Precision) -> Ite
 
 
 def position_losses(
-    model: nn.Module, input_ids: Tensor, targets: Tensor, positions: Tensor | None = None, **inputs: Any
+    model: Any, input_ids: Tensor, targets: Tensor, positions: Tensor | None = None, **inputs: Any
 ) -> Tensor:
     """Negative log-probability of a target at each chosen position, in nats.
 
@@ -223,9 +221,8 @@ def position_losses(
     if positions is not None:
         hidden = hidden[positions]
     rows = max(1, CHUNK_ELEMENTS.get(hidden.device.type, 1 << 23) // _vocabulary(model))
-    return torch.cat(
-        [_nll(model.lm_head(h), t) for h, t in zip(hidden.split(rows), targets.split(rows), strict=True)]
-    )
+    chunks = zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True)
+    return torch.cat([_nll(model.lm_head(some), theirs) for some, theirs in chunks])
 
 
 def _nll(logits: Tensor, targets: Tensor) -> Tensor:

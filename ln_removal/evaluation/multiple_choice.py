@@ -99,8 +99,8 @@ def ending_log_probs(
     for prompt_, found in zip(prompts, scores, strict=True):
         if not np.isfinite(found).all():
             raise UserError(
-                f"{prompt_.name}: the model's log-probabilities are not finite ({found.tolist()}); its weights are damaged "
-                "or overflow in this precision, try float32"
+                f"{prompt_.name}: the model's log-probabilities are not finite ({found.tolist()}); its weights are "
+                "damaged or overflow in this precision, try float32"
             )
     return scores
 
@@ -119,7 +119,7 @@ def pack(prompts: Sequence[Prompt], n_positions: int, *, together: bool) -> list
     """
     rows: list[Row] = []
     for number, prompt in enumerate(prompts):
-        assert prompt.context and all(prompt.endings), f"{prompt.name}: an empty context or ending"
+        assert all([prompt.context, *prompt.endings]), f"{prompt.name}: an empty context or ending"
         groups: dict[tuple[int, int], dict[tuple[int, ...], list[tuple[int, int]]]] = {}
         for index, ending in enumerate(prompt.endings):
             kept = min(len(prompt.context), n_positions + 1 - len(ending))
@@ -145,7 +145,7 @@ def batches(rows: list[Row], budget: int) -> Iterator[list[Row]]:
 
 
 def _batch_log_probs(model: nn.Module, rows: list[Row], device: torch.device) -> npt.NDArray[np.float64]:
-    """Summed log-probabilities of the endings of `rows`, in order; rows that do not fit in memory are done in halves."""
+    """Summed log-probabilities of the endings of `rows`, in order; what does not fit in memory is done in halves."""
     try:
         inputs, positions, targets = _tensors(model, rows, device)
         losses = position_losses(model, targets=targets, positions=positions, **inputs).double().cpu().numpy()

@@ -58,8 +58,8 @@ class Question:
 def load_questions(path: Path | str) -> list[Question]:
     """Read a file of questions: the official jsonl or the six-line text form, plain, .gz or .bz2.
 
-    The text form has six lines a question: `activity_label: ctx`, the index of the right ending, the four endings. It does
-    not keep ctx_a and ctx_b apart, so ctx_a is the whole context and ctx_b empty.
+    The text form has six lines a question: `activity_label: ctx`, the index of the right ending, the four endings. It
+    does not keep ctx_a and ctx_b apart, so ctx_a is the whole context and ctx_b empty.
 
     Raises:
         UserError: when the file cannot be read, is empty, or a question is malformed (with its line).
@@ -98,7 +98,7 @@ def load_from_hub(*, split: str = "validation") -> list[Question]:
     from ln_removal.models import first_answer, hub_error
 
     advice = (
-        "give --data FILE (hellaswag_val.jsonl from github.com/rowanz/hellaswag), or, if it was downloaded here before, set "
+        "give --data FILE (hellaswag_val.jsonl from github.com/rowanz/hellaswag), or, if it was downloaded before, set "
         "HF_HUB_OFFLINE=1"
     )
     try:
@@ -162,7 +162,9 @@ def _question(record: Any, where: str, number: int) -> Question:
     if not isinstance(endings, list) or len(endings) != ENDINGS or not all(isinstance(e, str) for e in endings):
         raise UserError(f"{where}: endings is not a list of {ENDINGS} texts; only four-way questions are scored")
     if label not in {str(index) for index in range(ENDINGS)}:
-        hint = "the test split is published without labels, use the validation split" if not label else "expected 0 to 3"
+        hint = (
+            "the test split is published without labels, use the validation split" if not label else "expected 0 to 3"
+        )
         raise UserError(f"{where}: the label is {label!r}; {hint}")
     first, second, third, fourth = endings
     return Question(

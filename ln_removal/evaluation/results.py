@@ -1,25 +1,28 @@
 """results.json: what a removal run, or an evaluation of its models, measured.
 
-Three models are told apart everywhere: `original` (before any training), `control` (the same fine-tuning with LayerNorm kept)
-and `ln_free`. A model that was not there, or not scored, is null.
+Three models are told apart everywhere: `original` (before any training), `control` (the same fine-tuning with LayerNorm
+kept) and `ln_free`. A model that was not there, or not scored, is null.
 
     {
       "format": "ln-removal results 1",
       "models":        {"original": "tiny", "control": "out/control", "ln_free": "out/model"},
-      "cross_entropy": {"original": 3.31, "control": 3.26, "ln_free": 3.29},      nats per token, validation set
-      "bits_per_byte": {...},                                                     the same over the bytes of the text
-      "accuracy":      {...},                                                     share of questions answered rightly
+      "cross_entropy": {"original": 3.31, "control": 3.26, "ln_free": 3.29},    nats per token, validation set
+      "bits_per_byte": {...},                                                   the same over the bytes of the text
+      "accuracy":      {...},                                                   share of questions answered rightly
       "accuracy_standard_error": {...},
-      "loss_spread":   {"original": {"standard_error": ..., "median": ..., "percentile_95": ..., "percentile_99_9": ...}, ...},
-      "gap": 0.03,                                                                cross_entropy.ln_free - .control
-      "tokens": 403210,                                                           validation tokens scored, of each model
-      "seconds": 412.0, "device": "cpu",
-      "settings": {"data": ..., "context": ..., "precision": ..., "questions": ..., "question_set": ..., "protocol": ...},
+      "loss_spread":   {"original": {"standard_error": ..., "median": ...,      of the per-token losses
+                                     "percentile_95": ..., "percentile_99_9": ...}, ...},
+      "gap": 0.03,                                                              cross_entropy.ln_free - .control
+      "tokens": 403210,                                                         validation tokens scored, each model
+      "seconds": 412.0,                                                         wall-clock time of the command
+      "device": "cpu",
+      "settings": {"data": ..., "context": ..., "precision": ...,
+                   "questions": ..., "question_set": ..., "protocol": ...},
       "versions": {"ln_removal": ..., "torch": ..., "transformers": ..., "python": ...}
     }
 
-`accuracy` is acc_norm, the length-normalised choice that is usually quoted for HellaSwag; it is null when no questions were
-asked.
+`accuracy` is acc_norm, the length-normalised choice that is usually quoted for HellaSwag; it is null when no questions
+were asked.
 """
 
 from __future__ import annotations
@@ -42,7 +45,6 @@ if TYPE_CHECKING:
     from ln_removal.evaluation.hellaswag import ChoiceResult
     from ln_removal.evaluation.loss import LossResult
 
-FORMAT = "ln-removal results 1"
 ROLES = ("original", "control", "ln_free")
 TITLES = {"original": "original", "control": "control", "ln_free": "LN-free"}
 
@@ -89,7 +91,7 @@ class Settings(_Schema):
 class Results(_Schema):
     """The content of results.json; the module's docstring explains the fields."""
 
-    format: Literal["ln-removal results 1"] = FORMAT
+    format: Literal["ln-removal results 1"] = "ln-removal results 1"
     models: Trio[str]
     cross_entropy: Trio[float]
     bits_per_byte: Trio[float] = Trio[float]()
@@ -195,8 +197,8 @@ def read(path: Path | str) -> Results:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"]) or "the whole file"
         raise UserError(
-            f"{path} does not hold results in the format {FORMAT!r} ({place}: {first['msg']}; {error.error_count()} faults); "
-            "run ln-evaluate again"
+            f"{path} does not hold results in this version's format ({place}: {first['msg']}; {error.error_count()} "
+            "faults); run ln-evaluate again"
         ) from error
 
 
@@ -217,7 +219,9 @@ def render(results: Results, console: Console) -> None:
         cells = []
         for role in shown:
             value, error = getattr(values, role), getattr(errors, role, None)
-            cells.append(("-" if value is None else format(value, form)) + (f" ± {error:{form}}" if error is not None else ""))
+            cells.append(
+                ("-" if value is None else format(value, form)) + (f" ± {error:{form}}" if error is not None else "")
+            )
         for role in differences:
             difference = _minus(values.ln_free, getattr(values, role))
             cells.append("-" if difference is None else format(difference, "+" + form))

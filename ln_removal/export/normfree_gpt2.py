@@ -1,8 +1,8 @@
 """GPT-2 without LayerNorm as a transformers model: what `fold` fills and users load.
 
-Nothing in it looks at a token's own statistics: ln_1, ln_2 and ln_f are identities, their frozen maps sit in the weights
-behind them, and the unembedding is a matrix of its own with a bias. Everything else (attention, generation, key-value
-cache, saving) is transformers' GPT-2.
+Nothing in it looks at a token's own statistics: ln_1, ln_2 and ln_f are identities, their frozen maps sit in the
+weights behind them, and the unembedding is a matrix of its own with a bias. Everything else (attention, generation,
+key-value cache, saving) is transformers' GPT-2.
 
 Shapes: D model width, V vocabulary, L layers.
 """
@@ -10,15 +10,33 @@ Shapes: D model width, V vocabulary, L layers.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers.models.gpt2.configuration_gpt2 import GPT2Config
 from transformers.models.gpt2.modeling_gpt2 import GPT2LMHeadModel
 
-from ln_removal.export.normfree_config import NormFreeGPT2Config
+from ln_removal.export.registration import register_classes
 
-__all__ = ["NormFreeGPT2Config", "NormFreeGPT2LMHeadModel", "from_folded"]
+_NOT_INHERITED = ("model_type", "architectures", "auto_map", "transformers_version", "tie_word_embeddings", "dtype")
+"""Entries of a GPT-2 configuration that say which class it is for, and so are not taken over."""
+
+
+class NormFreeGPT2Config(GPT2Config):
+    """Configuration of `NormFreeGPT2LMHeadModel`: GPT-2's, with an unembedding of its own.
+
+    layer_norm_epsilon is kept from the original for the record; nothing reads it.
+    """
+
+    model_type = "normfree_gpt2"
+
+    tie_word_embeddings: bool = False
+
+    @classmethod
+    def from_gpt2(cls, config: GPT2Config) -> NormFreeGPT2Config:
+        """The configuration of the LN-free model folded from a model with configuration `config`."""
+        return cls(**without_identity(config))
 
 
 class NormFreeGPT2LMHeadModel(GPT2LMHeadModel):
@@ -28,7 +46,7 @@ class NormFreeGPT2LMHeadModel(GPT2LMHeadModel):
     """
 
     config_class = NormFreeGPT2Config
-    _tied_weights_keys: dict[str, str] = {}
+    _tied_weights_keys: ClassVar[dict[str, str]] = {}
 
     def __init__(self, config: NormFreeGPT2Config) -> None:
         super().__init__(config)
@@ -50,8 +68,15 @@ def from_folded(config: GPT2Config, state: Mapping[str, Tensor]) -> NormFreeGPT2
     # On the meta device: no time and memory for random weights that are replaced at once.
     with torch.device("meta"):
         model = NormFreeGPT2LMHeadModel(NormFreeGPT2Config.from_gpt2(config))
-    parameters = {name: nn.Parameter(value) for name, value in state.items()}
-    model.load_state_dict(parameters, strict=True, assign=True)
+    model.load_state_dict({name: nn.Parameter(value) for name, value in state.items()}, strict=True, assign=True)
     left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     assert not left, left
     return model.eval()
+
+
+def without_identity(config: GPT2Config) -> dict[str, Any]:
+    """A GPT-2 configuration as a dictionary, without what ties it to one model class."""
+    return {key: value for key, value in config.to_dict().items() if key not in _NOT_INHERITED}
+
+
+register_classes(NormFreeGPT2Config, NormFreeGPT2LMHeadModel)

@@ -1,61 +1,55 @@
 """Make transformers' Auto classes know the LN-free model, whichever of the two packages is imported first.
 
-`ln_removal/__init__` calls `watch_imports`, which imports neither torch nor transformers: it leaves hooks that run when
-the modules concerned are loaded. Two steps, because transformers loads its modules lazily and in the middle of one
-another (importing GPT-2's model code loads the Auto classes before GPT-2's classes exist):
-
-- the configuration is registered as soon as AutoConfig and GPT2Config are both there;
-- the model class is registered when a configuration of ours is first built, which AutoModelForCausalLM does before it
-  looks the class up, and by when all imports are over.
+`ln_removal/__init__` calls `watch_imports`, which loads neither torch nor transformers: it leaves a hook that runs when
+AutoConfig is imported. That can happen in the middle of transformers' own imports (importing GPT-2's model code loads
+the Auto classes before GPT-2's classes exist), when a subclass of GPT-2 cannot be defined yet. So the hook registers a
+stand-in, and the classes themselves take its place when they are first needed.
 """
 
 from __future__ import annotations
 
-import sys
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import wrapt
 
-_AUTO = "transformers.models.auto.configuration_auto"
-_NEEDED = {
-    _AUTO: "AutoConfig",
-    "transformers.models.gpt2.configuration_gpt2": "GPT2Config",
-    "ln_removal.export.normfree_config": "NormFreeGPT2Config",
-}
-"""Modules that take part in registering the configuration, with the name that each one defines."""
+if TYPE_CHECKING:
+    from transformers import GPT2LMHeadModel, PretrainedConfig
+
+MODEL_TYPE = "normfree_gpt2"
+"""model_type in the config.json of an LN-free model."""
 
 
 def watch_imports() -> None:
-    """Register the configuration as soon as transformers' Auto classes are imported; at once if they already are."""
-    for name in _NEEDED:
-        wrapt.when_imported(name)(_after_import)
+    """Register the stand-in when transformers' AutoConfig is imported; at once if it already is."""
+    wrapt.when_imported("transformers.models.auto.configuration_auto")(_register_stand_in)
 
 
-def _after_import(_: ModuleType) -> None:
-    """Register unless a part is still missing or half imported; its own hook then comes back here."""
-    if _AUTO not in sys.modules:
+def register_classes(config: type[PretrainedConfig], model: type[GPT2LMHeadModel]) -> None:
+    """Make AutoConfig give `config` for its model_type, and AutoModelForCausalLM `model` for such a configuration."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    assert config.model_type == MODEL_TYPE, config.model_type
+    AutoConfig.register(MODEL_TYPE, config, exist_ok=True)
+    AutoModelForCausalLM.register(config, model, exist_ok=True)
+
+
+def _register_stand_in(configuration_auto: ModuleType) -> None:
+    # Loaded already: configuration_auto has imported it.
+    from transformers.configuration_utils import PreTrainedConfig
+
+    if MODEL_TYPE in configuration_auto.CONFIG_MAPPING:
         return
-    for name, defined in _NEEDED.items():
-        if name in sys.modules and not hasattr(sys.modules[name], defined):
-            return
-    register_config()
 
+    class StandIn(PreTrainedConfig):
+        """Builds a NormFreeGPT2Config whenever AutoConfig builds one of these."""
 
-def register_config() -> None:
-    """Tell AutoConfig about model_type "normfree_gpt2". Harmless when repeated."""
-    # First, by itself: its hook runs at the end of this import and must not find the next module half done.
-    import transformers.models.gpt2.configuration_gpt2  # noqa: F401
-    from transformers.models.auto.configuration_auto import AutoConfig
+        model_type = MODEL_TYPE
 
-    from ln_removal.export.normfree_config import NormFreeGPT2Config
+        def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+            # Importing the module registers its classes, so AutoModelForCausalLM finds them next.
+            from ln_removal.export.normfree_gpt2 import NormFreeGPT2Config
 
-    AutoConfig.register(NormFreeGPT2Config.model_type, NormFreeGPT2Config, exist_ok=True)
+            return NormFreeGPT2Config(*args, **kwargs)
 
-
-def register_model() -> None:
-    """Tell AutoModelForCausalLM which class a NormFreeGPT2Config is for. Harmless when repeated."""
-    from transformers.models.auto.modeling_auto import AutoModelForCausalLM
-
-    from ln_removal.export.normfree_gpt2 import NormFreeGPT2Config, NormFreeGPT2LMHeadModel
-
-    AutoModelForCausalLM.register(NormFreeGPT2Config, NormFreeGPT2LMHeadModel, exist_ok=True)
+    configuration_auto.AutoConfig.register(MODEL_TYPE, StandIn)

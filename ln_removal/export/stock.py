@@ -5,13 +5,14 @@ small against 2^40, about 10^12,
 
     (x - mean(x)) / sqrt(var(x) + 2^40) * 2^14  =  (x - mean(x)) * 2^-6,
 
-a constant scale that the next matrix undoes by a factor 2^6. Powers of two make both steps exact, and 2^14 fits float16,
-where weights of 10^6 (the usual choice with eps = 10^12) overflow. Subtracting the mean changes nothing: the columns of
-folded weights have mean zero.
+a constant scale that the next matrix undoes by a factor 2^6. Powers of two make both steps exact, and 2^14 fits
+float16, where weights of 10^6 (the usual choice with eps = 10^12) overflow. Subtracting the mean changes nothing: the
+columns of folded weights have mean zero.
 
-GPT-2's unembedding has no bias, so the logit bias b travels as a constant: ln_f's bias is t for every channel, and every
-channel of row v of the unembedding gets b_v / (t D) added. The D channels of the constant give t D b_v / (t D) = b_v;
-what varies from token to token has mean zero over the channels, so the added constant does not see it.
+GPT-2's unembedding has no bias, so the logit bias b travels as a constant: ln_f's bias is t for every channel, and
+every channel of row v of the unembedding gets b_v / (t D) added. The D channels of the constant give
+t D b_v / (t D) = b_v; what varies from token to token has mean zero over the channels, so the added constant does not
+see it.
 
 Shapes: D model width, V vocabulary.
 """
@@ -24,10 +25,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ln_removal.export.normfree_config import without_identity
+from ln_removal.export.normfree_gpt2 import without_identity
 
 if TYPE_CHECKING:
-    from transformers import GPT2LMHeadModel
+    from transformers import GPT2LMHeadModel, PretrainedConfig
 
     from ln_removal.export.normfree_gpt2 import NormFreeGPT2LMHeadModel
 
@@ -39,6 +40,16 @@ NORM_WEIGHT = 2.0**14
 
 READER_SCALE = 2.0**6
 """Factor on the weights behind each norm: sqrt(EPSILON) / NORM_WEIGHT."""
+
+# Both ends, and b / (t D) with them, are far from the limits of float16.
+_SMALLEST_CARRIER, _LARGEST_CARRIER = 2.0**-10, 2.0**4
+
+_READERS = ("attn.c_attn", "mlp.c_fc")
+
+
+def is_disarmed(config: PretrainedConfig) -> bool:
+    """Whether a GPT-2 configuration is of a stock form, ours or a published one: its epsilon disarms LayerNorm."""
+    return bool(getattr(config, "layer_norm_epsilon", 0.0) >= 1e6)
 
 
 @torch.no_grad()
@@ -76,9 +87,6 @@ def to_stock(model: NormFreeGPT2LMHeadModel) -> GPT2LMHeadModel:
     return stock.eval()
 
 
-_READERS = ("attn.c_attn", "mlp.c_fc")
-
-
 def _carrier(weight: Tensor, bias: Tensor) -> float:
     """The constant t that carries the logit bias through ln_f, a power of two.
 
@@ -91,8 +99,6 @@ def _carrier(weight: Tensor, bias: Tensor) -> float:
         bias: (V,) logit bias.
     """
     rows = weight.square().sum(dim=1).mean().sqrt()
-    ratio = bias.square().mean().sqrt() / (math.sqrt(weight.shape[1]) * rows)
-    value = float(ratio)
-    if not math.isfinite(value) or value <= 0:
-        return 1.0  # no bias to carry
-    return 2.0 ** min(4, max(-10, round(math.log2(value))))
+    ratio = float(bias.square().mean().sqrt() / (math.sqrt(weight.shape[1]) * rows))
+    assert math.isfinite(ratio), ratio
+    return 2.0 ** round(math.log2(min(max(ratio, _SMALLEST_CARRIER), _LARGEST_CARRIER)))

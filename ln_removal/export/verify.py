@@ -122,8 +122,8 @@ def _logits_error(reference: GPT2LMHeadModel, candidate: GPT2LMHeadModel, input_
 def _affine_error(model: GPT2LMHeadModel, input_ids: Tensor, seed: int) -> tuple[float, str]:
     """The largest deviation over all readers, and the reader that shows it.
 
-    A reader f (norm slot and the map behind it) is affine if f(a x + (1 - a) z) = a f(x) + (1 - a) f(z) for any residual
-    streams x, z and any number a. LayerNorm fails by far: it maps x and 2x to the same.
+    A reader f (norm slot and the map behind it) is affine if f(a x + (1 - a) z) = a f(x) + (1 - a) f(z) for any
+    residual streams x, z and any number a. LayerNorm fails by far: it maps x and 2x to the same.
     """
     readers = _readers(model)
     streams = _residual_streams(model, {name: slot for name, (slot, _) in readers.items()}, input_ids)

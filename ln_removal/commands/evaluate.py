@@ -1,0 +1,83 @@
+"""`ln-evaluate`: cross-entropy and accuracy of original, control and LN-free, side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ln_removal.commands import console
+from ln_removal.errors import UserError
+
+
+def evaluate(
+    source: Annotated[
+        str, typer.Argument(metavar="RUN|MODEL", help="A run of ln-remove, or one model: tiny, a directory, a Hub id.", show_default=False)
+    ],
+    tokens: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Tokens from ln-prepare. Default: the run's own.", show_default=False),
+    ] = None,
+    original: Annotated[str | None, typer.Option(metavar="MODEL", help="The model before, for comparison.", show_default=False)] = None,
+    control: Annotated[str | None, typer.Option(metavar="MODEL", help="The vanilla control, for comparison.", show_default=False)] = None,
+    context: Annotated[int | None, typer.Option(min=1, help="Tokens in a window. Default: the run's.", show_default=False)] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Score at most about this many tokens. Default: the run's.", show_default=False)] = None,
+    questions: Annotated[
+        str, typer.Option(metavar="none|completions|hellaswag|FILE", help="Also measure accuracy on these.")
+    ] = "none",
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the results there as JSON.", show_default=False)] = None,
+    device: console.DeviceOption = "auto",
+    as_json: console.JsonOption = False,
+    debug: console.DebugOption = False,
+    version: console.VersionOption = False,
+) -> None:
+    """Score a run's models, or any models, on held-out tokens.
+
+    A model inside a run (DIR/model) takes tokens, context and limit from that run.
+
+    \b
+    Examples:
+      ln-evaluate checkpoints/demo
+      ln-evaluate checkpoints/demo/model --json
+      ln-evaluate checkpoints/gpt2/model --original gpt2 --tokens data/the-pile --questions hellaswag
+    """
+    from ln_removal.evaluation.run_models import models_to_score
+
+    place = console.pick_device(device)
+    found = models_to_score(source, tokens=tokens, original=original, control=control, context=context, max_tokens=max_tokens)
+
+    import sys
+
+    from ln_removal.evaluation import results as results_file
+    from ln_removal.evaluation.scoring import load_question_set, score
+
+    asked = None if questions == "none" else load_question_set(questions)
+    if out is not None and out.is_dir():
+        raise UserError(f"--out {out} is a directory; name a file such as {out / 'results.json'}")
+    results = score(
+        found.models,
+        found.data,
+        data_name=found.data_name,
+        context=found.context,
+        max_tokens=found.max_tokens,
+        questions=asked,
+        device=place,
+        progress=sys.stderr.isatty(),
+    )
+    if out is not None:
+        results_file.write(results, out)
+    if as_json:
+        typer.echo(results.model_dump_json(indent=2))
+        return
+    from rich.console import Console
+
+    results_file.render(results, Console())
+
+
+app = console.build(evaluate)
+
+
+def main() -> None:
+    """Entry point of `ln-evaluate`."""
+    app()

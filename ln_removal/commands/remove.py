@@ -1,0 +1,99 @@
+"""`ln-remove`: the main job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ln_removal.commands import console
+
+
+def remove(
+    model: Annotated[
+        str | None,
+        typer.Option(help="tiny, gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2, a directory or a Hub id.", show_default=False),
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(metavar="NAME|FILE", help="A built-in recipe or a TOML file. Default: the model's own.", show_default=False),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change one value of the recipe; may be repeated.", show_default=False),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Shorten or lengthen the run together with its schedule.", show_default=False)
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Directory of the run. Default: checkpoints/RECIPE.", show_default=False)
+    ] = None,
+    tokens: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Tokens from ln-prepare. Default: prepare the recipe's corpus.", show_default=False),
+    ] = None,
+    control: Annotated[bool, typer.Option("--control", help="Also train the control that keeps its LayerNorms.")] = False,
+    questions: Annotated[
+        str, typer.Option(metavar="auto|completions|hellaswag|none|FILE", help="What accuracy is measured on.")
+    ] = "auto",
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out from its newest checkpoint.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print recipe, schedule and estimates; do nothing.")] = False,
+    wandb: Annotated[
+        str | None, typer.Option(metavar="PROJECT", help="Also log to this Weights & Biases project.", show_default=False)
+    ] = None,
+    device: console.DeviceOption = "auto",
+    as_json: console.JsonOption = False,
+    debug: console.DebugOption = False,
+    version: console.VersionOption = False,
+) -> None:
+    """Remove the LayerNorms of a GPT-2 by fine-tuning, fold them away, export and score the result.
+
+    \b
+    Examples:
+      ln-remove --model tiny --control --out checkpoints/demo
+      ln-remove --model gpt2 --dry-run
+      ln-remove --model gpt2 --control --out checkpoints/gpt2
+      ln-remove --recipe gpt2-fast --set training.seed=1 --set data.corpus=texts/ --out checkpoints/mine
+      ln-remove --model gpt2 --out checkpoints/gpt2 --resume
+    """
+    import sys
+
+    from ln_removal.recipe import parse_overrides
+    from ln_removal.recipe_scaling import resolve_recipe
+
+    resolved = resolve_recipe(model=model, recipe=recipe, overrides=parse_overrides(settings or []), steps=steps)
+    if dry_run:
+        console.print_plan(resolved, control=control, as_json=as_json)
+        return
+    place = out or Path("checkpoints") / resolved.name
+
+    from ln_removal.evaluation.results import render
+    from ln_removal.removal import remove as run_removal
+
+    results = run_removal(
+        resolved,
+        place,
+        tokens=tokens,
+        control=control,
+        questions=None if questions == "none" else questions,
+        resume=resume,
+        device=device,
+        wandb_project=wandb,
+        progress=sys.stderr.isatty(),
+    )
+    if as_json:
+        typer.echo(results.model_dump_json(indent=2))
+        return
+    from rich.console import Console
+
+    render(results, Console())
+    typer.echo(f"LN-free model: {place / 'model'}   scores: {place / 'results.json'}")
+
+
+app = console.build(remove)
+
+
+def main() -> None:
+    """Entry point of `ln-remove`."""
+    app()

@@ -1,0 +1,107 @@
+"""Write models to disk: folded and verified first, then under a temporary name and renamed, so nothing is half there."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from ln_removal.errors import UserError
+from ln_removal.export.normfree_gpt2 import NormFreeGPT2LMHeadModel, from_folded
+from ln_removal.export.stock import to_stock
+from ln_removal.export.verify import ExportError, TOLERANCE, logits_error, verify_export
+from ln_removal.surgery import fold
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    from transformers import GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
+
+    from ln_removal.recipe import ExportSpec
+
+Format = Literal["normfree", "stock"]
+DIRECTORIES: dict[Format, str] = {"normfree": "model", "stock": "stock"}
+
+
+def write_exports(
+    frozen: GPT2LMHeadModel,
+    tokenizer: PreTrainedTokenizerBase,
+    out: Path,
+    *,
+    held_out: npt.NDArray[np.int64],
+    export: ExportSpec,
+) -> NormFreeGPT2LMHeadModel:
+    """Fold a frozen model, check the result on held-out text, and write it in every format of the recipe.
+
+    Args:
+        frozen: with freezable norms, all frozen and special constants dropped; moved to the CPU in float32.
+        tokenizer: saved beside the weights.
+        out: run directory; `out/model` and `out/stock` are written.
+        held_out: token ids (B, T) for the check.
+        export: formats and precision.
+
+    Raises:
+        ExportError: the folded or stock model does not compute what the frozen one does; nothing is written.
+        UserError: a directory cannot be written.
+    """
+    frozen = frozen.to(device="cpu", dtype=torch.float32).eval()
+    tokens = torch.from_numpy(held_out)
+    folded = from_folded(frozen.config, fold(frozen))
+    verify_export(frozen, folded, tokens)
+    for form in export.formats:
+        write_format(folded, tokenizer, out / DIRECTORIES[form], form=form, tokens=tokens, dtype=export.dtype)
+    return folded
+
+
+def write_format(
+    folded: NormFreeGPT2LMHeadModel,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    *,
+    form: Format,
+    tokens: torch.Tensor,
+    dtype: str = "float32",
+) -> None:
+    """Write an LN-free model in one format; the stock form is compared with it first.
+
+    Raises:
+        ExportError: the stock form's logits differ.
+        UserError: the directory cannot be written.
+    """
+    if form == "normfree":
+        save_model(folded, tokenizer, directory, dtype=dtype)
+        return
+    stock = to_stock(folded)
+    error = logits_error(folded, stock, tokens)
+    if not error <= TOLERANCE:
+        raise ExportError(
+            f"the stock form's logits differ from the LN-free model's by {error:.2e} relative, more than {TOLERANCE:.0e}; use "
+            "--format normfree, and please report this model"
+        )
+    save_model(stock, tokenizer, directory, dtype=dtype)
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path, *, dtype: str = "float32") -> None:
+    """Save in Hugging Face format: into a temporary directory beside the target, then renamed over it.
+
+    Raises:
+        UserError: the disk is full or the directory cannot be written.
+    """
+    temporary = directory.with_name(f".{directory.name}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        wanted = getattr(torch, dtype)
+        # A copy, because .to() would change the caller's model.
+        written = model if model.dtype == wanted else copy.deepcopy(model).to(dtype=wanted)
+        written.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        shutil.rmtree(directory, ignore_errors=True)
+        os.replace(temporary, directory)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f"cannot write {directory}: {error.strerror or error}; free some space or choose another --out") from error

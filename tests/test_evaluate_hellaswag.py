@@ -1,0 +1,129 @@
+"""The command `evaluate-hellaswag`, and what all commands share."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from ln_removal.commands import console
+from ln_removal.commands.evaluate_hellaswag import app
+from ln_removal.errors import UserError
+from ln_removal.evaluation.questions import Question, write_jsonl
+
+if TYPE_CHECKING:
+    from transformers import GPT2LMHeadModel
+
+runner = CliRunner()
+
+
+@pytest.fixture
+def model_directory(tiny_gpt2: GPT2LMHeadModel, tmp_path: Path) -> Path:
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE(unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.train_from_iterator(
+        ["abcdefghijklmnopqrstuvwxyz: ABC."], trainers.BpeTrainer(vocab_size=60, special_tokens=["?"])
+    )
+    tiny_gpt2.save_pretrained(tmp_path / "model")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="?", unk_token="?").save_pretrained(
+        tmp_path / "model"
+    )
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    write_jsonl(
+        [Question(n, "A", "abc.", "x", "abc. x", ("one", "two", "three", "four"), label=n % 4) for n in range(8)],
+        tmp_path / "q.jsonl",
+    )
+    return tmp_path / "q.jsonl"
+
+
+def test_json_and_per_question(model_directory: Path, questions: Path, tmp_path: Path) -> None:
+    scores = tmp_path / "scores.jsonl"
+    arguments = [str(model_directory), "--data", str(questions), "--json", "--limit", "6", "--device", "cpu"]
+    result = runner.invoke(app, [*arguments, "--per-question", str(scores)])
+    assert result.exit_code == 0, result.output
+    summary = json.loads(result.stdout)["models"][str(model_directory)]
+    assert summary["questions"] == 6 and summary["protocol"] == "lm-eval"
+    lines = [json.loads(line) for line in scores.read_text().splitlines()]
+    assert [line["ind"] for line in lines] == list(range(6))
+    assert sum(line["choice_norm"] == line["label"] for line in lines) / 6 == summary["acc_norm"]
+    assert {line["model"] for line in lines} == {str(model_directory)}
+
+
+def test_table_and_protocol(model_directory: Path, questions: Path) -> None:
+    result = runner.invoke(app, [str(model_directory), "--data", str(questions), "--protocol", "nanogpt"])
+    assert result.exit_code == 0, result.output
+    words = " ".join(result.stdout.split())
+    assert "8 questions, protocol nanogpt" in words and "acc_norm (%)" in words and str(model_directory.name) in words
+
+
+def test_mistakes_are_one_line_and_exit_2(model_directory: Path, questions: Path, tmp_path: Path) -> None:
+    cases = [
+        [str(tmp_path / "missing"), "--data", str(questions)],
+        [str(model_directory), "--data", str(tmp_path / "missing.jsonl")],
+        [str(model_directory), "--data", str(questions), "--per-question", str(tmp_path / "no" / "scores")],
+    ]
+    for arguments in cases:
+        result = runner.invoke(app, arguments)
+        assert result.exit_code == 2
+        assert result.stdout == ""
+        assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+        assert "Traceback" in runner.invoke(app, [*arguments, "--debug"]).stderr
+    scores = tmp_path / "scores.jsonl"
+    runner.invoke(app, [str(tmp_path / "missing"), "--data", str(questions), "--per-question", str(scores)])
+    assert not scores.exists(), "a failed run left an empty file"
+
+
+def test_help_is_light_and_has_an_example() -> None:
+    script = (
+        "import sys; from ln_removal.commands.evaluate_hellaswag import app\n"
+        "try: app(['--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'numpy', 'transformers', 'pydantic', 'datasets', 'rich'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "evaluate-hellaswag gpt2 --data hellaswag_val.jsonl" in result.stdout
+
+
+def test_shared_behaviour_of_commands() -> None:
+    def command(how: str, debug: console.DebugOption = False, version: console.VersionOption = False) -> None:
+        """A command."""
+        if how == "mistake":
+            raise UserError("two\nlines")
+        if how == "interrupt":
+            raise KeyboardInterrupt
+        if how == "bug":
+            raise ZeroDivisionError
+        typer.echo("done")
+
+    shared = console.build(command)
+    assert runner.invoke(shared, ["work"]).stdout == "done\n"
+    mistake = runner.invoke(shared, ["mistake"])
+    assert (mistake.exit_code, mistake.stderr) == (2, "error: two lines\n")
+    assert runner.invoke(shared, ["interrupt"]).exit_code == 130
+    assert isinstance(runner.invoke(shared, ["bug"]).exception, ZeroDivisionError)
+    assert runner.invoke(shared, ["--version"]).stdout.startswith("ln-removal ")
+    assert runner.invoke(shared, ["--nonsense"]).exit_code == 2
+
+
+def test_no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert console.pick_device("auto") == "cpu"
+    with pytest.raises(UserError, match="--device cpu"):
+        console.pick_device("cuda")

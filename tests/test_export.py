@@ -1,0 +1,255 @@
+"""The exported forms: saved, loaded again by transformers, generating, and refused when something is wrong."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2LMHeadModel
+
+import ln_removal
+from ln_removal import NormFreeGPT2Config, NormFreeGPT2LMHeadModel, UserError
+from ln_removal.export.normfree_gpt2 import from_folded
+from ln_removal.export.stock import EPSILON, to_stock
+from ln_removal.export.verify import ExportError, logits_error, norm_modules, verify_export
+from ln_removal.surgery import NormSites, fold, install
+
+EOT = 100
+Pair = tuple[GPT2LMHeadModel, NormFreeGPT2LMHeadModel]
+
+
+@pytest.fixture
+def pair(tiny_gpt2: GPT2LMHeadModel, token_ids: Tensor) -> Pair:
+    """A frozen model and its folded form, float32."""
+    sites = install(tiny_gpt2, eot_token_id=EOT)
+    tiny_gpt2.train()
+    with torch.no_grad():
+        tiny_gpt2(token_ids, use_cache=False)
+    sites.update_running(0.9)
+    tiny_gpt2.eval()
+    for site in sites.sites:
+        sites.set_mix(site, 1)
+    sites.set_special("eot", 1)
+    sites.set_special("first", 1)
+    return tiny_gpt2, from_folded(tiny_gpt2.config, fold(tiny_gpt2))
+
+
+@torch.no_grad()
+def logits(model: GPT2LMHeadModel, ids: Tensor) -> Tensor:
+    out: Tensor = model(ids).logits
+    return out
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected.double()).abs().max() / expected.double().abs().max())
+
+
+class TestNormFree:
+    def test_reload_through_the_auto_classes(self, pair: Pair, token_ids: Tensor, tmp_path: Path) -> None:
+        frozen, folded = pair
+        folded.save_pretrained(tmp_path)
+        assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "normfree_gpt2"
+        names = set(load_file(tmp_path / "model.safetensors"))
+        assert "lm_head.weight" in names and "lm_head.bias" in names and not [n for n in names if "ln_" in n]
+        config = AutoConfig.from_pretrained(tmp_path)
+        assert type(config) is NormFreeGPT2Config and config.tie_word_embeddings is False
+        loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+        assert type(loaded) is NormFreeGPT2LMHeadModel
+        assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+        assert torch.equal(logits(loaded, token_ids), logits(folded, token_ids))
+        assert relative_error(logits(loaded, token_ids), logits(frozen, token_ids)) < 1e-4
+        assert norm_modules(loaded) == []
+
+    @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 0.01), (torch.bfloat16, 0.05)])
+    def test_half_precision(
+        self, pair: Pair, token_ids: Tensor, tmp_path: Path, dtype: torch.dtype, tolerance: float
+    ) -> None:
+        frozen, folded = pair
+        folded.save_pretrained(tmp_path)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+        assert loaded.dtype == dtype
+        assert relative_error(logits(loaded, token_ids), logits(frozen, token_ids)) < tolerance
+
+    def test_generate_with_and_without_a_cache(self, pair: Pair, token_ids: Tensor) -> None:
+        frozen, folded = pair
+        prompt = token_ids[:2, :6]
+        options = dict(max_new_tokens=12, min_new_tokens=12, do_sample=False, pad_token_id=EOT)
+        mask = torch.ones_like(prompt)
+        cached = folded.generate(prompt, attention_mask=mask, use_cache=True, **options)
+        assert cached.shape == (2, 18)
+        assert torch.equal(cached, folded.generate(prompt, attention_mask=mask, use_cache=False, **options))
+        assert torch.equal(cached, frozen.generate(prompt, attention_mask=mask, use_cache=True, **options))
+
+    def test_settings_of_the_original_are_taken_over(self, pair: Pair) -> None:
+        frozen, folded = pair
+        for name in ("n_layer", "n_embd", "n_head", "vocab_size", "n_positions", "eos_token_id", "resid_pdrop"):
+            assert getattr(folded.config, name) == getattr(frozen.config, name), name
+        assert not folded.training and not any(p.is_meta for p in folded.parameters())
+
+    def test_it_trains_and_keeps_its_unembedding_apart(self, pair: Pair, token_ids: Tensor) -> None:
+        _, folded = pair
+        folded.tie_weights()
+        assert folded.lm_head.weight is not folded.transformer.wte.weight
+        folded(token_ids, labels=token_ids).loss.backward()
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in folded.parameters())
+
+    def test_built_from_a_configuration_alone(self, token_ids: Tensor) -> None:
+        config = NormFreeGPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=101, bos_token_id=1, eos_token_id=1)
+        model = AutoModelForCausalLM.from_config(config)
+        assert type(model) is NormFreeGPT2LMHeadModel and model.lm_head.bias is not None
+        assert logits(model, token_ids).shape == (4, 24, 101)
+
+    def test_a_state_with_something_missing_is_refused(self, pair: Pair) -> None:
+        frozen, _ = pair
+        state = fold(frozen)
+        del state["lm_head.bias"]
+        with pytest.raises(RuntimeError, match=r"lm_head\.bias"):
+            from_folded(frozen.config, state)
+
+
+class TestStock:
+    def test_loads_in_plain_transformers(self, pair: Pair, token_ids: Tensor, tmp_path: Path) -> None:
+        frozen, folded = pair
+        to_stock(folded).save_pretrained(tmp_path)
+        config = json.loads((tmp_path / "config.json").read_text())
+        assert config["model_type"] == "gpt2" and config["architectures"] == ["GPT2LMHeadModel"]
+        assert config["layer_norm_epsilon"] == EPSILON and config["tie_word_embeddings"] is False
+        loaded, report = GPT2LMHeadModel.from_pretrained(tmp_path, output_loading_info=True)
+        assert type(loaded) is GPT2LMHeadModel
+        assert not report["missing_keys"] and not report["unexpected_keys"]
+        assert relative_error(logits(loaded, token_ids), logits(frozen, token_ids)) < 1e-5
+        assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is GPT2LMHeadModel
+
+    @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 0.01), (torch.bfloat16, 0.05)])
+    def test_half_precision_is_finite_and_close(
+        self, pair: Pair, token_ids: Tensor, tmp_path: Path, dtype: torch.dtype, tolerance: float
+    ) -> None:
+        frozen, folded = pair
+        to_stock(folded).save_pretrained(tmp_path)
+        loaded = GPT2LMHeadModel.from_pretrained(tmp_path, dtype=dtype)
+        found = logits(loaded, token_ids)
+        assert found.dtype == dtype and torch.isfinite(found).all()
+        assert all(torch.isfinite(parameter).all() for parameter in loaded.parameters())
+        assert relative_error(found, logits(frozen, token_ids)) < tolerance
+
+    @pytest.mark.parametrize("size", [0.0, 0.1, 100.0])
+    def test_logit_bias_of_any_size(self, pair: Pair, token_ids: Tensor, size: float) -> None:
+        _, folded = pair
+        with torch.no_grad():
+            folded.lm_head.bias.copy_(size * torch.randn(101, generator=torch.Generator().manual_seed(0)))
+        expected = logits(folded, token_ids)
+        assert relative_error(logits(to_stock(folded), token_ids), expected) < 1e-5
+        half = logits(to_stock(folded).half(), token_ids)
+        assert relative_error(half, expected) < 0.01
+
+    def test_generate(self, pair: Pair, token_ids: Tensor) -> None:
+        _, folded = pair
+        options = dict(max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=EOT)
+        prompt = token_ids[:2, :6]
+        mask = torch.ones_like(prompt)
+        found = to_stock(folded).generate(prompt, attention_mask=mask, **options)
+        assert torch.equal(found, folded.generate(prompt, attention_mask=mask, **options))
+
+    def test_the_folded_model_is_left_alone(self, pair: Pair) -> None:
+        _, folded = pair
+        before = copy.deepcopy(folded.state_dict())
+        stock = to_stock(folded)
+        with torch.no_grad():
+            for parameter in stock.parameters():
+                parameter.zero_()
+        for name, value in folded.state_dict().items():
+            assert torch.equal(value, before[name]), name
+
+
+class TestVerify:
+    def test_a_good_export(self, pair: Pair, token_ids: Tensor) -> None:
+        frozen, folded = pair
+        report = verify_export(frozen, folded, token_ids)
+        assert 0 <= report.max_relative_error < 1e-5 and report.no_norm_modules and report.affine_error < 1e-5
+        assert logits_error(frozen, to_stock(folded), token_ids) < 1e-5
+
+    def test_modes_and_precision_are_put_back(self, pair: Pair, token_ids: Tensor) -> None:
+        frozen, folded = pair
+        frozen.train()
+        torch.set_float32_matmul_precision("high")
+        try:
+            with torch.autocast("cpu", torch.bfloat16):
+                # Autocast of the caller must not reach the comparison.
+                assert verify_export(frozen, folded, token_ids).max_relative_error < 1e-5
+            assert torch.get_float32_matmul_precision() == "high"
+        finally:
+            torch.set_float32_matmul_precision("highest")
+        assert frozen.training and not folded.training
+        assert not [m for m in folded.modules() if m._forward_pre_hooks]
+
+    def test_a_norm_left(self, pair: Pair, token_ids: Tensor) -> None:
+        frozen, folded = pair
+        folded.transformer.h[1].ln_2 = nn.LayerNorm(32)
+        with pytest.raises(
+            ExportError, match=r"still has 1 norm module\(s\), the first transformer\.h\.1\.ln_2 \(LayerNorm\)"
+        ):
+            verify_export(frozen, folded, token_ids)
+        with pytest.raises(UserError, match="still has"):
+            verify_export(frozen, frozen, token_ids)  # freezable norms count, frozen or not
+
+    def test_a_model_with_all_its_layer_norms(self, pair: Pair, token_ids: Tensor) -> None:
+        frozen, folded = pair
+        with pytest.raises(ExportError, match=r"still has 7 norm module\(s\)"):
+            verify_export(frozen, to_stock(folded), token_ids)
+
+    def test_a_site_that_is_not_frozen(self, pair: Pair, token_ids: Tensor) -> None:
+        frozen, folded = pair
+        NormSites.of(frozen).set_mix("ln_2.2", 0)
+        with pytest.raises(ExportError, match="logits differ"):
+            verify_export(frozen, folded, token_ids)
+
+    @pytest.mark.parametrize(
+        "name", ["transformer.h.0.attn.c_attn.bias", "transformer.h.2.mlp.c_fc.weight", "lm_head.bias"]
+    )
+    def test_a_wrong_fold(self, pair: Pair, token_ids: Tensor, name: str) -> None:
+        frozen, folded = pair
+        with torch.no_grad():
+            folded.get_parameter(name).mul_(1.01)
+        with pytest.raises(ExportError, match="logits differ"):
+            verify_export(frozen, folded, token_ids)
+
+    def test_logits_that_are_not_numbers(self, pair: Pair, token_ids: Tensor) -> None:
+        frozen, folded = pair
+        with torch.no_grad():
+            folded.lm_head.bias[3] = float("nan")
+        with pytest.raises(ExportError, match="nan relative"):
+            verify_export(frozen, folded, token_ids)
+
+    @pytest.mark.parametrize("place", ["transformer.h.1.ln_1", "transformer.h.2.ln_2", "transformer.ln_f"])
+    def test_a_norm_in_disguise(self, pair: Pair, token_ids: Tensor, place: str) -> None:
+        """Whatever it is called, and even if the frozen model has it too so that logits agree."""
+
+        class Rescale(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                return x / (1 + 1e-3 * x.square().mean(-1, keepdim=True))
+
+        _, folded = pair
+        parent, _, slot = place.rpartition(".")
+        setattr(folded.get_submodule(parent), slot, Rescale())
+        twin = copy.deepcopy(folded)
+        with pytest.raises(ExportError, match="not get an affine function") as caught:
+            verify_export(twin, folded, token_ids)
+        reader = {"ln_1": "h.1.attn.c_attn", "ln_2": "h.2.mlp.c_fc", "ln_f": "lm_head"}[slot]
+        assert reader in str(caught.value)
+
+    def test_one_short_text_is_enough(self, pair: Pair) -> None:
+        frozen, folded = pair
+        assert verify_export(frozen, folded, torch.tensor([[1, 2, EOT]])).affine_error < 1e-5
+
+
+def test_public_names_resolve() -> None:
+    for name in ("install", "fold", "NormSites", "Site", "to_stock", "verify_export", "UserError"):
+        assert getattr(ln_removal, name).__name__ == name
+    assert set(ln_removal.__all__) <= set(dir(ln_removal))
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        ln_removal.nonsense  # noqa: B018

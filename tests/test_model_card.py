@@ -1,0 +1,159 @@
+"""Model cards: what the Hub reads in them, and what a person does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+from ln_removal.errors import UserError
+from ln_removal.evaluation.results import LossSpread, Results, Settings, Trio
+from ln_removal.export.model_card import write_base_model_card, write_model_card
+from ln_removal.recipe import Recipe, load_recipe, validate_recipe
+
+
+def results(*, control: bool = True, questions: bool = True) -> Results:
+    spread = LossSpread(standard_error=0.01, median=2.1, percentile_95=9.5, percentile_99_9=17.25)
+    return Results(
+        models=Trio[str](original="gpt2", control="run/control/model" if control else None, ln_free="run/model"),
+        cross_entropy=Trio[float](original=3.0957, control=2.9891 if control else None, ln_free=3.0142),
+        bits_per_byte=Trio[float](original=1.0012, control=0.9667 if control else None, ln_free=0.9748),
+        accuracy=Trio[float](original=0.311, control=0.308 if control else None, ln_free=0.3047)
+        if questions
+        else Trio[float](),
+        loss_spread=Trio[LossSpread](original=spread, control=spread if control else None, ln_free=spread),
+        gap=3.0142 - 2.9891 if control else None,
+        tokens=4_430_000,
+        seconds=5400.0,
+        device="NVIDIA H100",
+        settings=Settings(
+            data="openwebtext, validation split",
+            context=1024,
+            questions=10_042 if questions else 0,
+            question_set="HellaSwag validation" if questions else "",
+            protocol="lm-eval" if questions else "",
+        ),
+        versions={},
+    )
+
+
+def card_of(directory: Path) -> ModelCard:
+    return ModelCard.load(directory / "README.md")
+
+
+def test_front_matter_is_what_the_hub_reads(tmp_path: Path) -> None:
+    write_model_card(tmp_path, load_recipe("gpt2"), results())
+    data = card_of(tmp_path).data
+    assert data.library_name == "transformers"
+    assert data.pipeline_tag == "text-generation"
+    assert data.license == "mit"
+    assert data.base_model == "openai-community/gpt2"
+    assert data.datasets == ["Skylion007/openwebtext"]
+    assert "layernorm-free" in data.tags
+
+
+def test_model_index_holds_the_measured_figures(tmp_path: Path) -> None:
+    write_model_card(tmp_path, load_recipe("gpt2"), results())
+    data = card_of(tmp_path).data
+    assert data.model_name == "gpt2 without LayerNorm"
+    found = {result.metric_type: (result.metric_value, result.dataset_type) for result in data.eval_results}
+    assert found == {
+        "cross_entropy": (3.0142, "openwebtext"),
+        "bits_per_byte": (0.9748, "openwebtext"),
+        "accuracy": (0.3047, "Rowan/hellaswag"),
+    }
+
+
+def test_table_has_the_three_models_side_by_side(tmp_path: Path) -> None:
+    write_model_card(tmp_path, load_recipe("gpt2"), results())
+    text = card_of(tmp_path).text
+    assert "|  | original | control | LN-free |\n| --- | ---: | ---: | ---: |\n" in text
+    assert "| cross-entropy (nats per token) | 3.0957 | 2.9891 | 3.0142 |" in text
+    assert "| 99.9 % of tokens below | 17.25 | 17.25 | 17.25 |" in text
+    assert "| accuracy (%) | 31.10 | 30.80 | 30.47 |" in text
+    assert "+0.0251 nats per token" in text
+    assert "4,430,000 tokens of openwebtext" in text
+
+
+def test_what_was_not_measured_is_not_shown(tmp_path: Path) -> None:
+    write_model_card(tmp_path, load_recipe("tiny"), results(control=False, questions=False))
+    card = card_of(tmp_path)
+    assert "control" not in card.text.partition("## How it was made")[0]
+    assert "accuracy" not in card.text
+    assert "the gap" not in card.text
+    assert {result.metric_type for result in card.data.eval_results} == {"cross_entropy", "bits_per_byte"}
+
+
+@pytest.mark.parametrize("model", ["tiny", "./my-gpt2", "/models/mine"])
+def test_a_model_that_is_not_on_the_hub_is_not_given_as_base(tmp_path: Path, model: str) -> None:
+    recipe = load_recipe("tiny", {"model": model})
+    write_model_card(tmp_path, recipe, results())
+    data = card_of(tmp_path).data
+    assert data.base_model is None
+    assert data.datasets is None  # python-source is no Hub data set either
+
+
+@pytest.mark.parametrize(
+    ("model", "corpus", "base", "datasets"),
+    [
+        ("owner/code-gpt2", "hub:owner/texts:plain", "owner/code-gpt2", ["owner/texts"]),
+        ("gpt2-xl", "the-pile", "openai-community/gpt2-xl", ["monology/pile-uncopyrighted"]),
+        ("distilgpt2", "texts/", "distilbert/distilgpt2", None),
+    ],
+)
+def test_hub_models_and_data_sets_are_linked(
+    tmp_path: Path, model: str, corpus: str, base: str, datasets: list[str] | None
+) -> None:
+    write_model_card(tmp_path, load_recipe("tiny", {"model": model, "data.corpus": corpus}), results())
+    data = card_of(tmp_path).data
+    assert data.base_model == base
+    assert data.datasets == datasets
+
+
+def test_the_recipe_in_the_card_is_the_recipe(tmp_path: Path) -> None:
+    recipe = load_recipe("gpt2-fast")
+    write_model_card(tmp_path, recipe, results())
+    assert recipe_in(tmp_path) == recipe
+
+
+def test_stock_form_is_only_offered_when_it_was_written(tmp_path: Path) -> None:
+    write_model_card(tmp_path, load_recipe("gpt2"), results())
+    assert "THIS-DIRECTORY/../stock" in card_of(tmp_path).text
+    write_model_card(tmp_path, load_recipe("gpt2", {"export.formats": ["normfree"]}), results())
+    text = card_of(tmp_path).text
+    assert "THIS-DIRECTORY/../stock" not in text
+    assert "ln-export THIS-DIRECTORY --format stock" in text
+
+
+def test_base_model_card(tmp_path: Path) -> None:
+    recipe = load_recipe("tiny-gpt2")
+    write_base_model_card(tmp_path, recipe, cross_entropy=3.2521, bits_per_byte=1.2893, validation_tokens=524_288)
+    card = card_of(tmp_path)
+    assert card.data.license == "mit"
+    assert {result.metric_type: result.metric_value for result in card.data.eval_results} == {
+        "cross_entropy": 3.2521,
+        "bits_per_byte": 1.2893,
+    }
+    assert "3.2521 nats per token on 524,288 held-out tokens" in card.text
+    assert f"| trained on | {recipe.tokens:,} tokens |" in card.text
+    assert recipe_in(tmp_path) == recipe
+
+
+def test_base_model_card_without_bytes(tmp_path: Path) -> None:
+    write_base_model_card(
+        tmp_path, load_recipe("tiny-gpt2"), cross_entropy=3.25, bits_per_byte=None, validation_tokens=1000
+    )
+    assert [result.metric_type for result in card_of(tmp_path).data.eval_results] == ["cross_entropy"]
+
+
+def test_a_directory_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot write .*README\.md: No such file"):
+        write_model_card(tmp_path / "gone", load_recipe("gpt2"), results())
+
+
+def recipe_in(directory: Path) -> Recipe:
+    import tomllib
+
+    block = (directory / "README.md").read_text(encoding="utf-8").partition("```toml\n")[2].partition("```")[0]
+    return validate_recipe(tomllib.loads(block), source="the card")

@@ -1,0 +1,373 @@
+"""Loading models and tokenizers: from directories in this process, from a Hub on localhost in a client process."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fake_hub import FakeHub, read_folder, run_client
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
+
+from ln_removal.data.tokenizer_training import train_code_tokenizer
+from ln_removal.errors import UserError
+from ln_removal.models import (
+    check_tokenizer,
+    first_answer,
+    load_config,
+    load_model,
+    load_tokenizer,
+    tokenizer_fingerprint,
+)
+
+VOCABULARY = 280
+
+# Try loaders in the client's process and print what came out as one line of JSON. What is slow to import comes first,
+# so that the seconds are those of the Hub.
+PRELUDE = """
+import json, time
+from huggingface_hub import HfApi, hf_hub_download
+from transformers import AutoModelForCausalLM
+from ln_removal.errors import UserError
+from ln_removal.models import load_config, load_model, load_tokenizer
+
+def report(name, *loaders):
+    started = time.monotonic()
+    result = {"name": name}
+    try:
+        for loader in loaders:
+            loaded = loader(name)
+        if loaders[-1] is load_model:
+            weights = loaded.model.state_dict()
+            result["sum"] = sum(weight.double().sum().item() for weight in weights.values())
+            result["ids"] = loaded.tokenizer("def f(x): return x").input_ids
+    except UserError as error:
+        result["error"] = str(error)
+    print(json.dumps({**result, "seconds": time.monotonic() - started}), flush=True)
+"""
+
+
+def make_tokenizer(text: str = "def f(x):\n    return x\n", size: int = VOCABULARY) -> PreTrainedTokenizerBase:
+    return train_code_tokenizer([text] * 20, size, model_max_length=16)
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny GPT-2 with its tokenizer, as save_pretrained writes it, in float16."""
+    folder = tmp_path_factory.mktemp("original") / "model"
+    config = GPT2Config(
+        vocab_size=VOCABULARY, n_positions=16, n_embd=8, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
+    )
+    torch.manual_seed(0)
+    GPT2LMHeadModel(config).half().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(original: Path, tmp_path: Path) -> Path:
+    """A copy of it to damage."""
+    copy = tmp_path / "model"
+    copy.mkdir()
+    for name, data in read_folder(original).items():
+        (copy / name).write_bytes(data)
+    return copy
+
+
+def sum_of_weights(folder: Path) -> float:
+    return sum(weight.double().sum().item() for weight in GPT2LMHeadModel.from_pretrained(folder).state_dict().values())
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def message_of(action: Callable[[], object]) -> str:
+    with pytest.raises(UserError) as caught:
+        action()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_directory_loads_in_float32_and_evaluation_mode(folder: Path) -> None:
+    loaded = load_model(str(folder))
+    assert loaded.name == str(folder)
+    assert not loaded.model.training
+    assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.float32}
+    assert loaded.tokenizer.decode(loaded.tokenizer("return x").input_ids) == "return x"
+    ids = torch.tensor([loaded.tokenizer("def f(x):").input_ids])
+    reference = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).eval()
+    torch.testing.assert_close(loaded.model(ids).logits, reference(ids).logits)
+
+
+def test_dtype_is_what_was_asked_for(folder: Path) -> None:
+    model = load_model(str(folder), dtype=torch.bfloat16).model
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+def test_tiny_is_the_embedded_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ln_removal.resources
+
+    monkeypatch.setattr(ln_removal.resources, "embedded_model_directory", lambda: folder)
+    assert load_model("tiny").name == "tiny"
+    assert load_config("tiny").n_layer == 2
+
+
+def test_sharded_and_base_checkpoints_load(folder: Path, tmp_path: Path) -> None:
+    model = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="5KB")
+    assert not (folder / "model.safetensors").exists()
+    weights = load_model(str(folder)).model.state_dict()
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weights[name], weight), name
+
+    model.transformer.save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    base = load_model(str(tmp_path / "base")).model
+    assert torch.equal(base.lm_head.weight, model.transformer.wte.weight)
+
+
+def test_norm_free_exports_load(folder: Path) -> None:
+    from ln_removal.export.normfree_gpt2 import NormFreeGPT2LMHeadModel, from_folded
+    from ln_removal.surgery import fold, install
+
+    model = load_model(str(folder)).model
+    sites = install(model, eot_token_id=0)
+    model.train()(torch.arange(12)[None])
+    sites.update_running(0.0)
+    for site in sites.sites:
+        sites.set_mix(site, 1.0)
+    for which in ("eot", "first"):
+        sites.set_special(which, 1.0)
+    exported = from_folded(load_config(str(folder)), fold(model))
+    exported.save_pretrained(folder / "normfree")
+    make_tokenizer().save_pretrained(folder / "normfree")
+    loaded = load_model(str(folder / "normfree")).model
+    assert isinstance(loaded, NormFreeGPT2LMHeadModel)
+    ids = torch.arange(1, 10)[None]
+    torch.testing.assert_close(loaded(ids).logits, exported.eval()(ids).logits)
+
+
+def only_pickle(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def truncate(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def large_file_pointer(folder: Path) -> None:
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
+
+
+def lose_a_shard(folder: Path) -> None:
+    model = GPT2LMHeadModel.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="5KB")
+    next(folder.glob("model-00002-*")).unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (
+            lambda f: (f / "config.json").unlink(),
+            ["no config.json", "found: generation_config.json, model.safetensors"],
+        ),
+        (lambda f: (f / "config.json").write_text("{"), ["config.json is not readable JSON"]),
+        (lambda f: (f / "config.json").write_text("[]"), ["not a GPT-2"]),
+        (
+            lambda f: edit_config(f, model_type="llama", architectures=["LlamaForCausalLM"]),
+            ["not a GPT-2", "'llama'", "LlamaForCausalLM"],
+        ),
+        (lambda f: edit_config(f, n_embd="wide"), ["not a valid GPT-2 configuration", "n_embd"]),
+        (lambda f: edit_config(f, n_head=3), ["does not load as gpt2", "divisible"]),
+        (lambda f: edit_config(f, n_positions=32), ["wpe.weight: (16, 8) in the file, (32, 8) by config.json"]),
+        (lambda f: edit_config(f, n_layer=3), ["lack 12 tensors of a 3-layer GPT-2", "transformer.h.2."]),
+        (lambda f: (f / "model.safetensors").unlink(), ["no model.safetensors", "found: config.json"]),
+        (only_pickle, ["pytorch_model.bin, a pickle", "never loaded", "save_pretrained"]),
+        (truncate, ["model.safetensors is not a whole safetensors file", "bytes"]),
+        (large_file_pointer, ["model.safetensors is not a whole safetensors file (63 bytes"]),
+        (lose_a_shard, ["model-00002-", "no such file"]),
+        (
+            lambda f: edit_weights(f, lambda weights: weights.pop("transformer.h.1.mlp.c_fc.bias")),
+            ["lack 1 tensors", "transformer.h.1.mlp.c_fc.bias"],
+        ),
+        (lambda f: (f / "tokenizer.json").unlink(), ["no tokenizer", "found: config.json"]),
+        (lambda f: (f / "tokenizer.json").write_bytes(b"\x80\x81"), ["the tokenizer in", "does not load"]),
+        (lambda f: (f / "tokenizer.json").write_text('{"model": 1}'), ["the tokenizer in", "does not load"]),
+        (lambda f: make_tokenizer("abc " * 99 + "xyz", 257 + 99).save_pretrained(f), []),
+    ],
+)
+def test_damage_is_named_in_one_line(folder: Path, damage: Callable[[Path], object], expected: list[str]) -> None:
+    damage(folder)
+    if not expected:  # damage that is none: the control of this test
+        load_model(str(folder))
+        return
+    message = message_of(lambda: load_model(str(folder)))
+    assert str(folder) in message
+    for part in expected:
+        assert part in message
+
+
+def test_code_in_a_model_directory_is_never_run(folder: Path) -> None:
+    (folder / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\nclass M: pass\n")
+    edit_config(folder, auto_map={"AutoConfig": "evil.M", "AutoModelForCausalLM": "evil.M", "AutoTokenizer": "evil.M"})
+    tokenizer_config = json.loads((folder / "tokenizer_config.json").read_text())
+    tokenizer_config["auto_map"] = {"AutoTokenizer": ["evil.M", "evil.M"]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
+    assert isinstance(load_model(str(folder)).model, GPT2LMHeadModel)
+    assert not (folder / "ran").exists()
+
+
+def test_names_that_look_like_paths_are_not_looked_up_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "weights.safetensors").touch()
+    for name in ("./gpt3", "../gpt3", "/gpt3", "~/no-such-gpt3", "a/b/c", "gpt3/", "runs/missing"):
+        assert f"no such directory: {name}" in message_of(lambda name=name: load_model(name))
+    assert "is a file" in message_of(lambda: load_config("weights.safetensors"))
+    assert "no valid Hub id" in message_of(lambda: load_tokenizer("gpt 3!"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_device_that_is_not_there(folder: Path) -> None:
+    assert "no CUDA GPU" in message_of(lambda: load_model(str(folder), device="cuda"))
+
+
+def test_fingerprint_ignores_state_and_storage_but_not_content(folder: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(folder))
+    fingerprint = tokenizer_fingerprint(tokenizer)
+    assert len(fingerprint) == 64
+    tokenizer("def f(x):", truncation=True, max_length=2)
+    assert tokenizer_fingerprint(tokenizer) == fingerprint
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer(["a", "def f(x):"], padding=True)
+    assert tokenizer_fingerprint(tokenizer) == fingerprint
+    tokenizer.save_pretrained(tmp_path / "again")
+    assert tokenizer_fingerprint(load_tokenizer(str(tmp_path / "again"))) == fingerprint
+
+    assert tokenizer_fingerprint(make_tokenizer("while True: print(1, 2)\n")) != fingerprint
+    tokenizer.add_tokens(["<new>"])
+    assert tokenizer_fingerprint(tokenizer) != fingerprint
+
+
+def test_fingerprint_sees_the_pre_tokenizer() -> None:
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    tokenizer = make_tokenizer()
+    before = tokenizer_fingerprint(tokenizer)
+    tokenizer.backend_tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    assert tokenizer_fingerprint(tokenizer) != before
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(folder: Path) -> None:
+    tokenizer = load_tokenizer(str(folder))
+    entries = len(tokenizer)
+    check_tokenizer(GPT2Config(vocab_size=entries), tokenizer)
+    message = message_of(lambda: check_tokenizer(GPT2Config(vocab_size=entries - 1), tokenizer))
+    assert f"{entries} entries" in message
+    assert f"{entries - 1} rows" in message
+    tokenizer.add_tokens([f"<extra {number}>" for number in range(VOCABULARY)])
+    tokenizer.save_pretrained(folder)
+    assert "use the tokenizer" in message_of(lambda: load_model(str(folder)))
+
+
+def test_hub_models_load_and_what_is_wrong_with_them_is_named(original: Path, tmp_path: Path) -> None:
+    files = read_folder(original)
+    pickle_only = {"pytorch_model.bin": b"", **{key: data for key, data in files.items() if key != "model.safetensors"}}
+    with FakeHub() as hub:
+        hub.add("models", "gpt2", {**files, "pytorch_model.bin": b"not asked for", "onnx/config.json": b"{}"})
+        hub.add("models", "some/tokenizer", {key: data for key, data in files.items() if "token" in key})
+        hub.add("models", "some/closed", files, gated=True)
+        hub.add("models", "some/pickle", pickle_only)
+        hub.add("models", "some/corrupt", {**files, "model.safetensors": files["model.safetensors"][:-50]})
+        hub.add("models", "some/llama", {**files, "config.json": b'{"model_type": "llama"}'})
+        code = PRELUDE + (
+            'report("gpt2", load_config, load_tokenizer, load_model)\n'
+            'report("some/tokenizer", load_tokenizer)\n'
+            'for name in ("some/closed", "some/nothing", "some/pickle", "some/corrupt", "some/llama"):\n'
+            "    report(name, load_model)\n"
+        )
+        done = run_client(code, hub.endpoint, tmp_path)
+        asked = [path for _, path, _ in hub.requests]
+        offline = run_client(
+            PRELUDE + 'report("gpt2", load_config, load_tokenizer)\nreport("some/other", load_config)\n',
+            hub.endpoint,
+            tmp_path,
+            HF_HUB_OFFLINE="1",
+        )
+    assert done.returncode == 0, done.stderr
+    results = {result["name"]: result for result in map(json.loads, done.stdout.splitlines())}
+    assert results["gpt2"]["sum"] == pytest.approx(sum_of_weights(original))
+    assert results["gpt2"]["ids"] == load_tokenizer(str(original))("def f(x): return x").input_ids
+    assert "error" not in results["some/tokenizer"]
+    assert not any(path.endswith(("gpt2/resolve/main/pytorch_model.bin", "onnx/config.json")) for path in asked)
+    for name, parts in {
+        "some/closed": ["some/closed is gated", "hf auth login"],
+        "some/nothing": ["no model 'some/nothing'", "check the spelling"],
+        "some/pickle": ["only pytorch_model.bin, a pickle", "hf download some/pickle --local-dir pickle"],
+        "some/corrupt": ["model.safetensors is not a whole safetensors file", "download it again"],
+        "some/llama": ["not a GPT-2", "'llama'"],
+    }.items():
+        for part in parts:
+            assert part in results[name]["error"]
+
+    cached, missing = map(json.loads, offline.stdout.splitlines())
+    assert "error" not in cached
+    assert "downloaded before" in offline.stderr
+    assert "HF_HUB_OFFLINE is set" in missing["error"]
+
+
+def test_no_network_fails_fast_and_says_what_to_do(tmp_path: Path) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
+    code = PRELUDE + 'report("gpt2", load_model)\nreport("gpt2", load_config)\nreport("gpt2", load_tokenizer)\n'
+    done = run_client(code, endpoint, tmp_path)
+    for result in map(json.loads, done.stdout.splitlines()):
+        assert "cannot reach 127.0.0.1" in result["error"]
+        assert "`hf download gpt2 --local-dir gpt2`" in result["error"]
+        assert "--model ./gpt2" in result["error"]
+        assert result["seconds"] < 15
+    done = run_client(PRELUDE + 'report("owner/name", load_config)\n', "http://no-such-host.invalid", tmp_path)
+    assert "cannot reach no-such-host.invalid" in json.loads(done.stdout)["error"]
+
+
+@pytest.mark.slow
+def test_a_network_that_swallows_packets_is_given_up_in_time(tmp_path: Path) -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(8)  # connections are accepted by the kernel and never answered
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        done = run_client(PRELUDE + 'report("gpt2", load_model)\n', endpoint, tmp_path)
+    result = json.loads(done.stdout)
+    assert "cannot reach" in result["error"]
+    assert result["seconds"] < 18
+
+
+def test_first_answer_does_not_wait_for_a_request_that_hangs() -> None:
+    started = time.monotonic()
+    with pytest.raises(TimeoutError, match="no answer"):
+        first_answer(lambda: time.sleep(5), seconds=0.1)
+    assert time.monotonic() - started < 2
+    assert first_answer(lambda: 7) == 7
+    with pytest.raises(ZeroDivisionError):
+        first_answer(lambda: 1 / 0)

@@ -1,0 +1,101 @@
+"""`import ln_removal` is light, and makes transformers know the LN-free model in any order of imports.
+
+Each case is a process of its own: what is imported, and in which order, is the point.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ln_removal.export.normfree_gpt2 import NormFreeGPT2Config, NormFreeGPT2LMHeadModel
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small LN-free model on disk."""
+    directory = tmp_path_factory.mktemp("normfree")
+    config = NormFreeGPT2Config(
+        n_embd=8, n_layer=1, n_head=2, vocab_size=11, n_positions=8, bos_token_id=1, eos_token_id=1
+    )
+    NormFreeGPT2LMHeadModel(config).save_pretrained(directory)
+    return directory
+
+
+def run(code: str, *arguments: str) -> str:
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_importing_the_package_loads_neither_torch_nor_transformers() -> None:
+    code = """
+import sys, ln_removal
+heavy = {"torch", "transformers", "numpy", "pydantic", "datasets", "wandb", "matplotlib"} & set(sys.modules)
+print(sorted(heavy), "install" in dir(ln_removal), ln_removal.UserError.__name__, "torch" in sys.modules)
+"""
+    assert run(code) == "[] True UserError False"
+
+
+LOAD = """
+import sys
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+print(type(model).__module__, type(model).__name__)
+"""
+FIRST_LINES = {
+    "ln_removal first": "import ln_removal\nfrom transformers import AutoModelForCausalLM",
+    "transformers first": "import transformers\nimport ln_removal\nfrom transformers import AutoModelForCausalLM",
+    "auto classes first": "from transformers import AutoModelForCausalLM\nimport ln_removal",
+    "gpt2 first": "from transformers import AutoModelForCausalLM, GPT2LMHeadModel\nimport ln_removal",
+    "gpt2 model after": "import ln_removal\nfrom transformers import GPT2LMHeadModel, AutoModelForCausalLM",
+    "gpt2 config after": "import ln_removal\nfrom transformers import GPT2Config, AutoModelForCausalLM",
+    "tokenizer after": "import ln_removal\nfrom transformers import AutoTokenizer, AutoModelForCausalLM",
+    "pipeline after": "import ln_removal\nfrom transformers import pipeline, AutoModelForCausalLM",
+    "model module first": ("import ln_removal.export.normfree_gpt2\nfrom transformers import AutoModelForCausalLM"),
+    "surgery first": "from ln_removal import install\nfrom transformers import AutoModelForCausalLM",
+}
+
+
+@pytest.mark.parametrize("order", ["ln_removal first", "auto classes first", "gpt2 model after"])
+def test_auto_classes_load_a_saved_model(saved: Path, order: str) -> None:
+    assert run(FIRST_LINES[order] + LOAD, str(saved)) == "ln_removal.export.normfree_gpt2 NormFreeGPT2LMHeadModel"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", sorted(FIRST_LINES))
+def test_auto_classes_load_a_saved_model_in_every_order(saved: Path, order: str) -> None:
+    assert run(FIRST_LINES[order] + LOAD, str(saved)) == "ln_removal.export.normfree_gpt2 NormFreeGPT2LMHeadModel"
+
+
+def test_configuration_alone(saved: Path) -> None:
+    code = """
+import sys, ln_removal
+from transformers import AutoConfig
+print(type(AutoConfig.from_pretrained(sys.argv[1])).__name__)
+"""
+    assert run(code, str(saved)) == "NormFreeGPT2Config"
+
+
+def test_a_stock_gpt2_is_still_a_stock_gpt2() -> None:
+    code = """
+import ln_removal
+from transformers import AutoModelForCausalLM, GPT2Config
+from ln_removal import NormFreeGPT2Config
+sizes = dict(n_embd=8, n_layer=1, n_head=2, vocab_size=11, n_positions=8, bos_token_id=1, eos_token_id=1)
+for kind in (NormFreeGPT2Config, GPT2Config):
+    print(type(AutoModelForCausalLM.from_config(kind(**sizes))).__name__)
+"""
+    assert run(code).split() == ["NormFreeGPT2LMHeadModel", "GPT2LMHeadModel"]
