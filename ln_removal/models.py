@@ -9,14 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from ln_removal.errors import UserError
+from ln_removal.hub_access import HUB_SECONDS, first_answer, hub_error, is_unreachable, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -29,11 +29,7 @@ WEIGHTS_INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
-HUB_SECONDS = 12.0
-"""How long the Hub may take to give its first answer before it counts as out of reach."""
-
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -70,7 +66,7 @@ def load_model(name: str, *, device: str = "cpu", dtype: torch.dtype | None = No
     check_tokenizer(config, tokenizer)
     loader: Any = transformers.AutoModelForCausalLM
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             model, report = loader.from_pretrained(
                 directory,
                 config=config,
@@ -82,7 +78,7 @@ def load_model(name: str, *, device: str = "cpu", dtype: torch.dtype | None = No
                 ignore_mismatched_sizes=True,  # reported below, with the names
             )
     except Exception as error:
-        raise UserError(f"{directory} does not load as {config.model_type}: {_one_line(error)}") from error
+        raise UserError(f"{directory} does not load as {config.model_type}: {one_line(error)}") from error
     if mismatched := sorted(report["mismatched_keys"]):
         key, found, expected = mismatched[0]
         raise UserError(
@@ -232,7 +228,7 @@ def _read_config(directory: Path) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        raise UserError(f"{path} is not a valid GPT-2 configuration: {_one_line(error)}") from error
+        raise UserError(f"{path} is not a valid GPT-2 configuration: {one_line(error)}") from error
 
 
 def _read_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
@@ -241,10 +237,10 @@ def _read_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     _require_tokenizer(_names(directory), str(directory))
     loader: Any = AutoTokenizer
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             tokenizer = loader.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        raise UserError(f"the tokenizer in {directory} does not load: {_one_line(error)}; save it again") from error
+        raise UserError(f"the tokenizer in {directory} does not load: {one_line(error)}; save it again") from error
     return cast("PreTrainedTokenizerBase", tokenizer)
 
 
@@ -260,7 +256,7 @@ def _check_weight_files(directory: Path) -> None:
             with safe_open(path, framework="pt") as opened:
                 opened.keys()
         except (SafetensorError, OSError) as error:
-            found = f"{path.stat().st_size:,} bytes; {_one_line(error)}" if file in names else "no such file"
+            found = f"{path.stat().st_size:,} bytes; {one_line(error)}" if file in names else "no such file"
             raise UserError(f"{path} is not a whole safetensors file ({found}); copy or download it again") from error
 
 
@@ -309,15 +305,11 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not readable JSON ({_one_line(error)}); copy or download it again") from error
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"{path} is not readable JSON ({one_line(error)}); copy or download it again") from error
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """No loading report and no progress bar: what matters in them is checked and raised here."""
     import transformers
 
@@ -331,79 +323,3 @@ def _quiet_transformers() -> Iterator[None]:
         messages.set_verbosity(verbosity)
         if bars:
             messages.enable_progress_bar()
-
-
-def first_answer(request: Callable[[], T], *, seconds: float = HUB_SECONDS) -> T:
-    """Run a Hub request and wait at most `seconds` for it.
-
-    The client's own time-out holds for one address of one connection attempt and not for name look-up, so a network
-    that swallows packets can keep it for minutes. The request then goes on in a daemon thread that is left behind.
-
-    Raises:
-        TimeoutError: when there was no answer in time; otherwise whatever the request raises.
-    """
-    outcome: list[T] = []
-    failure: list[Exception] = []
-
-    def run() -> None:
-        try:
-            outcome.append(request())
-        except Exception as error:  # noqa: BLE001 (raised again by the caller)
-            failure.append(error)
-
-    thread = threading.Thread(target=run, daemon=True, name="hub-first-answer")
-    thread.start()
-    thread.join(seconds)
-    if failure:
-        raise failure[0]
-    if not outcome:
-        raise TimeoutError(f"no answer in {seconds:.0f} seconds")
-    return outcome[0]
-
-
-def is_unreachable(error: BaseException | None) -> bool:
-    """Whether an error of the Hub client, or one it was raised from, means that no connection could be made or kept.
-
-    The client has changed its HTTP library more than once, so its transport errors are told by their base's name.
-    """
-    from huggingface_hub.errors import HfHubHTTPError
-
-    seen: list[BaseException] = []
-    while error is not None and error not in seen and not isinstance(error, HfHubHTTPError):
-        if isinstance(error, (ConnectionError, TimeoutError)):
-            return True
-        if any(base.__name__ in ("TransportError", "ClientConnectionError") for base in type(error).__mro__):
-            return True
-        seen.append(error)
-        error = error.__cause__ or error.__context__
-    return False
-
-
-def hub_error(error: BaseException, what: str, repo_id: str, advice: str) -> UserError:
-    """The one-line message for a failure of the Hub client.
-
-    Args:
-        error: what the client raised.
-        what: `model` or `data set`.
-        repo_id: the repository asked for.
-        advice: what to do without network.
-    """
-    from huggingface_hub import constants, errors
-
-    host = constants.ENDPOINT.partition("://")[2]
-    page = f"{constants.ENDPOINT}/{'datasets/' if what == 'data set' else ''}{repo_id}"
-    status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
-    if isinstance(error, errors.RevisionNotFoundError):
-        return UserError(f"the {what} {repo_id} on {host} lacks the revision asked for; see {page}")
-    if isinstance(error, errors.RepositoryNotFoundError) and not isinstance(error, errors.GatedRepoError):
-        return UserError(
-            f"{host} has no {what} {repo_id!r} that you may read; check the spelling, or, if it is private, log in "
-            "with `hf auth login`"
-        )
-    if status in (401, 403):
-        return UserError(f"the {what} {repo_id} is gated: accept its terms at {page} and log in with `hf auth login`")
-    if is_unreachable(error):
-        reason = "HF_HUB_OFFLINE is set" if isinstance(error, errors.OfflineModeIsEnabled) else _one_line(error)
-        return UserError(f"cannot reach {host} for the {what} {repo_id} ({reason}); {advice}")
-    reason = f"it answered {status}" if status else _one_line(error)
-    return UserError(f"the {what} {repo_id} could not be fetched from {host}: {reason}; try again later, or {advice}")

@@ -58,7 +58,9 @@ def resolve_recipe(
     from ln_removal.planning import architecture_of_model
 
     if model is None and recipe is None:
-        raise UserError("name what to remove LayerNorm from: --model tiny, --model gpt2, --model DIRECTORY or --recipe NAME")
+        raise UserError(
+            "name what to remove LayerNorm from: --model tiny, --model gpt2, --model DIRECTORY or --recipe NAME"
+        )
     if recipe is not None:
         found = load_recipe(recipe, {**(overrides or {}), **({} if model is None else {"model": model})})
     else:

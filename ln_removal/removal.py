@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ln_removal.evaluation.scoring import QuestionSet
     from ln_removal.recipe import Recipe
     from ln_removal.schedule import RemovalSchedule
-    from ln_removal.training.loop import TrainResult
+    from ln_removal.training.loop import Removal, TrainResult
 
 logger = logging.getLogger(__name__)
 
@@ -178,7 +178,7 @@ def _tokens(
     corpus = open_corpus(recipe.data.corpus, max_bytes=recipe.data.max_bytes)
     return prepare(
         corpus,
-        tokenizer,  # type: ignore[arg-type]
+        tokenizer,
         out / "tokens",
         tokenizer_name=recipe.data.tokenizer or recipe.model,
         tokenizer_sha256=tokenizer_fingerprint(tokenizer),
@@ -197,7 +197,9 @@ def _train_removal(
     sites = install(model, eot_token_id=run.data.eot_token_id)
     result = _train(run, model, run.out, label="removal", removal=Removal(sites, schedule))
     if run.accelerator.is_main_process:
-        held_out = next(run.data.split("validation").windows(run.recipe.data.context, limit_tokens=VERIFY_TOKENS, batch=8))
+        held_out = next(
+            run.data.split("validation").windows(run.recipe.data.context, limit_tokens=VERIFY_TOKENS, batch=8)
+        )
         write_exports(model, tokenizer, run.out, held_out=held_out, export=run.recipe.export)
     return result
 
@@ -213,61 +215,32 @@ def _train_control(run: _Run) -> None:
         save_model(loaded.model, loaded.tokenizer, run.out / "control" / "model", dtype=run.recipe.export.dtype)
 
 
-def _train(run: _Run, model: GPT2LMHeadModel, directory: Path, *, label: str, removal: object) -> TrainResult:
-    from ln_removal.data.sampler import WindowSampler
+def _train(run: _Run, model: GPT2LMHeadModel, directory: Path, *, label: str, removal: Removal | None) -> TrainResult:
     from ln_removal.evaluation.loss import cross_entropy
-    from ln_removal.objective import Objective
-    from ln_removal.training.loop import Removal, train
-    from ln_removal.training.setup import choose_micro_batch, compile_if_worthwhile
-    from ln_removal.training.tracking import Tracker
+    from ln_removal.training.session import train_model
 
-    assert removal is None or isinstance(removal, Removal)
-    spec, data = run.recipe.training, run.recipe.data
-    sampler = WindowSampler(
-        run.data.split("train"),
-        context=data.context,
-        sequences_per_step=spec.tokens_per_step // data.context,
-        seed=run.recipe.seed,
-        weights=data.weights,
-    )
-    objective = Objective(
-        model.to(run.accelerator.device),
-        eot_token_id=run.data.eot_token_id,
-        auxiliary_weight=spec.auxiliary_weight if removal is not None else 0.0,
-    )
-    micro_batch = choose_micro_batch(run.recipe, objective, run.accelerator)
-    compile_if_worthwhile(objective, spec.compile, tokens=run.recipe.tokens, device=run.accelerator.device)
+    spec = run.recipe.training
     validation = run.data.split("validation")
 
     def evaluate() -> dict[str, float]:
         loss = cross_entropy(
             model,
             validation,
-            context=data.context,
+            context=run.recipe.data.context,
             max_tokens=spec.evaluation_tokens,
             precision=spec.precision,
         )
         return {"cross_entropy": loss.cross_entropy}
 
-    tracker = Tracker(
-        directory / "metrics.jsonl",
-        total_steps=spec.steps,
-        tokens_per_step=spec.tokens_per_step,
+    return train_model(
+        model,
+        run.recipe,
+        run.data,
+        directory,
+        accelerator=run.accelerator,
         label=label,
-        enabled=run.accelerator.is_main_process,
+        evaluate=evaluate,
+        removal=removal,
+        resume=run.resume,
         wandb_project=run.wandb_project,
-        config=run.recipe.model_dump(),
     )
-    with tracker:
-        return train(
-            objective,
-            sampler,
-            spec,
-            accelerator=run.accelerator,
-            tracker=tracker,
-            state_directory=directory / "state",
-            micro_batch=micro_batch,
-            removal=removal,
-            evaluate=evaluate,
-            resume=run.resume,
-        )

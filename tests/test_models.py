@@ -17,9 +17,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from ln_removal.data.tokenizer_training import train_code_tokenizer
 from ln_removal.errors import UserError
+from ln_removal.hub_access import first_answer
 from ln_removal.models import (
     check_tokenizer,
-    first_answer,
     load_config,
     load_model,
     load_tokenizer,

@@ -16,6 +16,8 @@ import typer
 from ln_removal.errors import UserError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from ln_removal.recipe import Recipe
 
 P = ParamSpec("P")
@@ -106,6 +108,12 @@ def print_plan(recipe: Recipe, *, control: bool, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(found.to_json(), indent=2))
         return
+    found.render(wide_console())
+
+
+def wide_console() -> Console:
+    """A console for tables: as wide as the terminal, and wide enough for them where there is none (a file, a pipe, CI)."""
     from rich.console import Console
 
-    found.render(Console())
+    console = Console()
+    return console if console.is_terminal else Console(width=120)

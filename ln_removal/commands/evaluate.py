@@ -13,20 +13,36 @@ from ln_removal.errors import UserError
 
 def evaluate(
     source: Annotated[
-        str, typer.Argument(metavar="RUN|MODEL", help="A run of ln-remove, or one model: tiny, a directory, a Hub id.", show_default=False)
+        str,
+        typer.Argument(
+            metavar="RUN|MODEL",
+            help="A run of ln-remove, or one model: tiny, a directory, a Hub id.",
+            show_default=False,
+        ),
     ],
     tokens: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Tokens from ln-prepare. Default: the run's own.", show_default=False),
     ] = None,
-    original: Annotated[str | None, typer.Option(metavar="MODEL", help="The model before, for comparison.", show_default=False)] = None,
-    control: Annotated[str | None, typer.Option(metavar="MODEL", help="The vanilla control, for comparison.", show_default=False)] = None,
-    context: Annotated[int | None, typer.Option(min=1, help="Tokens in a window. Default: the run's.", show_default=False)] = None,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Score at most about this many tokens. Default: the run's.", show_default=False)] = None,
+    original: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The model before, for comparison.", show_default=False)
+    ] = None,
+    control: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The vanilla control, for comparison.", show_default=False)
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Tokens in a window. Default: the run's.", show_default=False)
+    ] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Score at most about this many tokens. Default: the run's.", show_default=False),
+    ] = None,
     questions: Annotated[
         str, typer.Option(metavar="none|completions|hellaswag|FILE", help="Also measure accuracy on these.")
     ] = "none",
-    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the results there as JSON.", show_default=False)] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the results there as JSON.", show_default=False)
+    ] = None,
     device: console.DeviceOption = "auto",
     as_json: console.JsonOption = False,
     debug: console.DebugOption = False,
@@ -45,7 +61,9 @@ def evaluate(
     from ln_removal.evaluation.run_models import models_to_score
 
     place = console.pick_device(device)
-    found = models_to_score(source, tokens=tokens, original=original, control=control, context=context, max_tokens=max_tokens)
+    found = models_to_score(
+        source, tokens=tokens, original=original, control=control, context=context, max_tokens=max_tokens
+    )
 
     import sys
 
@@ -70,9 +88,7 @@ def evaluate(
     if as_json:
         typer.echo(results.model_dump_json(indent=2))
         return
-    from rich.console import Console
-
-    results_file.render(results, Console())
+    results_file.render(results, console.wide_console())
 
 
 app = console.build(evaluate)

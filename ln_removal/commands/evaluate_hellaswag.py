@@ -111,7 +111,6 @@ def _check_writable(path: Path) -> None:
 
 
 def _print_table(summaries: dict[str, dict[str, Any]], source: str) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     first = next(iter(summaries.values()))
@@ -123,7 +122,7 @@ def _print_table(summaries: dict[str, dict[str, Any]], source: str) -> None:
         table.add_column(f"{column} (%)", justify="right")
     for name, summary in summaries.items():
         table.add_row(name, *(_percent(summary[key], summary[f"{key}_standard_error"]) for key in ("acc", "acc_norm")))
-    Console().print(table)
+    console.wide_console().print(table)
 
 
 def _percent(share: float, error: float | None) -> str:

@@ -12,14 +12,21 @@ from ln_removal.commands import console
 
 def export(
     source: Annotated[
-        Path, typer.Argument(metavar="RUN|MODEL", help="A run of ln-remove, or the directory of an LN-free model.", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="RUN|MODEL", help="A run of ln-remove, or the directory of an LN-free model.", show_default=False
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Directory to write; must not exist yet.", show_default=False)],
     form: Annotated[
         Literal["normfree", "stock"],
-        typer.Option("--format", help="normfree: no norm module at all. stock: plain GPT2LMHeadModel for any transformers."),
+        typer.Option(
+            "--format", help="normfree: no norm module at all. stock: plain GPT2LMHeadModel for any transformers."
+        ),
     ] = "normfree",
-    dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Precision of the weights written.")] = "float32",
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"], typer.Option(help="Precision of the weights written.")
+    ] = "float32",
     debug: console.DebugOption = False,
     version: console.VersionOption = False,
 ) -> None:

@@ -13,13 +13,27 @@ from ln_removal.commands import console
 def prepare(
     corpus: Annotated[
         str,
-        typer.Argument(help="A named corpus (--list shows them), hub:OWNER/NAME[:CONFIG], or a file or directory.", show_default=False),
+        typer.Argument(
+            help="A named corpus (--list shows them), hub:OWNER/NAME[:CONFIG], or a file or directory.",
+            show_default=False,
+        ),
     ] = "",
-    out: Annotated[Path | None, typer.Option(help="Directory for the tokens. Default: data/CORPUS.", show_default=False)] = None,
-    tokenizer: Annotated[str, typer.Option(help="The model whose tokenizer to use: tiny, gpt2, a directory, a Hub id.")] = "gpt2",
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Stop after this many training tokens.", show_default=False)] = None,
-    max_bytes: Annotated[int | None, typer.Option(min=1, help="Read about this much training text.", show_default=False)] = None,
-    field: Annotated[str | None, typer.Option(help="Name of the text field in jsonl, parquet or the Hub data set.", show_default=False)] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Directory for the tokens. Default: data/CORPUS.", show_default=False)
+    ] = None,
+    tokenizer: Annotated[
+        str, typer.Option(help="The model whose tokenizer to use: tiny, gpt2, a directory, a Hub id.")
+    ] = "gpt2",
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Stop after this many training tokens.", show_default=False)
+    ] = None,
+    max_bytes: Annotated[
+        int | None, typer.Option(min=1, help="Read about this much training text.", show_default=False)
+    ] = None,
+    field: Annotated[
+        str | None,
+        typer.Option(help="Name of the text field in jsonl, parquet or the Hub data set.", show_default=False),
+    ] = None,
     list_corpora: Annotated[bool, typer.Option("--list", help="List the named corpora and stop.")] = False,
     as_json: console.JsonOption = False,
     debug: console.DebugOption = False,
@@ -56,7 +70,14 @@ def prepare(
     loaded = load_tokenizer(tokenizer)
     safe = "".join(character if character.isalnum() or character in "-_." else "-" for character in corpus).strip("-.")
     place = out or Path("data") / (safe or "corpus")
-    with tqdm(desc=source.name, unit="tok", unit_scale=True, total=max_tokens, file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
+    with tqdm(
+        desc=source.name,
+        unit="tok",
+        unit_scale=True,
+        total=max_tokens,
+        file=sys.stderr,
+        disable=not sys.stderr.isatty(),
+    ) as bar:
 
         def show(progress: PrepareProgress) -> None:
             bar.set_postfix_str(f"{progress.documents:,} documents, {progress.bytes / 1e6:,.0f} MB", refresh=False)
@@ -71,16 +92,20 @@ def prepare(
             max_tokens=max_tokens,
             progress=show,
         )
-    summary = {
+    splits = {
         name: {"tokens": split.tokens, "documents": split.documents, "bytes": split.bytes}
         for name in ("train", "validation")
         for split in [data.split(name)]
     }
     if as_json:
-        typer.echo(json.dumps({"directory": str(place), "tokenizer": tokenizer, "vocab_size": data.vocab_size, **summary}))
+        typer.echo(
+            json.dumps({"directory": str(place), "tokenizer": tokenizer, "vocab_size": data.vocab_size, **splits})
+        )
         return
-    for name, counts in summary.items():
-        typer.echo(f"{name:10} {counts['tokens']:>14,} tokens  {counts['documents']:>10,} documents  {counts['bytes']:>14,} bytes")
+    for name, counts in splits.items():
+        typer.echo(
+            f"{name:10} {counts['tokens']:>14,} tokens  {counts['documents']:>10,} documents  {counts['bytes']:>14,} bytes"
+        )
     typer.echo(f"tokens: {place}   train on them with --tokens {place}")
 
 

@@ -13,15 +13,22 @@ from ln_removal.commands import console
 def remove(
     model: Annotated[
         str | None,
-        typer.Option(help="tiny, gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2, a directory or a Hub id.", show_default=False),
+        typer.Option(
+            help="tiny, gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2, a directory or a Hub id.",
+            show_default=False,
+        ),
     ] = None,
     recipe: Annotated[
         str | None,
-        typer.Option(metavar="NAME|FILE", help="A built-in recipe or a TOML file. Default: the model's own.", show_default=False),
+        typer.Option(
+            metavar="NAME|FILE", help="A built-in recipe or a TOML file. Default: the model's own.", show_default=False
+        ),
     ] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change one value of the recipe; may be repeated.", show_default=False),
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Change one value of the recipe; may be repeated.", show_default=False
+        ),
     ] = None,
     steps: Annotated[
         int | None, typer.Option(help="Shorten or lengthen the run together with its schedule.", show_default=False)
@@ -31,16 +38,25 @@ def remove(
     ] = None,
     tokens: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Tokens from ln-prepare. Default: prepare the recipe's corpus.", show_default=False),
+        typer.Option(
+            metavar="DIR", help="Tokens from ln-prepare. Default: prepare the recipe's corpus.", show_default=False
+        ),
     ] = None,
-    control: Annotated[bool, typer.Option("--control", help="Also train the control that keeps its LayerNorms.")] = False,
+    control: Annotated[
+        bool, typer.Option("--control", help="Also train the control that keeps its LayerNorms.")
+    ] = False,
     questions: Annotated[
         str, typer.Option(metavar="auto|completions|hellaswag|none|FILE", help="What accuracy is measured on.")
     ] = "auto",
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out from its newest checkpoint.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print recipe, schedule and estimates; do nothing.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run in --out from its newest checkpoint.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print recipe, schedule and estimates; do nothing.")
+    ] = False,
     wandb: Annotated[
-        str | None, typer.Option(metavar="PROJECT", help="Also log to this Weights & Biases project.", show_default=False)
+        str | None,
+        typer.Option(metavar="PROJECT", help="Also log to this Weights & Biases project.", show_default=False),
     ] = None,
     device: console.DeviceOption = "auto",
     as_json: console.JsonOption = False,
@@ -85,9 +101,7 @@ def remove(
     if as_json:
         typer.echo(results.model_dump_json(indent=2))
         return
-    from rich.console import Console
-
-    render(results, Console())
+    render(results, console.wide_console())
     typer.echo(f"LN-free model: {place / 'model'}   scores: {place / 'results.json'}")
 
 

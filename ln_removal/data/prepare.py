@@ -10,12 +10,13 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -28,12 +29,14 @@ from ln_removal.data.tokens import (
     TokenIndex,
     checksum,
     dtype_for,
+    parse_index,
     write_index,
     write_json_atomically,
 )
 from ln_removal.errors import UserError
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 PROGRESS = "progress.json"
@@ -43,6 +46,10 @@ BATCH_DOCUMENTS = 1024
 QUEUED_BATCHES = 4
 
 Batch = list[Document | TokenDocument]
+Group = tuple[Split, str]
+"""Split and source: what a shard holds."""
+
+_SHARD_NAME = re.compile(r"(train|validation)-.*-\d{5,}\.bin")
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,16 @@ class PrepareProgress:
     documents: int
     tokens: int
     bytes: int
+
+
+class _Encoded(NamedTuple):
+    """The tokens of one group in a batch, as they are written, and what they count as."""
+
+    group: Group
+    data: bytes
+    tokens: int
+    documents: int
+    text_bytes: int
 
 
 class _ShardWriter:
@@ -64,19 +81,20 @@ class _ShardWriter:
         self._file.truncate(shard.tokens * width)
         self._file.seek(0, os.SEEK_END)
 
-    def append(self, data: bytes, *, tokens: int, documents: int, text_bytes: int) -> None:
-        self._file.write(data)
-        self.shard.tokens += tokens
-        self.shard.documents += documents
-        self.shard.bytes += text_bytes
+    def append(self, part: _Encoded) -> None:
+        self._file.write(part.data)
+        self.shard.tokens += part.tokens
+        self.shard.documents += part.documents
+        self.shard.bytes += part.text_bytes
 
     def sync(self) -> None:
         self._file.flush()
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self.sync()
-        self._file.close()
+        if not self._file.closed:
+            self.sync()
+            self._file.close()
 
 
 def prepare(
@@ -109,12 +127,14 @@ def prepare(
 
     Raises:
         UserError: `out` holds another corpus or cannot be written, another process is preparing it, the tokenizer has no
-            end-of-text token, or the corpus gave no training document.
+            end-of-text token, or the corpus gave no document for one of the splits.
     """
     out = Path(out)
     eot = tokenizer.eos_token_id
     if not isinstance(eot, int):
-        raise UserError(f"the tokenizer {tokenizer_name} has no end-of-text token; use GPT-2's or one that has an eos token")
+        raise UserError(
+            f"the tokenizer {tokenizer_name} has no end-of-text token; use GPT-2's or one that has an eos token"
+        )
     index = TokenIndex(
         corpus=json.loads(json.dumps({**corpus.identity(), "max_tokens": max_tokens})),
         tokenizer={"name": tokenizer_name, "sha256": tokenizer_sha256},
@@ -123,11 +143,11 @@ def prepare(
         dtype=dtype_for(len(tokenizer)),
     )
     try:
+        if (out / INDEX).exists():  # complete, so no lock is needed: the ranks of a run open it at the same time
+            return _open_same(out, index)
         out.mkdir(parents=True, exist_ok=True)
         with _lock(out):
-            return _prepare_locked(
-                corpus, tokenizer, out, index, max_tokens, shard_tokens, checkpoint_tokens, progress
-            )
+            return _prepare_locked(corpus, tokenizer, out, index, max_tokens, shard_tokens, checkpoint_tokens, progress)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror or error}; choose another --out") from error
 
@@ -143,40 +163,47 @@ def _prepare_locked(
     progress: Callable[[PrepareProgress], None] | None,
 ) -> TokenDataset:
     if (out / INDEX).exists():
-        existing = TokenDataset.open(out)
-        _same_or_error(out, existing.index, index)
-        return existing
+        return _open_same(out, index)
     consumed = _resume(out, index)
     width = np.dtype(index.dtype).itemsize
-    writers = {(shard.split, shard.source): _ShardWriter(out, shard, width) for shard in index.shards if not shard.sha256}
+    writers = {
+        (shard.split, shard.source): _ShardWriter(out, shard, width) for shard in index.shards if not shard.sha256
+    }
+    encoder = _plain_encoder(tokenizer)
     since_checkpoint = 0
+
+    def enough() -> bool:
+        return max_tokens is not None and index.total("train", "tokens") >= max_tokens
+
+    batches = _batches(corpus, consumed) if not enough() else iter(())
     try:
-        for batch in read_ahead(_batches(corpus, consumed), QUEUED_BATCHES):
-            for group, data, tokens, text_bytes in _encode(batch, tokenizer, index):
-                writer = writers.get(group)
-                if writer is not None and writer.shard.tokens >= shard_tokens:
-                    writer.close()
-                    writer.shard.sha256 = checksum(writer.path)
-                    writer = None
-                if writer is None:
-                    writer = writers[group] = _open_next(out, index, group, width)
-                documents = sum((document.split, document.source) == group for document in batch)
-                writer.append(data, tokens=tokens, documents=documents, text_bytes=text_bytes)
-                since_checkpoint += tokens
-            consumed += len(batch)
-            if progress is not None:
-                progress(_progress(index))
-            if since_checkpoint >= checkpoint_tokens:
-                _checkpoint(out, index, writers, consumed)
-                since_checkpoint = 0
-            if max_tokens is not None and index.total("train", "tokens") >= max_tokens:
-                break
+        with closing(read_ahead(batches, QUEUED_BATCHES)) as read:
+            for batch in read:
+                for part in _encode(batch, encoder, index):
+                    writer = writers.get(part.group)
+                    if writer is not None and writer.shard.tokens >= shard_tokens:
+                        writer.close()
+                        writer.shard.sha256 = checksum(writer.path)
+                        writer = None
+                    if writer is None:
+                        writer = writers[part.group] = _open_next(out, index, part.group, width)
+                    writer.append(part)
+                    since_checkpoint += part.tokens
+                consumed += len(batch)
+                if progress is not None:
+                    progress(_progress(index))
+                if since_checkpoint >= checkpoint_tokens:
+                    _checkpoint(out, index, writers, consumed)
+                    since_checkpoint = 0
+                if enough():
+                    break
     finally:
         for writer in writers.values():
             writer.close()
     for split in ("train", "validation"):
         if index.total(split, "tokens") == 0:
-            raise UserError(f"{corpus.name}: the corpus gave no {split} document; add text to it, or choose another corpus")
+            more = "add text to it" if max_tokens is None else f"raise max_tokens ({max_tokens:,})"
+            raise UserError(f"{corpus.name}: the corpus gave no {split} document; {more}, or choose another corpus")
     for writer in writers.values():
         writer.shard.sha256 = checksum(writer.path)
     write_index(out, index)
@@ -197,14 +224,27 @@ def _batches(corpus: Corpus, skip: int) -> Iterator[Batch]:
         yield batch
 
 
-def _encode(
-    batch: Batch, tokenizer: PreTrainedTokenizerFast, index: TokenIndex
-) -> Iterator[tuple[tuple[Split, str], bytes, int, int]]:
-    """Encode a batch: for each (split, source) in it, its tokens as bytes with their count and the bytes of text."""
+def _plain_encoder(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+    """A copy of the tokenizer that encodes all of a text as text.
+
+    It does not truncate or pad, whatever the original was saved with, and an `<|endoftext|>` spelled out in a text is
+    encoded like other words: end-of-text stands at the end of documents and nowhere else.
+    """
+    from tokenizers import Tokenizer
+
+    encoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    encoder.no_truncation()
+    encoder.no_padding()
+    encoder.encode_special_tokens = True
+    return encoder
+
+
+def _encode(batch: Batch, encoder: Tokenizer, index: TokenIndex) -> Iterator[_Encoded]:
+    """Encode a batch, one result for each group in it."""
     texts = [document.text for document in batch if isinstance(document, Document)]
-    encoded = iter(tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)) if texts else iter(())
-    groups: dict[tuple[Split, str], list[list[int]]] = {}
-    sizes: dict[tuple[Split, str], int] = {}
+    encoded = iter(encoder.encode_batch_fast(texts, add_special_tokens=False))
+    groups: dict[Group, list[list[int]]] = {}
+    sizes: dict[Group, int] = {}
     for document in batch:
         group = (document.split, document.source)
         rows = groups.setdefault(group, [])
@@ -217,27 +257,33 @@ def _encode(
     for group, rows in groups.items():
         count = sum(map(len, rows))
         data = np.fromiter(chain.from_iterable(rows), dtype=index.dtype, count=count)
-        yield group, data.tobytes(), count, sizes.get(group, 0)
+        yield _Encoded(group, data.tobytes(), count, len(rows), sizes.get(group, 0))
 
 
 def _check_range(tokens: list[int], index: TokenIndex) -> None:
     if tokens and not 0 <= min(tokens) <= max(tokens) < index.vocab_size:
+        wrong = min(tokens) if min(tokens) < 0 else max(tokens)
         raise UserError(
-            f"a pre-tokenised row holds token {max(tokens)}, the tokenizer {index.tokenizer['name']} has "
+            f"a pre-tokenised row holds token {wrong}, the tokenizer {index.tokenizer['name']} has "
             f"{index.vocab_size} entries; choose the tokenizer the data set was made with"
         )
 
 
-def _open_next(out: Path, index: TokenIndex, group: tuple[Split, str], width: int) -> _ShardWriter:
+def _open_next(out: Path, index: TokenIndex, group: Group, width: int) -> _ShardWriter:
     split, source = group
-    number = sum((shard.split, shard.source) == group for shard in index.shards)
-    safe = "".join(character if character.isalnum() else "-" for character in source)
+    # Two sources may have the same safe name, so their shards are numbered together.
+    safe = _safe(source)
+    number = sum(shard.split == split and _safe(shard.source) == safe for shard in index.shards)
     shard = Shard(file=f"{split}-{safe}-{number:05d}.bin", split=split, source=source)
     index.shards.append(shard)
     return _ShardWriter(out, shard, width)
 
 
-def _checkpoint(out: Path, index: TokenIndex, writers: dict[tuple[Split, str], _ShardWriter], consumed: int) -> None:
+def _safe(source: str) -> str:
+    return "".join(character if character.isalnum() else "-" for character in source)
+
+
+def _checkpoint(out: Path, index: TokenIndex, writers: dict[Group, _ShardWriter], consumed: int) -> None:
     for writer in writers.values():
         writer.sync()
     write_json_atomically(out / PROGRESS, {"consumed": consumed, "index": asdict(index)})
@@ -246,40 +292,48 @@ def _checkpoint(out: Path, index: TokenIndex, writers: dict[tuple[Split, str], _
 def _resume(out: Path, index: TokenIndex) -> int:
     """Take the shards of an interrupted preparation over into `index`; returns the documents already consumed."""
     path = out / PROGRESS
-    if not path.exists():
-        for leftover in out.glob("*.bin"):
-            leftover.unlink()
-        return 0
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        shards = [Shard(**shard) for shard in saved["index"].pop("shards")]
-        before = TokenIndex(**saved["index"], shards=shards)
-        consumed = int(saved["consumed"])
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}); delete {out} and prepare again") from error
-    _same_or_error(out, before, index)
-    width = np.dtype(index.dtype).itemsize
-    for shard in shards:
-        file = out / shard.file
-        if not file.is_file() or file.stat().st_size < shard.tokens * width:
-            raise UserError(f"{file} is shorter than {path.name} says; delete {out} and prepare again")
-    known = {shard.file for shard in shards}
+    consumed = 0
+    if path.exists():
+        try:
+            saved = json.loads(path.read_text(encoding="utf-8"))
+            before = parse_index(saved["index"])
+            consumed = int(saved["consumed"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} is damaged ({error}); delete {out} and prepare again") from error
+        _same_or_error(out, before, index)
+        width = np.dtype(index.dtype).itemsize
+        for shard in before.shards:
+            file = out / shard.file
+            if not file.is_file() or file.stat().st_size < shard.tokens * width:
+                raise UserError(f"{file} is shorter than {path.name} says; delete {out} and prepare again")
+        index.shards = before.shards
+    # Shards begun after the last checkpoint. Only files with a shard's name: the directory may hold others.
+    known = {shard.file for shard in index.shards}
     for leftover in out.glob("*.bin"):
-        if leftover.name not in known:
+        if leftover.name not in known and _SHARD_NAME.fullmatch(leftover.name):
             leftover.unlink()
-    index.shards = shards
     return consumed
 
 
+def _open_same(out: Path, wanted: TokenIndex) -> TokenDataset:
+    existing = TokenDataset.open(out)
+    _same_or_error(out, existing.index, wanted)
+    return existing
+
+
 def _same_or_error(out: Path, found: TokenIndex, wanted: TokenIndex) -> None:
-    for what in ("corpus", "tokenizer", "vocab_size"):
-        ours, theirs = getattr(wanted, what), getattr(found, what)
-        if what == "tokenizer":
-            ours, theirs = ours["sha256"], theirs["sha256"]
-        if ours != theirs:
+    for key in sorted(found.corpus.keys() | wanted.corpus.keys()):
+        theirs, ours = found.corpus.get(key), wanted.corpus.get(key)
+        if theirs != ours:
             raise UserError(
-                f"{out} holds tokens of another {what}: found {theirs}, wanted {ours}; choose another --out, or delete it"
+                f"{out} holds tokens of another corpus: its {key} is {theirs!r}, wanted {ours!r}; choose another --out, "
+                "or delete it"
             )
+    if (found.tokenizer["sha256"], found.vocab_size) != (wanted.tokenizer["sha256"], wanted.vocab_size):
+        theirs, ours = (f"{index.tokenizer['name']} ({index.tokenizer['sha256'][:8]})" for index in (found, wanted))
+        raise UserError(
+            f"{out} holds tokens of another tokenizer: found {theirs}, wanted {ours}; choose another --out, or delete it"
+        )
 
 
 def _progress(index: TokenIndex) -> PrepareProgress:

@@ -53,8 +53,7 @@ def is_held_out(module_path: str) -> bool:
     """
     if module_path.startswith(NEVER_HELD_OUT) or "/test/" in module_path or "/tests/" in module_path:
         return False
-    digest = hashlib.sha256(module_path.encode()).digest()
-    return int.from_bytes(digest[:8], "big") % HELD_OUT_ONE_IN == 0
+    return int.from_bytes(_digest(module_path)[:8], "big") % HELD_OUT_ONE_IN == 0
 
 
 class PythonSource:
@@ -146,12 +145,17 @@ class PythonSource:
         for root in self.site_packages:
             for path in root.rglob("*.py"):
                 files.append(_SourceFile(path, path.relative_to(root).as_posix(), "site-packages", "train"))
-        return sorted(files, key=lambda file: hashlib.sha256(f"{file.source}/{file.name}".encode()).digest())
+        return sorted(files, key=lambda file: _digest(f"{file.source}/{file.name}"))
 
 
 def held_out_modules() -> list[tuple[str, str]]:
     """This machine's held-out modules: (path below the standard library, source text)."""
     return PythonSource(site_packages=[]).held_out_modules()
+
+
+def _digest(path: str) -> bytes:
+    # A file name may hold bytes that are not UTF-8; Python carries them as surrogates.
+    return hashlib.sha256(path.encode(errors="surrogateescape")).digest()
 
 
 def _read(path: Path) -> str | None:

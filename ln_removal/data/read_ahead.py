@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from typing import TypeVar
 
 Item = TypeVar("Item")
 
 
-def read_ahead(items: Iterable[Item], depth: int = 4) -> Iterator[Item]:
+def read_ahead(items: Iterable[Item], depth: int = 4) -> Generator[Item, None, None]:
     """Yield `items`, read by a thread that stays at most `depth` ahead.
 
     An exception of the iterator is raised here, at its place in the order. Closing this generator stops the thread.

@@ -61,7 +61,8 @@ class WindowSampler:
         unknown = sorted(set(weights or {}) - sources)
         if unknown:
             raise UserError(
-                f"data.weights names the source {', '.join(unknown)}; this corpus has {', '.join(sorted(sources))}"
+                f"data.weights names the source {', '.join(unknown)}, this corpus has {', '.join(sorted(sources))}; mend it, "
+                "or weigh all alike with data.weights = {}"
             )
         self._repeats = [(weights or {}).get(shard.source, 1) for shard in split.shards]
         # One window fewer than would fit, so that every offset of an epoch gives the same number of windows.

@@ -186,15 +186,31 @@ def read_index(path: Path) -> TokenIndex:
         raw = json.loads(path.read_text(encoding="utf-8"))
         if raw["format"] != FORMAT:
             raise UserError(f"{path} is in the format {raw['format']!r}, this version reads {FORMAT!r}; prepare again")
-        shards = [Shard(**shard) for shard in raw.pop("shards")]
-        index = TokenIndex(**raw, shards=shards)
-        if index.dtype not in ("uint16", "uint32"):
-            raise UserError(f"{path} names the dtype {index.dtype!r}; expected uint16 or uint32; prepare again")
-        for shard in shards:
-            if Path(shard.file).name != shard.file or shard.split not in SPLITS:
-                raise UserError(f"{path} names a shard {shard.file!r} that is not a file of its directory; prepare again")
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        return parse_index(raw)
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error}); delete its directory and run ln-prepare again") from error
+
+
+def parse_index(raw: dict[str, Any]) -> TokenIndex:
+    """A TokenIndex from its JSON form.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: it is not one.
+    """
+    index = TokenIndex(**{**raw, "shards": [Shard(**shard) for shard in raw["shards"]]})
+    if index.dtype not in ("uint16", "uint32"):
+        raise ValueError(f"dtype {index.dtype!r}, expected uint16 or uint32")
+    if not {"name", "sha256"} <= index.tokenizer.keys():
+        raise ValueError("the tokenizer has no name or no sha256")
+    for shard in index.shards:
+        if Path(shard.file).name != shard.file or shard.split not in SPLITS:
+            raise ValueError(f"the shard {shard.file!r} is not a file of this directory")
+    numbers = [index.vocab_size, index.eot_token_id]
+    numbers += [number for shard in index.shards for number in (shard.tokens, shard.documents, shard.bytes)]
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise ValueError("a count is not a whole number")
     return index
 
 

@@ -74,7 +74,7 @@ def models_to_score(
         context = recipe.data.context if recipe is not None else _positions(next(iter(models.values())))
     limit = max_tokens or (recipe.data.validation_tokens if recipe is not None and own else None)
     name = str(data.index.corpus.get("name", directory))
-    ordered = {role: models[role] for role in ("original", "control", "ln_free") if role in models}
+    ordered: dict[str, str] = {role: models[role] for role in ("original", "control", "ln_free") if role in models}
     return ToScore(ordered, data, f"{name}, validation split", context, limit)
 
 

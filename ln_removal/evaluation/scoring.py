@@ -125,9 +125,7 @@ def score(
         protocol=questions.protocol if questions and asked else "",
     )
     seconds = seconds_before + time.perf_counter() - began
-    return collect(
-        losses, choices, models=models, settings=settings, seconds=seconds, device=device_name(device)
-    )
+    return collect(losses, choices, models=models, settings=settings, seconds=seconds, device=device_name(device))
 
 
 def check_same_tokenizer(tokenizer: object, name: str, data: TokenDataset) -> None:
@@ -138,7 +136,7 @@ def check_same_tokenizer(tokenizer: object, name: str, data: TokenDataset) -> No
     """
     from ln_removal.models import tokenizer_fingerprint
 
-    found = tokenizer_fingerprint(tokenizer)  # type: ignore[arg-type]
+    found = tokenizer_fingerprint(tokenizer)
     if found != data.tokenizer["sha256"]:
         raise UserError(
             f"the tokens in {data.directory} were made with another tokenizer ({data.tokenizer['name']}) than that of "

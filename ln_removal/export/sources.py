@@ -83,6 +83,8 @@ def _fold_checkpoint(run: Path) -> tuple[NormFreeGPT2LMHeadModel, PreTrainedToke
     loaded.model.eval()
     folded = from_folded(loaded.model.config, fold(loaded.model))
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(folded.config.vocab_size, (2, min(CHECK_TOKENS, folded.config.n_positions)), generator=generator)
+    tokens = torch.randint(
+        folded.config.vocab_size, (2, min(CHECK_TOKENS, folded.config.n_positions)), generator=generator
+    )
     verify_export(loaded.model, folded, tokens)
     return folded, loaded.tokenizer

@@ -13,7 +13,8 @@ import torch
 from ln_removal.errors import UserError
 from ln_removal.export.normfree_gpt2 import NormFreeGPT2LMHeadModel, from_folded
 from ln_removal.export.stock import to_stock
-from ln_removal.export.verify import ExportError, TOLERANCE, logits_error, verify_export
+from ln_removal.export.verify import TOLERANCE, ExportError, logits_error, verify_export
+from ln_removal.models import quiet_transformers
 from ln_removal.surgery import fold
 
 if TYPE_CHECKING:
@@ -85,7 +86,9 @@ def write_format(
     save_model(stock, tokenizer, directory, dtype=dtype)
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path, *, dtype: str = "float32") -> None:
+def save_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path, *, dtype: str = "float32"
+) -> None:
     """Save in Hugging Face format: into a temporary directory beside the target, then renamed over it.
 
     Raises:
@@ -98,10 +101,13 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, direc
         wanted = getattr(torch, dtype)
         # A copy, because .to() would change the caller's model.
         written = model if model.dtype == wanted else copy.deepcopy(model).to(dtype=wanted)
-        written.save_pretrained(temporary)
+        with quiet_transformers():
+            written.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         shutil.rmtree(directory, ignore_errors=True)
         os.replace(temporary, directory)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(f"cannot write {directory}: {error.strerror or error}; free some space or choose another --out") from error
+        raise UserError(
+            f"cannot write {directory}: {error.strerror or error}; free some space or choose another --out"
+        ) from error

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
     from ln_removal.data.tokens import TokenDataset
+    from ln_removal.evaluation.loss import LossResult
     from ln_removal.recipe import ArchitectureSpec, Recipe
     from ln_removal.training.loop import TrainResult
 
@@ -29,7 +30,7 @@ class PretrainResult:
     model: Path
     training: TrainResult
     cross_entropy: float
-    bits_per_byte: float
+    bits_per_byte: float | None
 
 
 def pretrain(
@@ -54,22 +55,14 @@ def pretrain(
     Raises:
         UserError: not a pretraining recipe, or anything the corpus, the directory or the device gets wrong.
     """
-    import torch
     from accelerate.utils import set_seed
 
     from ln_removal.data.open_corpus import open_corpus
-    from ln_removal.data.sampler import WindowSampler
     from ln_removal.evaluation.loss import cross_entropy
-    from ln_removal.objective import Objective
+    from ln_removal.export.writing import save_model
     from ln_removal.recipe import dump_toml
-    from ln_removal.training.loop import train
-    from ln_removal.training.setup import (
-        build_accelerator,
-        choose_micro_batch,
-        claim_run_directory,
-        compile_if_worthwhile,
-    )
-    from ln_removal.training.tracking import Tracker
+    from ln_removal.training.session import train_model
+    from ln_removal.training.setup import build_accelerator, claim_run_directory
 
     out = Path(out)
     spec = recipe.training
@@ -82,59 +75,30 @@ def pretrain(
     data = _tokens(recipe, corpus, tokenizer, Path(tokens) if tokens else out / "tokens")
 
     set_seed(recipe.seed)
-    model = build_gpt2(recipe.architecture, eot_token_id=data.eot_token_id).to(accelerator.device)
-    objective = Objective(model, eot_token_id=data.eot_token_id)
-    sampler = WindowSampler(
-        data.split("train"),
-        context=recipe.data.context,
-        sequences_per_step=spec.tokens_per_step // recipe.data.context,
-        seed=recipe.seed,
-        weights=recipe.data.weights,
-    )
-    micro_batch = choose_micro_batch(recipe, objective, accelerator)
-    compile_if_worthwhile(objective, spec.compile, tokens=recipe.tokens, device=accelerator.device)
+    model = build_gpt2(recipe.architecture, eot_token_id=data.eot_token_id)
     validation = data.split("validation")
 
-    def evaluate(max_tokens: int | None = spec.evaluation_tokens) -> dict[str, float]:
-        result = cross_entropy(
-            model,
-            validation,
-            context=recipe.data.context,
-            max_tokens=max_tokens,
-            device=str(accelerator.device),
-            precision=spec.precision,
-            progress=False,
+    def score(max_tokens: int | None = None) -> LossResult:
+        return cross_entropy(
+            model, validation, context=recipe.data.context, max_tokens=max_tokens, precision=spec.precision
         )
-        return {"cross_entropy": result.cross_entropy, "bits_per_byte": result.bits_per_byte}
 
-    tracker = Tracker(
-        out / "metrics.jsonl",
-        total_steps=spec.steps,
-        tokens_per_step=spec.tokens_per_step,
+    result = train_model(
+        model,
+        recipe,
+        data,
+        out,
+        accelerator=accelerator,
         label=recipe.name,
-        enabled=accelerator.is_main_process,
+        evaluate=lambda: {"cross_entropy": score(spec.evaluation_tokens).cross_entropy},
+        resume=resume,
         wandb_project=wandb_project,
-        config=recipe.model_dump(),
     )
-    with tracker:
-        result = train(
-            objective,
-            sampler,
-            spec,
-            accelerator=accelerator,
-            tracker=tracker,
-            state_directory=out / "state",
-            micro_batch=micro_batch,
-            evaluate=evaluate,
-            resume=resume,
-        )
-    model.eval()
-    final = evaluate(max_tokens=None)
+    final = score()
     directory = out / "model"
     if accelerator.is_main_process:
-        model.to(dtype=getattr(torch, recipe.export.dtype)).save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
-    return PretrainResult(directory, result, final["cross_entropy"], final["bits_per_byte"])
+        save_model(model, tokenizer, directory, dtype=recipe.export.dtype)
+    return PretrainResult(directory, result, final.cross_entropy, final.bits_per_byte)
 
 
 def build_gpt2(architecture: ArchitectureSpec, *, eot_token_id: int) -> GPT2LMHeadModel:

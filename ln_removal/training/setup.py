@@ -126,7 +126,9 @@ def _fits(objective: Objective, size: int, context: int, accelerator: Accelerato
         torch.cuda.empty_cache()
 
 
-def compile_if_worthwhile(objective: Objective, setting: bool | Literal["auto"], *, tokens: int, device: torch.device) -> bool:
+def compile_if_worthwhile(
+    objective: Objective, setting: bool | Literal["auto"], *, tokens: int, device: torch.device
+) -> bool:
     """Compile the whole step's forward and backward in place; returns whether it did.
 
     "auto" compiles on CUDA, and on a CPU that has a C++ compiler when the run is long enough to earn the time back.
@@ -136,7 +138,9 @@ def compile_if_worthwhile(objective: Objective, setting: bool | Literal["auto"],
     """
     compiler = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
     if setting is True and compiler is None:
-        raise UserError("training.compile = true needs a C++ compiler (g++ or clang++), none was found; install one or set false")
+        raise UserError(
+            "training.compile = true needs a C++ compiler (g++ or clang++), none was found; install one or set false"
+        )
     wanted = setting is True or (
         setting == "auto" and compiler is not None and (device.type == "cuda" or tokens >= COMPILE_FROM_TOKENS)
     )

@@ -45,7 +45,9 @@ class Tracker:
         self._tokens_per_step = tokens_per_step
         self._label = label
         self._enabled = enabled
-        self._wandb = _start_wandb(wandb_project, f"{path.parent.name}-{label}", config) if enabled and wandb_project else None
+        self._wandb = (
+            _start_wandb(wandb_project, f"{path.parent.name}-{label}", config) if enabled and wandb_project else None
+        )
 
     def __enter__(self) -> Tracker:
         if self._enabled:
@@ -79,7 +81,10 @@ class Tracker:
         self._file.close()
         truncate_metrics(self._path, step)
         self._file = self._path.open("a", encoding="utf-8")
-        self._bar.n = self._bar.initial = step
+        # Restart the bar's clock too, or its rate would count the steps of earlier sessions.
+        self._bar.initial = step
+        self._bar.reset()
+        self._bar.n = self._bar.last_print_n = step
         self._bar.refresh()
 
     def log(self, kind: str, step: int, metrics: Metrics) -> None:
@@ -125,7 +130,9 @@ def _start_wandb(project: str | None, name: str, config: dict[str, Any] | None) 
     try:
         import wandb
     except ImportError:
-        raise UserError("--wandb needs the package wandb, which is not installed; pip install wandb, or leave --wandb out") from None
+        raise UserError(
+            "--wandb needs the package wandb, which is not installed; pip install wandb, or leave --wandb out"
+        ) from None
     try:
         return wandb.init(project=project, name=name, config=config)
     except Exception as error:  # wandb raises many kinds: no login, no network, a bad project name

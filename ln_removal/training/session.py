@@ -1,0 +1,89 @@
+"""One training from a recipe: batches, objective, micro-batch, compilation and tracking put together around the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ln_removal.data.sampler import WindowSampler
+from ln_removal.objective import Objective
+from ln_removal.training.loop import Removal, TrainResult, train
+from ln_removal.training.setup import choose_micro_batch, compile_if_worthwhile
+from ln_removal.training.tracking import Tracker
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import PreTrainedModel
+
+    from ln_removal.data.tokens import TokenDataset
+    from ln_removal.recipe import Recipe
+
+
+def train_model(
+    model: PreTrainedModel,
+    recipe: Recipe,
+    data: TokenDataset,
+    directory: Path,
+    *,
+    accelerator: Accelerator,
+    label: str,
+    evaluate: Callable[[], dict[str, float]],
+    removal: Removal | None = None,
+    resume: bool = False,
+    wandb_project: str | None = None,
+) -> TrainResult:
+    """Train `model`, moved to the accelerator's device, as the recipe's [training] says.
+
+    Args:
+        model: trained in place; with `removal`, its freezable norms are installed.
+        recipe: batches, optimizer and lengths.
+        data: the train split is sampled.
+        directory: receives metrics.jsonl and state/.
+        accelerator: device and precision.
+        label: names the training on its progress bar and in wandb.
+        evaluate: measures the model while training pauses.
+        removal: sites and schedule; None keeps the norms (pretraining, control).
+        resume: continue from the newest checkpoint in `directory`.
+        wandb_project: also log to this Weights & Biases project.
+
+    Raises:
+        UserError: as `train`, `WindowSampler` and `choose_micro_batch`.
+    """
+    spec = recipe.training
+    sampler = WindowSampler(
+        data.split("train"),
+        context=recipe.data.context,
+        sequences_per_step=spec.tokens_per_step // recipe.data.context,
+        seed=recipe.seed,
+        weights=recipe.data.weights,
+    )
+    objective = Objective(
+        model.to(accelerator.device),
+        eot_token_id=data.eot_token_id,
+        auxiliary_weight=spec.auxiliary_weight if removal is not None else 0.0,
+    )
+    micro_batch = choose_micro_batch(recipe, objective, accelerator)
+    compile_if_worthwhile(objective, spec.compile, tokens=recipe.tokens, device=accelerator.device)
+    tracker = Tracker(
+        directory / "metrics.jsonl",
+        total_steps=spec.steps,
+        tokens_per_step=spec.tokens_per_step,
+        label=label,
+        enabled=accelerator.is_main_process,
+        wandb_project=wandb_project,
+        config=recipe.model_dump(),
+    )
+    with tracker:
+        return train(
+            objective,
+            sampler,
+            spec,
+            accelerator=accelerator,
+            tracker=tracker,
+            state_directory=directory / "state",
+            micro_batch=micro_batch,
+            removal=removal,
+            evaluate=evaluate,
+            resume=resume,
+        )
