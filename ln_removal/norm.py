@@ -193,7 +193,7 @@ class FreezableNorm(nn.Module):
         self.std_count.add_(weights.sum((0, 1)))
 
     @torch.no_grad()
-    def update_running(self, momentum: float) -> None:
+    def update_running(self, momentum: float, discard: Tensor | None = None) -> None:
         """Fold the sums since the last call into `running_std` and zero them. Does not wait for the device.
 
         running = momentum * running + (1 - momentum) * mean, for each class. A class seen for the first time takes
@@ -201,10 +201,13 @@ class FreezableNorm(nn.Module):
 
         Args:
             momentum: weight of the old value, in [0, 1].
+            discard: scalar; not 0 drops the sums instead, as of a step whose update was not made.
         """
         assert 0 <= momentum <= 1, momentum
         mean = self.std_sum / self.std_count.clamp(min=1)
         seen = (self.std_count > 0) & torch.isfinite(mean)
+        if discard is not None:
+            seen = seen & (discard == 0)
         moved = torch.where(self.running_initialized, torch.lerp(mean, self.running_std, momentum), mean)
         self.running_std.copy_(torch.where(seen, moved, self.running_std))
         self.running_initialized.logical_or_(seen)

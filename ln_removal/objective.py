@@ -77,6 +77,9 @@ class StepLoss(NamedTuple):
 class Objective(nn.Module):
     """A causal language model of GPT-2's layout together with its loss: what the optimizer steps and DDP wraps.
 
+    It switches the model's dropout off: a step is then a pure function of weights and batch, so a resumed run goes on as
+    if it had never stopped, and removal and control differ in their norms alone.
+
     Args:
         model: has `transformer` (token ids to final hidden states) and `lm_head`.
         eot_token_id: end-of-text, a special position for the residual-std loss; None when the model has none.
@@ -88,6 +91,9 @@ class Objective(nn.Module):
         self.model = model
         self.eot_token_id = eot_token_id
         self.auxiliary_weight = auxiliary_weight
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
         self._residual: Tensor | None = None
         if auxiliary_weight > 0:
             final_norm: nn.Module = model.transformer.ln_f

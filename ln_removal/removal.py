@@ -87,7 +87,7 @@ def remove(
     out = Path(out)
     if recipe.schedule is None:
         raise UserError(f"recipe {recipe.name} has no [schedule]; it trains from scratch: run it with ln-pretrain")
-    accelerator = build_accelerator(device, recipe.training.precision)
+    accelerator = build_accelerator(device)
     loaded = load_model(recipe.model)
     schedule = _fitting_schedule(recipe, loaded.model)
     asked = _question_set(questions, recipe)
@@ -197,9 +197,10 @@ def _train_removal(
     sites = install(model, eot_token_id=run.data.eot_token_id)
     result = _train(run, model, run.out, label="removal", removal=Removal(sites, schedule))
     if run.accelerator.is_main_process:
-        held_out = next(
-            run.data.split("validation").windows(run.recipe.data.context, limit_tokens=VERIFY_TOKENS, batch=8)
-        )
+        validation = run.data.split("validation")
+        # Scoring takes a split shorter than the context too, so this must.
+        length = min(run.recipe.data.context, max(shard.tokens for shard in validation.shards))
+        held_out = next(validation.windows(length, limit_tokens=VERIFY_TOKENS, batch=VERIFY_TOKENS))
         write_exports(model, tokenizer, run.out, held_out=held_out, export=run.recipe.export)
     return result
 

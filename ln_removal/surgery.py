@@ -146,13 +146,13 @@ class NormSites:
         for norm in self.norms.values():
             norm.write_dropped(SPECIALS[which], dropped)
 
-    def update_running(self, momentum: float) -> None:
+    def update_running(self, momentum: float, discard: Tensor | None = None) -> None:
         """Fold the statistics gathered since the last call into the running stds; call once an optimizer step.
 
         See `FreezableNorm.update_running`. Does not wait for the device.
         """
         for norm in self.norms.values():
-            norm.update_running(momentum)
+            norm.update_running(momentum, discard)
 
     @torch.no_grad()
     def average_over_ranks(self) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import keyword
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,8 +26,10 @@ def invented_module(seed: int, functions: int = 40) -> str:
     """Code that no two modules share: statements of drawn names, with blank lines and comments."""
     draw = random.Random(seed)
 
+    pool = [f"{draw.choice(VERBS)}_{draw.choice(NAMES)}_{draw.randrange(100)}" for _ in range(30)]
+
     def name() -> str:
-        return f"{draw.choice(VERBS)}_{draw.choice(NAMES)}_{draw.randrange(100)}"
+        return draw.choice(pool)
 
     lines = [
         "# Licence: everybody may use this file for everything.",
@@ -100,6 +104,12 @@ def test_distractors_match_the_truth_and_come_from_elsewhere(
     assert same_lines > 0.9 * 3 * len(questions)
 
 
+def test_the_right_ending_can_be_foreseen(questions: list[Question]) -> None:
+    for q in questions:
+        names = set(re.findall(r"[A-Za-z_]\w{2,}", q.endings[q.label])) - set(keyword.kwlist)
+        assert sum(name in q.ctx for name in names) >= len(names) / 2 > 0
+
+
 def test_the_label_tells_nothing(questions: list[Question]) -> None:
     counts = [sum(q.label == label for q in questions) for label in range(4)]
     assert min(counts) > 45, counts
@@ -151,10 +161,11 @@ def test_independent_of_hash_randomisation(modules: dict[str, str]) -> None:
     assert len(outputs) == 1
 
 
-def test_count_is_a_limit_and_prefixes_agree(modules: dict[str, str], questions: list[Question]) -> None:
+def test_count_takes_the_first_and_these_are_a_fair_sample(modules: dict[str, str], questions: list[Question]) -> None:
     everything = build_completions(modules.items(), count=10**6)
     assert len(everything) > 300
-    assert {q.source_id for q in questions} <= {q.source_id for q in everything}
+    assert everything[:300] == questions
+    assert len({q.activity_label for q in questions[:50]}) >= 10
 
 
 def test_jsonl_keeps_every_character(questions: list[Question], tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def read_ahead(items: Iterable[Item], depth: int = 4) -> Generator[Item, None, N
                 if not put("item", item):
                     return
             put("end", None)
-        except BaseException as error:  # handed over, raised by the consumer
+        except BaseException as error:  # noqa: BLE001 (handed over, raised by the consumer)
             put("error", error)
 
     thread = threading.Thread(target=read, name="read-ahead", daemon=True)

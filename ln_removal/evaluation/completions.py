@@ -2,13 +2,15 @@
 
 A question shows consecutive lines of a real module and offers four continuations: the next one to three lines, and
 three runs of lines from other modules that begin at the same indentation, have as many lines where such are to be
-found, and differ by at most 15 % in length. So neither length nor layout gives the answer away.
+found, and differ by at most 15 % in length. So neither length nor layout gives the answer away. Only endings that a
+reader has a chance to foresee are asked for: at least half of the names in the right one have occurred in the context.
 
 Questions depend on the modules and the seed alone: same modules, same questions. Score them with the protocol `code`.
 """
 
 from __future__ import annotations
 
+import keyword
 import re
 from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
@@ -27,6 +29,9 @@ LENGTH_TOLERANCE = 0.15
 
 STRIDE_BYTES = 240
 """Distance between two questions of a module. Their contexts may overlap, their right endings never do."""
+
+KNOWN_NAMES = 0.5
+"""Share of a right ending's names that the context has shown. Without it a quarter of the questions is guesswork."""
 
 LONG_LINE = 20  # characters from which a line that stands in several places counts as boilerplate
 COMMON_LINE = 3  # places
@@ -92,8 +97,8 @@ def build_completions(
         seed: of every random choice.
 
     Returns:
-        Questions in the order of module and line; `activity_label` is the module's name, `ctx` ends with a line break,
-        and an ending is whole lines with their indentation and without the last line break.
+        Questions in random order, so that the first n are a fair sample of all; `activity_label` is the module's name,
+        `ctx` ends with a line break, an ending is whole lines with their indentation and without the last line break.
 
     Raises:
         UserError: when the modules are too few or too small for a single question.
@@ -121,22 +126,24 @@ def build_completions(
             f"no completion question can be built from {len(parsed)} modules with "
             f"{sum(len(module.lines) for module in parsed)} lines; give more source, or questions with --data FILE"
         )
-    kept = sorted(sorted(range(len(found)), key=lambda _: random.random())[:count])
-    return [replace(found[index], ind=ind) for ind, index in enumerate(kept)]
+    shuffled = sorted(found, key=lambda _: random.random())
+    return [replace(question, ind=ind) for ind, question in enumerate(shuffled[:count])]
 
 
 def _question(
     module: _Module, number: int, at: int, random: Random, pool: _Pool, repeated: set[str]
 ) -> Question | None:
     """A question whose right ending begins at line `at`, or None where none can be made."""
-    choices = [lines for lines in range(1, ENDING_LINES + 1) if _run(module, number, at, lines, repeated) is not None]
     start = _context_start(module, at, CONTEXT_BYTES[0] + _below(random, CONTEXT_BYTES[1] - CONTEXT_BYTES[0] + 1))
-    if not choices or start is None or _is_dull(module.lines[start:at], repeated):
+    if start is None or _is_dull(module.lines[start:at], repeated):
         return None
-    lines = choices[_below(random, len(choices))]
-    right = _run(module, number, at, lines, repeated)
-    assert right is not None
     context = "".join(line + "\n" for line in module.lines[start:at])
+    runs = [_run(module, number, at, lines, repeated) for lines in range(1, ENDING_LINES + 1)]
+    choices = [run for run in runs if run is not None and _is_foreseeable(run.text, context)]
+    if not choices:
+        return None
+    right = choices[_below(random, len(choices))]
+    lines = right.text.count("\n") + 1
     taken = {right.text.strip()}
     openings = {_opening(right.text)}
     seen = {line.strip() for line in module.lines[start:at]}
@@ -218,6 +225,15 @@ def _is_dull(lines: list[str], repeated: set[str]) -> bool:
     comments = sum(line.startswith("#") for line in filled)
     copied = sum(line in repeated for line in filled)
     return max(data * 3, comments * 2, copied * 4) > len(filled)
+
+
+_NAME = re.compile(r"[A-Za-z_]\w{2,}")
+
+
+def _is_foreseeable(ending: str, context: str) -> bool:
+    """Whether at least half of the ending's names (three letters or more, no keywords) stand in the context."""
+    names = set(_NAME.findall(ending)).difference(keyword.kwlist)
+    return bool(names) and len(names.intersection(_NAME.findall(context))) >= KNOWN_NAMES * len(names)
 
 
 _DATA_LINE = re.compile(r"""^[\[({]*\s*(?:[\d'"+-]|[bru]['"]).*[,\])}]$""")

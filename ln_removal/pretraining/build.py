@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,11 +69,13 @@ def pretrain(
     spec = recipe.training
     if recipe.architecture is None:
         raise UserError(f"recipe {recipe.name} has no [architecture]; it removes LayerNorm: run it with ln-remove")
-    accelerator = build_accelerator(device, spec.precision)
-    claim_run_directory(out, dump_toml(recipe), resume=resume)
+    accelerator = build_accelerator(device)
     corpus = open_corpus(recipe.data.corpus, max_bytes=recipe.data.max_bytes)
-    tokenizer = _tokenizer(recipe, corpus, out / "tokenizer")
-    data = _tokens(recipe, corpus, tokenizer, Path(tokens) if tokens else out / "tokens")
+    with accelerator.main_process_first():  # what the main process makes, the other ranks find
+        if accelerator.is_main_process:
+            claim_run_directory(out, dump_toml(recipe), resume=resume)
+        tokenizer = _tokenizer(recipe, corpus, out / "tokenizer")
+        data = _tokens(recipe, corpus, tokenizer, out, tokens)
 
     set_seed(recipe.seed)
     model = build_gpt2(recipe.architecture, eot_token_id=data.eot_token_id)
@@ -131,7 +134,10 @@ def _tokenizer(recipe: Recipe, corpus: Corpus, directory: Path) -> PreTrainedTok
         trained = train_code_tokenizer(
             _tokenizer_texts(corpus), recipe.architecture.vocab_size, model_max_length=recipe.architecture.n_positions
         )
-        trained.save_pretrained(directory)
+        unfinished = directory.with_name(f".{directory.name}.tmp")
+        trained.save_pretrained(unfinished)
+        shutil.rmtree(directory, ignore_errors=True)
+        unfinished.replace(directory)
     return load_tokenizer(str(directory))
 
 
@@ -145,20 +151,29 @@ def _tokenizer_texts(corpus: Corpus) -> Iterator[str]:
             yield document.text
 
 
-def _tokens(recipe: Recipe, corpus: Corpus, tokenizer: PreTrainedTokenizerFast, directory: Path) -> TokenDataset:
-    """Prepared tokens made with `tokenizer`, small enough for the model's vocabulary."""
+def _tokens(
+    recipe: Recipe, corpus: Corpus, tokenizer: PreTrainedTokenizerFast, out: Path, directory: Path | str | None
+) -> TokenDataset:
+    """The given tokens, or the corpus prepared into the run's directory; small enough for the model's vocabulary."""
     from ln_removal.data.prepare import prepare
+    from ln_removal.data.tokens import TokenDataset
+    from ln_removal.evaluation.scoring import check_same_tokenizer
     from ln_removal.models import tokenizer_fingerprint
 
     assert recipe.architecture is not None
-    data = prepare(
-        corpus,
-        tokenizer,
-        directory,
-        tokenizer_name=recipe.data.tokenizer or recipe.name,
-        tokenizer_sha256=tokenizer_fingerprint(tokenizer),
-        max_tokens=recipe.data.max_tokens,
-    )
+    name = recipe.data.tokenizer or recipe.name
+    if directory is not None:
+        data = TokenDataset.open(directory)
+        check_same_tokenizer(tokenizer, name, data)
+    else:
+        data = prepare(
+            corpus,
+            tokenizer,
+            out / "tokens",
+            tokenizer_name=name,
+            tokenizer_sha256=tokenizer_fingerprint(tokenizer),
+            max_tokens=recipe.data.max_tokens,
+        )
     if data.vocab_size > recipe.architecture.vocab_size:
         raise UserError(
             f"the tokenizer has {data.vocab_size} entries, architecture.vocab_size is {recipe.architecture.vocab_size}; raise it, "

@@ -7,6 +7,7 @@ Shape legend: B batch, T positions.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
@@ -22,10 +23,12 @@ from ln_removal.data.sampler import WindowSampler
 from ln_removal.errors import UserError
 from ln_removal.training.learning_rate import learning_rate_at
 from ln_removal.training.optimizers import build_optimizers, set_learning_rate, step_unless_bad
+from ln_removal.training.setup import autocast
 from ln_removal.training.state import TrainerState, load_newest, save_checkpoint
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from torch import nn
 
     from ln_removal.objective import Objective
     from ln_removal.recipe import TrainingSpec
@@ -50,13 +53,20 @@ class Removal:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a finished loop reports. `tokens_per_second` counts training steps only, over the last session."""
+    """What a finished loop reports.
+
+    Attributes:
+        tokens: trained on, over all sessions. seconds: of training, over all sessions.
+        tokens_per_second: in this session, evaluation and checkpoints left out.
+        skipped_steps: whose loss or gradient was not finite.
+        last_loss: the last finite one of this session, nats per token; None when there was no step left to train.
+    """
 
     tokens: int
     seconds: float
     tokens_per_second: float
     skipped_steps: int
-    last_loss: float
+    last_loss: float | None
 
 
 def train(
@@ -89,7 +99,6 @@ def train(
     Raises:
         UserError: the loss was not finite for several steps in a row; the last checkpoint is kept.
     """
-    device = accelerator.device
     optimizers = build_optimizers(objective.model, spec)
     state = TrainerState()
     if resume:
@@ -98,13 +107,13 @@ def train(
         for fault in faults:
             tracker.say(f"passed over: {fault}")
     tracker.forget_after(state.step)
-    model = accelerator.prepare_model(objective)
+    model = _over_ranks(objective, accelerator)
     parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
-    pending = _Pending(device)
+    pending = _Pending(accelerator)
     began = time.perf_counter()
     seconds_before, first_step = state.seconds, state.step
     paused = 0.0
-    last_loss = float("nan")
+    last_loss: float | None = None
     objective.train()
 
     steps = range(state.step, spec.steps)
@@ -114,14 +123,19 @@ def train(
                 _apply_schedule(removal, step, tracker)
             set_learning_rate(optimizers, learning_rate_at(step, spec))
             loss, norm = _forward_backward(model, batches, accelerator, parameters, spec)
-            step_unless_bad(optimizers, pending.add(loss, norm))
-            if removal is not None:
-                removal.sites.update_running(spec.std_momentum)
+            bad = pending.add(loss, norm)
+            step_unless_bad(optimizers, bad)
+            if removal is not None and step < removal.schedule.complete_at:
+                # Every step, so that the number of ranks changes nothing, and a checkpoint of one rank serves all.
+                removal.sites.average_over_ranks()
+                removal.sites.update_running(spec.std_momentum, discard=bad)
             state.step, state.tokens = step + 1, state.tokens + spec.tokens_per_step
 
             last = state.step == spec.steps
-            if state.step % LOG_EVERY == 0 or last:
-                rows = pending.read(accelerator)
+            saves = state.step % spec.checkpoint_every == 0 or last
+            # A checkpoint's metrics are written before it: a run resumed from it does not train their steps again.
+            if state.step % LOG_EVERY == 0 or saves:
+                rows = pending.read()
                 elapsed = time.perf_counter() - began - paused
                 state.seconds = seconds_before + elapsed
                 speed = (state.step - first_step) * spec.tokens_per_step / max(elapsed, 1e-9)
@@ -138,20 +152,21 @@ def train(
                         },
                     )
                 state.skipped += pending.take_skipped()
-                last_loss = rows[-1][0]
-                tracker.show(state.step, stage=stage, loss=last_loss, tokens_per_second=speed)
+                last_loss = next((value for value, _ in reversed(rows) if math.isfinite(value)), last_loss)
+                tracker.show(state.step, stage=stage, loss=rows[-1][0], tokens_per_second=speed)
                 if pending.worst_streak() >= BAD_STEPS_ALLOWED:
                     raise UserError(
                         f"the loss or its gradient was not finite for {BAD_STEPS_ALLOWED} steps in a row (before step {state.step}, "
-                        f"stage {stage}); these updates were not made. The last checkpoint in {state_directory} is intact: lower "
-                        "training.learning_rate, widen the gaps of the schedule or set training.auxiliary_weight, and --resume"
+                        f"stage {stage}); these updates were not made, and the last checkpoint in {state_directory} is intact. Lower "
+                        "training.learning_rate, widen the gaps of the schedule or raise training.auxiliary_weight, and start "
+                        "again with another --out"
                     )
             pause = time.perf_counter()
             if evaluate is not None and (state.step % spec.evaluate_every == 0 or last):
                 objective.eval()
                 tracker.log("evaluation", state.step, dict(evaluate()))
                 objective.train()
-            if state.step % spec.checkpoint_every == 0 or last:
+            if saves:
                 if accelerator.is_main_process:
                     save_checkpoint(state_directory, state, objective.model, optimizers, keep=spec.keep_checkpoints)
                 accelerator.wait_for_everyone()
@@ -167,11 +182,21 @@ def train(
     )
 
 
+def _over_ranks(objective: Objective, accelerator: Accelerator) -> nn.Module:
+    """`objective` itself, or wrapped so that the ranks average their gradients.
+
+    Not accelerator.prepare_model, which keeps a reference for the life of the process: the control trains after the
+    removal in the same one.
+    """
+    if accelerator.num_processes == 1:
+        return objective
+    devices = [accelerator.device] if accelerator.device.type == "cuda" else None
+    # Buffers are statistics and mixes: averaged or set in step on every rank, so there is nothing to broadcast.
+    return torch.nn.parallel.DistributedDataParallel(objective, device_ids=devices, broadcast_buffers=False)
+
+
 def _apply_schedule(removal: Removal, step: int, tracker: Tracker) -> None:
-    changes = removal.schedule.changes(step)
-    if any(change.action == "freeze" for change in changes):
-        removal.sites.average_over_ranks()
-    for change in changes:
+    for change in removal.schedule.changes(step):
         if change.action == "freeze":
             removal.sites.set_mix(change.site, change.value)
         else:
@@ -207,7 +232,7 @@ def _forward_backward(
         synchronise = nullcontext() if number == len(batches) - 1 else accelerator.no_sync(model)
         tokens = batch.to(accelerator.device, non_blocking=True)
         with synchronise:
-            with accelerator.autocast():
+            with autocast(accelerator.device, spec.precision):
                 loss = model(tokens)
             (loss.total * weight).backward()
         part = loss.cross_entropy * weight
@@ -220,25 +245,27 @@ def _forward_backward(
 class _Pending:
     """Losses and gradient norms of the steps since the last log, and the bad-step counters, all on the device."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
         self._rows: list[Tensor] = []
-        self._streak = torch.zeros((), device=device)
-        self._worst = torch.zeros((), device=device)
-        self._skipped = torch.zeros((), device=device)
+        self._streak, self._worst, self._skipped = torch.zeros(3, device=accelerator.device).unbind()
 
     def add(self, loss: Tensor, norm: Tensor) -> Tensor:
-        """Keep a step's figures; returns 1.0 where either is not finite, else 0.0 (a scalar tensor)."""
-        bad = (~(torch.isfinite(loss) & torch.isfinite(norm))).float()
+        """Keep a step's figures, averaged over ranks; returns 1.0 where either is not finite, else 0.0 (a scalar tensor).
+
+        A loss can be infinite on one rank and all gradients finite, so the ranks have to agree before they step.
+        """
+        row: Tensor = self._accelerator.reduce(torch.stack([loss.float(), norm.float()]), reduction="mean")
+        bad = (~torch.isfinite(row).all()).float()
         self._streak = (self._streak + 1) * bad
         self._worst = torch.maximum(self._worst, self._streak)
         self._skipped = self._skipped + bad
-        self._rows.append(torch.stack([loss.float(), norm.float()]))
+        self._rows.append(row)
         return bad
 
-    def read(self, accelerator: Accelerator) -> list[tuple[float, float]]:
-        """(loss averaged over ranks, gradient norm) of every step since the last call: the one synchronisation."""
-        figures: Tensor = accelerator.reduce(torch.stack(self._rows), reduction="mean")
-        rows: list[tuple[float, float]] = [(loss, norm) for loss, norm in figures.tolist()]
+    def read(self) -> list[tuple[float, float]]:
+        """(loss, gradient norm) of every step since the last call. This and the counters wait for the device."""
+        rows: list[tuple[float, float]] = [(loss, norm) for loss, norm in torch.stack(self._rows).tolist()]
         self._rows = []
         return rows
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ln_removal.data.sampler import WindowSampler
 from ln_removal.objective import Objective
 from ln_removal.training.loop import Removal, TrainResult, train
-from ln_removal.training.setup import choose_micro_batch, compile_if_worthwhile
+from ln_removal.training.setup import causal_attention, choose_micro_batch, compile_if_worthwhile
 from ln_removal.training.tracking import Tracker
 
 if TYPE_CHECKING:
@@ -63,8 +63,6 @@ def train_model(
         eot_token_id=data.eot_token_id,
         auxiliary_weight=spec.auxiliary_weight if removal is not None else 0.0,
     )
-    micro_batch = choose_micro_batch(recipe, objective, accelerator)
-    compile_if_worthwhile(objective, spec.compile, tokens=recipe.tokens, device=accelerator.device)
     tracker = Tracker(
         directory / "metrics.jsonl",
         total_steps=spec.steps,
@@ -74,7 +72,9 @@ def train_model(
         wandb_project=wandb_project,
         config=recipe.model_dump(),
     )
-    with tracker:
+    with causal_attention(model), tracker:
+        micro_batch = choose_micro_batch(recipe, objective, accelerator)
+        compile_if_worthwhile(objective, spec.compile, tokens=recipe.tokens, device=accelerator.device)
         return train(
             objective,
             sampler,

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -12,6 +15,7 @@ from ln_removal.errors import UserError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from transformers import PreTrainedModel
 
     from ln_removal.objective import Objective
     from ln_removal.recipe import Recipe
@@ -22,14 +26,19 @@ COMPILE_FROM_TOKENS = 400_000
 
 RECIPE_FILE = "recipe.toml"
 
+RANKS_WAIT = timedelta(hours=3)
+"""How long a rank waits for another: the main process prepares a corpus and scores models while the rest wait."""
 
-def build_accelerator(device: str, precision: Literal["float32", "bfloat16"]) -> Accelerator:
-    """An Accelerator on `device` ("auto", "cpu", "cuda") that autocasts to `precision`.
+CAUSAL_ATTENTION = "ln_removal_causal"
+
+
+def build_accelerator(device: str) -> Accelerator:
+    """An Accelerator on `device` ("auto", "cpu", "cuda"): it knows the ranks. The step does its own autocast.
 
     Raises:
-        UserError: CUDA was asked for and there is none.
+        UserError: CUDA was asked for and there is none, or this process has already trained on another device.
     """
-    from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate import Accelerator, InitProcessGroupKwargs
 
     if device == "cuda" and not torch.cuda.is_available():
         found = "no CUDA build of it" if torch.version.cuda is None else "no usable GPU"
@@ -41,11 +50,41 @@ def build_accelerator(device: str, precision: Literal["float32", "bfloat16"]) ->
         raise UserError(f"unknown device {device!r}; use auto, cpu or cuda")
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")
-    return Accelerator(
-        cpu=device == "cpu",
-        mixed_precision="bf16" if precision == "bfloat16" else "no",
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-    )
+    changed = UserError(f"--device {device}: this process has already trained on another device; start a new one")
+    try:
+        accelerator = Accelerator(
+            cpu=device == "cpu", mixed_precision="no", kwargs_handlers=[InitProcessGroupKwargs(timeout=RANKS_WAIT)]
+        )
+    except ValueError as error:
+        raise changed from error
+    if device != "auto" and accelerator.device.type != device:
+        raise changed
+    return accelerator
+
+
+def autocast(device: torch.device, precision: Literal["float32", "bfloat16"]) -> torch.autocast:
+    """The context of a forward pass in `precision`; weights and optimizer stay in float32."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
+
+
+@contextmanager
+def causal_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Give `model` attention that is causal by definition, for batches without padding or packing.
+
+    transformers else looks at the position ids of each batch for packed sequences: in eager mode that waits for the device,
+    and a compiled step gets a (B, T, T) mask, which flash attention does not take.
+    """
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    # transformers makes no mask for an attention that has no entry in its mask interface; without one SDPA is causal.
+    AttentionInterface.register(CAUSAL_ATTENTION, sdpa_attention_forward)
+    before = model.config._attn_implementation
+    model.set_attn_implementation(CAUSAL_ATTENTION)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
 
 
 def claim_run_directory(out: Path, recipe_toml: str, *, resume: bool) -> None:
@@ -67,8 +106,9 @@ def claim_run_directory(out: Path, recipe_toml: str, *, resume: bool) -> None:
                 f"{out} was begun with another recipe (see {file}); resume it with the same recipe and options, or choose "
                 "another --out"
             )
-        out.mkdir(parents=True, exist_ok=True)
-        file.write_text(recipe_toml, encoding="utf-8")
+        if not used:
+            out.mkdir(parents=True, exist_ok=True)
+            file.write_text(recipe_toml, encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror or error}; choose another --out") from error
 
@@ -96,7 +136,7 @@ def choose_micro_batch(recipe: Recipe, objective: Objective, accelerator: Accele
     if accelerator.device.type != "cuda":
         return next((size for size in divisors if size * context <= TOKENS_IN_A_CPU_PASS), 1)
     for size in divisors:
-        if size <= 128 and _fits(objective, size, context, accelerator):
+        if size <= 128 and _fits(objective, size, recipe, accelerator):
             return size
     raise UserError(
         f"one sequence of {context} tokens does not fit into the memory of {torch.cuda.get_device_name()}; lower data.context "
@@ -104,16 +144,16 @@ def choose_micro_batch(recipe: Recipe, objective: Objective, accelerator: Accele
     )
 
 
-def _fits(objective: Objective, size: int, context: int, accelerator: Accelerator) -> bool:
+def _fits(objective: Objective, size: int, recipe: Recipe, accelerator: Accelerator) -> bool:
     """Whether a forward and backward pass of `size` sequences fits beside the optimizer's two moments."""
-    tokens = torch.zeros(size, context + 1, dtype=torch.int64, device=accelerator.device)
+    tokens = torch.zeros(size, recipe.data.context + 1, dtype=torch.int64, device=accelerator.device)
     moments: list[torch.Tensor] = []
     # Evaluation mode keeps the probe out of the running statistics; there is no dropout whose memory it would miss.
     objective.eval()
     try:
         for parameter in objective.parameters():
             moments += [torch.empty_like(parameter), torch.empty_like(parameter)]
-        with accelerator.autocast():
+        with autocast(accelerator.device, recipe.training.precision):
             loss = objective(tokens).total
         loss.backward()
         return True

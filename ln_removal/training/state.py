@@ -40,7 +40,7 @@ class TrainerState:
 def save_checkpoint(
     directory: Path, state: TrainerState, model: nn.Module, optimizers: list[torch.optim.Optimizer], *, keep: int
 ) -> Path:
-    """Write `directory/step-NNNNNN` atomically, then delete all but the newest `keep` checkpoints.
+    """Write `directory/step-NNNNNN` atomically, then delete all but the newest `keep` checkpoints up to this one.
 
     Raises:
         UserError: when the disk is full or the directory cannot be written; earlier checkpoints stay as they were.
@@ -66,8 +66,11 @@ def save_checkpoint(
         raise UserError(
             f"cannot write the checkpoint {final}: {error}; free some space, then continue from the one before with --resume"
         ) from error
-    for _, old in checkpoints(directory)[:-keep]:
-        shutil.rmtree(old)
+    # Later ones are damaged (resuming passed them over): counted in, they would push out the one just written.
+    kept = [path for step, path in checkpoints(directory) if step <= state.step][-keep:]
+    for _, path in checkpoints(directory):
+        if path not in kept:
+            shutil.rmtree(path, ignore_errors=True)
     return final
 
 
@@ -94,19 +97,20 @@ def load_newest(
         The state, None when there is no checkpoint at all, and one line for each newer checkpoint passed over as damaged.
 
     Raises:
-        UserError: when there are checkpoints and every one of them is damaged.
+        UserError: when there are checkpoints and every one of them is damaged, or the newest is of another model or
+            optimizer.
     """
     faults: list[str] = []
     for _, path in reversed(checkpoints(directory)):
         try:
             state = _read_trainer(path)
             tensors = {name: load_file(path / name) for name in state.checksums}
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             faults.append(f"{path} is damaged ({error})")
             continue
         _load_model(path, model, tensors["model.safetensors"])
         for number, optimizer in enumerate(optimizers or []):
-            _unflatten(optimizer, tensors[f"optimizer-{number}.safetensors"])
+            _load_optimizer(path / f"optimizer-{number}.safetensors", optimizer, tensors)
         return state, faults
     if faults:
         raise UserError("; ".join(faults) + "; no whole checkpoint is left: start again with another --out")
@@ -124,7 +128,12 @@ def _read_trainer(path: Path) -> TrainerState:
 
 
 def _load_model(path: Path, model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    try:
+        missing, unexpected = model.load_state_dict(tensors, strict=False)
+    except RuntimeError as error:  # shapes differ
+        raise UserError(
+            f"{path} is of another model ({' '.join(str(error).split())[:200]}); resume with the recipe the run began with"
+        ) from error
     # Tied weights are stored once; what is missing must be such a twin of something that was loaded.
     loaded = {tensor.data_ptr() for name, tensor in model.state_dict().items() if name in tensors}
     missing = [name for name in missing if model.state_dict()[name].data_ptr() not in loaded]
@@ -156,11 +165,19 @@ def _flatten(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     }
 
 
-def _unflatten(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+def _load_optimizer(path: Path, optimizer: torch.optim.Optimizer, files: dict[str, dict[str, Tensor]]) -> None:
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        parameter, key = name.split(".", 1)
-        state.setdefault(int(parameter), {})[key] = tensor
+    for name, tensor in files.get(path.name, {}).items():
+        number, key = name.split(".", 1)
+        state.setdefault(int(number), {})[key] = tensor
+    fits = path.name in files and all(
+        number < len(parameters) and tensor.shape in ((), parameters[number].shape)
+        for number, values in state.items()
+        for tensor in values.values()
+    )
+    if not fits:
+        raise UserError(f"{path.parent} has no state for this optimizer; resume with the recipe the run began with")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

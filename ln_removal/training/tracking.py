@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from types import TracebackType
@@ -88,14 +89,20 @@ class Tracker:
         self._bar.refresh()
 
     def log(self, kind: str, step: int, metrics: Metrics) -> None:
-        """Append one line to metrics.jsonl (and wandb)."""
+        """Append one line to metrics.jsonl (and wandb). A number that is not finite is written as null."""
         if not self._enabled:
             return
-        self._file.write(json.dumps({"kind": kind, "step": step, **metrics}) + "\n")
+        # JSON has no NaN and no infinity.
+        row = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in metrics.items()
+        }
+        self._file.write(json.dumps({"kind": kind, "step": step, **row}) + "\n")
         self._file.flush()
         if self._wandb is not None:
             numbers = {f"{kind}/{name}": value for name, value in metrics.items() if not isinstance(value, str)}
-            self._wandb.log(numbers, step=step)
+            # Not wandb's own step: that may not fall, and events come before the metrics of earlier steps.
+            self._wandb.log({**numbers, "step": step})
 
     def show(self, step: int, *, stage: str, loss: float, tokens_per_second: float) -> None:
         """Move the bar to `step` finished steps."""
@@ -111,15 +118,19 @@ class Tracker:
 
 
 def truncate_metrics(path: Path, step: int) -> None:
-    """Keep the lines of metrics.jsonl before `step`, dropping a last line cut short by a crash."""
+    """Keep the lines of metrics.jsonl that a run has behind it at `step`, dropping one cut short by a crash.
+
+    An evaluation is logged under the number of steps before it, everything else under the step that it belongs to.
+    """
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            if json.loads(line)["step"] < step:
+            row = json.loads(line)
+            if row["step"] < step + (row["kind"] == "evaluation"):
                 kept.append(line + "\n")
-        except (json.JSONDecodeError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError):
             continue
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text("".join(kept), encoding="utf-8")
@@ -134,6 +145,8 @@ def _start_wandb(project: str | None, name: str, config: dict[str, Any] | None) 
             "--wandb needs the package wandb, which is not installed; pip install wandb, or leave --wandb out"
         ) from None
     try:
-        return wandb.init(project=project, name=name, config=config)
+        run = wandb.init(project=project, name=name, config=config)
+        run.define_metric("*", step_metric="step")
+        return run
     except Exception as error:  # wandb raises many kinds: no login, no network, a bad project name
         raise UserError(f"wandb could not start: {error}; run `wandb login`, or leave --wandb out") from error
