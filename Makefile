@@ -45,7 +45,7 @@ demo: $(STAMP) ## Remove LayerNorm from the embedded model into checkpoints/demo
 	$(BIN)/ln-remove --model tiny --control --out checkpoints/demo
 
 test: lint ## Lint, types, all tests (slow ones too) and the notebook
-	$(BIN)/pytest -m '' --nbmake tests notebooks
+	$(BIN)/pytest -m '' --nbmake --nbmake-timeout=900 tests notebooks
 
 test-fast: $(STAMP) ## Only the quick tests
 	$(BIN)/pytest
@@ -59,7 +59,7 @@ format: $(STAMP) ## Rewrite the code as ruff formats it
 	$(BIN)/ruff format .
 
 notebook: $(STAMP) ## Run the notebook from start to end (on checkpoints/demo if it is there)
-	$(BIN)/pytest --nbmake notebooks
+	$(BIN)/pytest --nbmake --nbmake-timeout=900 notebooks
 
 clean: ## Delete caches, builds and the demo; keep .venv and other runs
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis checkpoints/demo

@@ -53,7 +53,8 @@ def resolve_recipe(
         steps: length of the run, schedule included (see `with_steps`), applied last.
 
     Raises:
-        UserError: neither is named, there is no such model or recipe, or the result has faults.
+        UserError: neither is named, there is no such model or recipe, it is a pretraining recipe, or the result has
+            faults.
     """
     from ln_removal.planning import architecture_of_model
 
@@ -66,7 +67,33 @@ def resolve_recipe(
     else:
         assert model is not None
         found = with_overrides(default_recipe(model, architecture_of_model(model)), overrides or {})
+    check_is_removal(found)
     return found if steps is None else with_steps(found, steps)
+
+
+def resolve_pretraining(
+    recipe: str, *, overrides: Mapping[str, object] | None = None, steps: int | None = None
+) -> Recipe:
+    """The pretraining that a user asks for; arguments as of `resolve_recipe`.
+
+    Raises:
+        UserError: there is no such recipe, it is a removal recipe, or the result has faults.
+    """
+    found = load_recipe(recipe, overrides)
+    check_is_pretraining(found)
+    return found if steps is None else with_steps(found, steps)
+
+
+def check_is_removal(recipe: Recipe) -> None:
+    """Raises UserError for a pretraining recipe."""
+    if recipe.schedule is None:
+        raise UserError(f"recipe {recipe.name} has no [schedule]; it trains from scratch: run it with ln-pretrain")
+
+
+def check_is_pretraining(recipe: Recipe) -> None:
+    """Raises UserError for a removal recipe."""
+    if recipe.architecture is None:
+        raise UserError(f"recipe {recipe.name} has no [architecture]; it removes LayerNorm: run it with ln-remove")
 
 
 def with_steps(recipe: Recipe, steps: int) -> Recipe:

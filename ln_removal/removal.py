@@ -2,14 +2,16 @@
 
 Everything lands in one directory:
 
-    recipe.toml  metrics.jsonl  results.json  README.md  tokens/  state/  model/  stock/  control/{metrics.jsonl, state/, model/}
+    recipe.toml  metrics.jsonl  training.json  results.json  tokens/  state/  model/  stock/
+    control/{metrics.jsonl, state/, model/}
 """
 
 from __future__ import annotations
 
 import logging
+import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,11 +27,15 @@ if TYPE_CHECKING:
     from ln_removal.recipe import Recipe
     from ln_removal.schedule import RemovalSchedule
     from ln_removal.training.loop import Removal, TrainResult
+    from ln_removal.training.tracking import Progress
 
 logger = logging.getLogger(__name__)
 
 VERIFY_TOKENS = 4096
 """Held-out tokens on which the folded model is compared with the frozen one before anything is written."""
+
+CHEAP_TOKENS = 1_000_000
+"""Tokens so few that preparing them again costs nothing."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,7 @@ class _Run:
     accelerator: Accelerator
     resume: bool
     wandb_project: str | None
+    progress: Progress
 
 
 def remove(
@@ -54,7 +61,7 @@ def remove(
     resume: bool = False,
     device: str = "auto",
     wandb_project: str | None = None,
-    progress: bool = True,
+    progress: Progress = True,
 ) -> Results:
     """Remove the LayerNorms of the recipe's model.
 
@@ -65,70 +72,112 @@ def remove(
         control: also train the vanilla control on the same batches, for the gap.
         questions: `completions`, `hellaswag`, a file, or None for no questions; "auto" takes completions for a corpus of
             Python source, else HellaSwag from the Hub if it can be reached.
-        resume: continue the run in `out`.
+        resume: continue the run in `out`; one that is complete returns its results at once.
         device: "auto", "cpu" or "cuda".
         wandb_project: also log to this Weights & Biases project.
-        progress: show progress bars.
+        progress: show progress bars; "lines" prints a line now and then instead.
 
     Returns:
         The scores, as written to `out/results.json`.
 
     Raises:
-        UserError: anything that the user can mend; what was computed before stays in `out`.
+        UserError: anything that the user can mend. What was trained before stays in `out`; when nothing was, `out` is
+            left as it was found.
     """
-    from ln_removal.data.tokens import write_json_atomically
     from ln_removal.evaluation import results as results_file
-    from ln_removal.evaluation.scoring import score
     from ln_removal.models import load_model
     from ln_removal.recipe import dump_toml
-    from ln_removal.training.setup import build_accelerator, claim_run_directory
+    from ln_removal.recipe_scaling import check_is_removal
+    from ln_removal.run_directory import given_tokens, link_tokens, run_directory
+    from ln_removal.training.setup import build_accelerator
 
     began = time.perf_counter()
     out = Path(out)
-    if recipe.schedule is None:
-        raise UserError(f"recipe {recipe.name} has no [schedule]; it trains from scratch: run it with ln-pretrain")
+    check_is_removal(recipe)
     accelerator = build_accelerator(device)
-    loaded = load_model(recipe.model)
-    schedule = _fitting_schedule(recipe, loaded.model)
-    asked = _question_set(questions, recipe)
-    if accelerator.is_main_process:
-        claim_run_directory(out, dump_toml(recipe), resume=resume)
-    accelerator.wait_for_everyone()
-    with accelerator.main_process_first():
-        data = _tokens(recipe, loaded.tokenizer, out, tokens)
-    run = _Run(recipe, out, data, accelerator, resume, wandb_project)
+    given = given_tokens(out, tokens)
+    if given is not None:  # so that recipe and results name what is trained on
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"corpus": given.corpus_name})})
+    with run_directory(out, dump_toml(recipe), resume=resume, is_main=accelerator.is_main_process):
+        accelerator.wait_for_everyone()
+        if resume and (finished := _finished(recipe, out, control=control, questions=questions)):
+            return finished
+        asked = _question_set(questions, recipe)
+        loaded = load_model(recipe.model)
+        schedule = _fitting_schedule(recipe, loaded.model)
+        with accelerator.main_process_first():
+            if given is None:
+                data = _prepared_tokens(recipe, loaded.tokenizer, out, progress=progress is True)
+            else:
+                data = given
+                _check_given_tokens(recipe, loaded.tokenizer, data)
+                if accelerator.is_main_process:
+                    link_tokens(out, data.directory)
+        run = _Run(recipe, out, data, accelerator, resume, wandb_project, progress)
+        _train_removal(run, loaded.model, loaded.tokenizer, schedule)
+        del loaded
+        if control:
+            _train_control(run)
+        if accelerator.is_main_process:
+            _score(run, asked, seconds_before=time.perf_counter() - began)
+        accelerator.wait_for_everyone()
+        return results_file.read(out / "results.json")
 
-    models = {"original": recipe.model, "ln_free": str(out / "model")}
-    trained = _train_removal(run, loaded.model, loaded.tokenizer, schedule)
-    del loaded
-    if control:
+
+def _score(run: _Run, questions: QuestionSet | None, *, seconds_before: float) -> None:
+    """Score original, control and LN-free; writes results.json and the model card."""
+    from ln_removal.evaluation import results as results_file
+    from ln_removal.evaluation.scoring import score
+    from ln_removal.export.model_card import write_model_card
+
+    recipe, out = run.recipe, run.out
+    models = {"original": recipe.model}
+    if _is_model(out / "control" / "model"):
         models["control"] = str(out / "control" / "model")
-        _train_control(run)
-    if not accelerator.is_main_process:
-        return results_file.read(_wait_for_results(accelerator, out))
+    models["ln_free"] = str(out / "model")
     results = score(
-        {role: models[role] for role in ("original", "control", "ln_free") if role in models},
-        data,
+        models,
+        run.data,
         data_name=f"{recipe.data.corpus}, validation split",
         context=recipe.data.context,
         max_tokens=recipe.data.validation_tokens,
-        questions=asked,
-        device=accelerator.device.type,
-        progress=progress,
+        questions=questions,
+        device=run.accelerator.device.type,
+        progress=run.progress is True,
+        seconds_before=seconds_before,
     )
-    results = results.model_copy(update={"seconds": time.perf_counter() - began})
     results_file.write(results, out / "results.json")
-    write_json_atomically(out / "training.json", trained.__dict__)
-    from ln_removal.export.model_card import write_model_card
-
     write_model_card(out / "model", recipe, results)
-    _wait_for_results(accelerator, out)
+
+
+def _finished(recipe: Recipe, out: Path, *, control: bool, questions: str | None) -> Results | None:
+    """The results of a run that has nothing left to do, or None."""
+    from ln_removal.evaluation import results as results_file
+    from ln_removal.evaluation.scoring import question_set_name
+
+    has_control = _is_model(out / "control" / "model")
+    if not _is_exported(out, recipe) or (control and not has_control):
+        return None
+    try:
+        results = results_file.read(out / "results.json")
+    except UserError:  # missing or damaged: measure again
+        return None
+    if (results.models.control is not None) != has_control:
+        return None
+    if questions not in (None, "auto") and results.settings.question_set != question_set_name(questions):
+        return None
     return results
 
 
-def _wait_for_results(accelerator: Accelerator, out: Path) -> Path:
-    accelerator.wait_for_everyone()
-    return out / "results.json"
+def _is_exported(out: Path, recipe: Recipe) -> bool:
+    """Whether the run's last checkpoint was folded and written in every form; each directory appears whole."""
+    from ln_removal.export.writing import DIRECTORIES
+
+    return all(_is_model(out / DIRECTORIES[form]) for form in recipe.export.formats)
+
+
+def _is_model(directory: Path) -> bool:
+    return (directory / "config.json").is_file()
 
 
 def _fitting_schedule(recipe: Recipe, model: GPT2LMHeadModel) -> RemovalSchedule:
@@ -161,55 +210,88 @@ def _question_set(questions: str | None, recipe: Recipe) -> QuestionSet | None:
         return None
 
 
-def _tokens(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, out: Path, directory: Path | str | None
-) -> TokenDataset:
-    """The given tokens, or the recipe's corpus prepared into the run's directory."""
+def _check_given_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: TokenDataset) -> None:
+    from ln_removal.evaluation.scoring import check_same_tokenizer
+
+    check_same_tokenizer(tokenizer, recipe.model, data)
+    _check_enough(recipe, data)
+
+
+def _prepared_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, out: Path, *, progress: bool) -> TokenDataset:
+    """The recipe's corpus, prepared into the run's directory (once: a resumed run finds it there)."""
     from ln_removal.data.open_corpus import open_corpus
     from ln_removal.data.prepare import prepare
-    from ln_removal.data.tokens import TokenDataset
-    from ln_removal.evaluation.scoring import check_same_tokenizer
-    from ln_removal.models import tokenizer_fingerprint
+    from ln_removal.data.prepare_bar import prepare_bar
+    from ln_removal.models import load_tokenizer, tokenizer_fingerprint
 
-    if directory is not None:
-        data = TokenDataset.open(directory)
-        check_same_tokenizer(tokenizer, recipe.model, data)
-        return data
+    fingerprint = tokenizer_fingerprint(tokenizer)
+    named = recipe.data.tokenizer
+    if named and tokenizer_fingerprint(load_tokenizer(named)) != fingerprint:
+        raise UserError(f"data.tokenizer is {named}, another tokenizer than that of {recipe.model}; leave it out")
     corpus = open_corpus(recipe.data.corpus, max_bytes=recipe.data.max_bytes)
-    return prepare(
-        corpus,
-        tokenizer,
-        out / "tokens",
-        tokenizer_name=recipe.data.tokenizer or recipe.model,
-        tokenizer_sha256=tokenizer_fingerprint(tokenizer),
-        max_tokens=recipe.data.max_tokens,
-    )
+    place = out / "tokens"
+    was_there = place.is_dir()
+    with prepare_bar(corpus.name, total=recipe.data.max_tokens, enabled=progress) as show:
+        data = prepare(
+            corpus,
+            tokenizer,
+            place,
+            tokenizer_name=named or recipe.model,
+            tokenizer_sha256=fingerprint,
+            max_tokens=recipe.data.max_tokens,
+            progress=show,
+        )
+    try:
+        _check_enough(recipe, data)
+    except UserError:
+        if not was_there and data.split("train").tokens < CHEAP_TOKENS:
+            shutil.rmtree(place)  # made again in a moment, from the corpus that is meant
+        raise
+    return data
+
+
+def _check_enough(recipe: Recipe, data: TokenDataset) -> None:
+    """Raises UserError when there are too few tokens to train on or to score."""
+    from ln_removal.training.session import sampler_of
+
+    sampler_of(recipe, data)
+    if max((shard.tokens for shard in data.split("validation").shards), default=0) < 2:
+        raise UserError(
+            f"the validation split of {data.corpus_name} has no two tokens in a row to score; add text to it"
+        )
 
 
 def _train_removal(
     run: _Run, model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, schedule: RemovalSchedule
-) -> TrainResult:
-    """Train through the schedule, fold, verify, write `model/` and the other export formats."""
+) -> None:
+    """Train through the schedule, fold, verify, write `model/` and the other export formats; nothing if that is done."""
+    from ln_removal.data.tokens import write_json_atomically
     from ln_removal.export.writing import write_exports
     from ln_removal.surgery import install
     from ln_removal.training.loop import Removal
 
+    if run.resume and _is_exported(run.out, run.recipe):
+        return
     sites = install(model, eot_token_id=run.data.eot_token_id)
     result = _train(run, model, run.out, label="removal", removal=Removal(sites, schedule))
     if run.accelerator.is_main_process:
+        report = run.out / "training.json"
+        if result.last_loss is not None or not report.exists():  # else nothing was left to train in this session
+            write_json_atomically(report, asdict(result))
         validation = run.data.split("validation")
         # Scoring takes a split shorter than the context too, so this must.
         length = min(run.recipe.data.context, max(shard.tokens for shard in validation.shards))
         held_out = next(validation.windows(length, limit_tokens=VERIFY_TOKENS, batch=VERIFY_TOKENS))
         write_exports(model, tokenizer, run.out, held_out=held_out, export=run.recipe.export)
-    return result
 
 
 def _train_control(run: _Run) -> None:
-    """The same fine-tuning on the same batches with every LayerNorm kept; written to `control/model`."""
+    """The same fine-tuning on the same batches with every LayerNorm kept; written to `control/model`, if not there yet."""
     from ln_removal.export.writing import save_model
     from ln_removal.models import load_model
 
+    if run.resume and _is_model(run.out / "control" / "model"):
+        return
     loaded = load_model(run.recipe.model)
     _train(run, loaded.model, run.out / "control", label="control", removal=None)
     if run.accelerator.is_main_process:
@@ -244,4 +326,5 @@ def _train(run: _Run, model: GPT2LMHeadModel, directory: Path, *, label: str, re
         removal=removal,
         resume=run.resume,
         wandb_project=run.wandb_project,
+        progress=run.progress,
     )

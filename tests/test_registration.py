@@ -35,7 +35,7 @@ def run(code: str, *arguments: str) -> str:
         env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -69,33 +69,28 @@ FIRST_LINES = {
 }
 
 
-@pytest.mark.parametrize("order", ["ln_removal first", "auto classes first", "gpt2 model after"])
+LOADED = "ln_removal.export.normfree_gpt2 NormFreeGPT2LMHeadModel"
+
+
+@pytest.mark.parametrize("order", ["ln_removal first", "auto classes first"])
 def test_auto_classes_load_a_saved_model(saved: Path, order: str) -> None:
-    assert run(FIRST_LINES[order] + LOAD, str(saved)) == "ln_removal.export.normfree_gpt2 NormFreeGPT2LMHeadModel"
+    assert run(FIRST_LINES[order] + LOAD, str(saved)) == LOADED
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("order", sorted(FIRST_LINES))
+@pytest.mark.parametrize("order", sorted(set(FIRST_LINES) - {"ln_removal first", "auto classes first"}))
 def test_auto_classes_load_a_saved_model_in_every_order(saved: Path, order: str) -> None:
-    assert run(FIRST_LINES[order] + LOAD, str(saved)) == "ln_removal.export.normfree_gpt2 NormFreeGPT2LMHeadModel"
+    assert run(FIRST_LINES[order] + LOAD, str(saved)) == LOADED
 
 
-def test_configuration_alone(saved: Path) -> None:
+def test_configurations_get_the_class_they_are_for(saved: Path) -> None:
     code = """
 import sys, ln_removal
-from transformers import AutoConfig
-print(type(AutoConfig.from_pretrained(sys.argv[1])).__name__)
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
+for config in (AutoConfig.from_pretrained(sys.argv[1]), GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=50257)):
+    print(type(config).__name__, type(AutoModelForCausalLM.from_config(config)).__name__)
 """
-    assert run(code, str(saved)) == "NormFreeGPT2Config"
-
-
-def test_a_stock_gpt2_is_still_a_stock_gpt2() -> None:
-    code = """
-import ln_removal
-from transformers import AutoModelForCausalLM, GPT2Config
-from ln_removal import NormFreeGPT2Config
-sizes = dict(n_embd=8, n_layer=1, n_head=2, vocab_size=11, n_positions=8, bos_token_id=1, eos_token_id=1)
-for kind in (NormFreeGPT2Config, GPT2Config):
-    print(type(AutoModelForCausalLM.from_config(kind(**sizes))).__name__)
-"""
-    assert run(code).split() == ["NormFreeGPT2LMHeadModel", "GPT2LMHeadModel"]
+    assert run(code, str(saved)).splitlines() == [
+        "NormFreeGPT2Config NormFreeGPT2LMHeadModel",
+        "GPT2Config GPT2LMHeadModel",
+    ]

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo
+from numpy.typing import NDArray
 from reference_gpt2 import Array, Reference, SiteSetting
 from torch import Tensor, nn
 from torch._dynamo.backends.debugging import aot_eager
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.multiprocessing.spawn import spawn
 from transformers import GPT2LMHeadModel, GPT2Model
 
@@ -394,6 +396,32 @@ class TestCompile:
                 found = logits(tiny_gpt2, token_ids)
                 assert relative_error(found, reference.logits(ids, settings_of(sites))) < 1e-5
         assert len(graphs) == 2, "no freeze compiled anything"
+
+    def test_the_whole_model_in_one_graph(self, tiny_gpt2: GPT2LMHeadModel, token_ids: Tensor) -> None:
+        """The hook that finds the position classes is compiled too, and sees each batch afresh."""
+        reference = reference_of(tiny_gpt2)
+        sites = install(tiny_gpt2, eot_token_id=EOT)
+        counter = CompileCounterWithBackend("aot_eager")
+        tiny_gpt2.compile(fullgraph=True, dynamic=False, backend=counter)
+        gather_statistics(tiny_gpt2, sites, token_ids)
+        tiny_gpt2.train()
+        for site in sites.sites:
+            sites.set_mix(site, 0.5)
+        assert counter.frame_count == 1
+        seen: dict[str, list[Array]] = {name: [] for name in sites.norms}
+        classes: list[NDArray[np.int64]] = []
+        for ids in (token_ids, token_ids.flip(1), token_ids.flip(0)):  # end-of-text tokens move about
+            expected = reference.logits(ids.numpy(), settings_of(sites))
+            assert relative_error(logits(tiny_gpt2, ids), expected) < 1e-5
+            classes.append(reference.classes)
+            for name in seen:
+                seen[name].append(reference.stds[name])
+        sites.update_running(0.0)
+        members = np.concatenate(classes)
+        for name, found in sites.running_stds().items():
+            stds = np.concatenate(seen[name])
+            np.testing.assert_allclose(found, [stds[members == k].mean() for k in range(3)], rtol=1e-4)
+        assert counter.frame_count == 1, "no freeze compiled anything"
 
     def test_gradients_and_statistics_are_those_of_eager(
         self, tiny_gpt2: GPT2LMHeadModel, token_ids: Tensor, graphs: list[int]

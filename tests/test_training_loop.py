@@ -43,14 +43,18 @@ def assert_same_metrics(run: TinyRun, reference: TinyRun, tolerance: float = 1e-
     rows, expected = run.metrics(), reference.metrics()
     assert [row["step"] for row in rows] == list(range(run.spec.steps))
     for row, other in zip(rows, expected, strict=True):
-        assert [row[key] for key in WITHOUT_SPEED] == pytest.approx([other[key] for key in WITHOUT_SPEED], abs=tolerance)
+        assert [row[key] for key in WITHOUT_SPEED] == pytest.approx(
+            [other[key] for key in WITHOUT_SPEED], abs=tolerance
+        )
     assert run.metrics("event") == reference.metrics("event")
     assert run.metrics("evaluation") == reference.metrics("evaluation")
 
 
 def assert_same_weights(model: torch.nn.Module, reference: torch.nn.Module, tolerance: float = 1e-6) -> None:
     for (name, found), expected in zip(model.state_dict().items(), reference.state_dict().values(), strict=True):
-        torch.testing.assert_close(found, expected, rtol=0, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            found, expected, rtol=0, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def test_the_tiny_removal_learns_and_ends_frozen(tmp_path: Path) -> None:
@@ -65,9 +69,9 @@ def test_the_tiny_removal_learns_and_ends_frozen(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_resumed_run_goes_on_as_if_it_had_never_stopped(tmp_path: Path, optimizer: str) -> None:
-    # Stopped in the middle of a taper, two steps after a checkpoint that lies between two log steps.
+    # Stopped two steps after a checkpoint that lies between two log steps and in the middle of a taper.
     spec = tiny_spec(optimizer=optimizer, evaluate_every=5, auxiliary_weight=0.1)
-    assert any(0 < value < 1 for value in tiny_schedule().freeze_values(15).values())
+    assert any(0 < value < 1 for value in tiny_schedule().freeze_values(14).values())
     whole = TinyRun(tmp_path / "whole", spec=spec)
     whole.train(evaluate=lambda: {"score": 1.0})
     stopped = TinyRun(tmp_path / "stopped", spec=spec, objective=FaultyObjective)
@@ -90,7 +94,11 @@ def test_resuming_a_finished_run_trains_nothing(tmp_path: Path) -> None:
     second = again.train(resume=True)
     assert again.metrics() == before
     assert_same_weights(again.model, run.model)
-    assert (second.tokens, second.seconds, second.last_loss) == (first.tokens, pytest.approx(first.seconds, abs=1.0), None)
+    assert (second.tokens, second.seconds, second.last_loss) == (
+        first.tokens,
+        pytest.approx(first.seconds, abs=1.0),
+        None,
+    )
 
 
 def test_resume_passes_over_a_damaged_checkpoint(tmp_path: Path) -> None:
@@ -153,9 +161,7 @@ class Snapshots:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_bad_step_changes_nothing_and_is_counted(tmp_path: Path, optimizer: str) -> None:
-    run = TinyRun(
-        tmp_path / "run", spec=tiny_spec(optimizer=optimizer, evaluate_every=1), objective=FaultyObjective
-    )
+    run = TinyRun(tmp_path / "run", spec=tiny_spec(optimizer=optimizer, evaluate_every=1), objective=FaultyObjective)
     run.objective.bad_steps = frozenset({4, 6, 7})
     snapshots = Snapshots(run)
     result = run.train(evaluate=snapshots)
@@ -269,6 +275,20 @@ def test_metrics_say_what_the_schedules_say(tmp_path: Path) -> None:
     assert run.metrics("event") == expected
 
 
+def test_every_forward_pass_has_the_mixes_of_its_step(tmp_path: Path) -> None:
+    run = TinyRun(tmp_path / "run")
+    assert run.sites is not None
+    sites, found = run.sites, []
+    norm = sites.norms["ln_2.0"]
+    run.objective.register_forward_pre_hook(lambda *_: found.append((sites.mixes(), norm.dropped.tolist())))
+    run.train()
+    schedule = tiny_schedule()
+    for step, (mixes, dropped) in enumerate(found):
+        assert mixes == pytest.approx(schedule.freeze_values(step))
+        special = schedule.special_values(step)
+        assert dropped == pytest.approx([0, special["eot"], special["first"]])
+
+
 def test_evaluation_sees_evaluation_mode_and_training_goes_on_in_its_own(tmp_path: Path) -> None:
     run = TinyRun(tmp_path / "run", spec=tiny_spec(evaluate_every=10))
     modes: list[bool] = []
@@ -340,7 +360,7 @@ def test_metrics_are_json_whatever_the_numbers(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_killed_run_resumes(tmp_path: Path) -> None:
     whole = TinyRun(tmp_path / "whole", spec=tiny_spec(evaluate_every=17))
-    whole.train(evaluate=lambda: {})
+    whole.train(evaluate=dict)
     worker = subprocess.Popen(
         [sys.executable, tiny_training.__file__, "hang", str(tmp_path / "killed")], stdout=subprocess.PIPE, text=True
     )
@@ -350,7 +370,7 @@ def test_a_killed_run_resumes(tmp_path: Path) -> None:
     assert worker.wait() == -signal.SIGKILL
     worker.stdout.close()
     resumed = TinyRun(tmp_path / "killed", spec=tiny_spec(evaluate_every=17), seed=1)
-    resumed.train(evaluate=lambda: {}, resume=True)
+    resumed.train(evaluate=dict, resume=True)
     assert_same_metrics(resumed, whole)
     assert_same_weights(resumed.model, whole.model)
 
@@ -383,15 +403,24 @@ def test_two_ranks_train_as_one_does(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_one_compiled_graph_serves_the_whole_removal(tmp_path: Path) -> None:
+    from torch._dynamo.backends.registry import lookup_backend
     from torch._dynamo.utils import counters
+
+    masks: list[Any] = []
+
+    # Capturing and differentiating is what could recompile; code generation is PyTorch's business.
+    def backend(module: torch.fx.GraphModule, inputs: Any) -> Any:
+        attention = [node for node in module.graph.nodes if "scaled_dot_product" in str(node.target)]
+        masks.extend(node.kwargs["attn_mask"] for node in attention)
+        return lookup_backend("aot_eager")(module, inputs)
 
     eager = TinyRun(tmp_path / "eager", spec=tiny_spec(auxiliary_weight=0.1))
     eager.train()
     torch._dynamo.reset()
     counters.clear()
     compiled = TinyRun(tmp_path / "compiled", spec=tiny_spec(auxiliary_weight=0.1))
-    # Capturing and differentiating is what could recompile; code generation is PyTorch's business.
-    compiled.objective.compile(dynamic=False, fullgraph=True, backend="aot_eager")
+    compiled.objective.compile(dynamic=False, fullgraph=True, backend=backend)
     compiled.train()
     assert_same_metrics(compiled, eager, tolerance=1e-4)
     assert counters["stats"]["unique_graphs"] == 1
+    assert masks == [None] * LAYERS, "flash attention takes no mask"

@@ -200,8 +200,8 @@ def main(scenario: str, directory: Path) -> None:
     """Scenarios for a process of its own.
 
     `hang`: trains until its evaluation at step 17, says so on standard output, and waits to be killed.
-    `ranks`: trains, stops at step 13, resumes with other initial weights, then trains once more with a loss that is
-    infinite on one rank only; writes `rank-N.json`.
+    `ranks`: trains, stops at step 13, resumes compiled and with other initial weights, then trains once more with a loss
+    that is infinite on one rank only; writes `rank-N.json`.
     """
     torch.set_num_threads(1)
     if scenario == "hang":
@@ -223,6 +223,7 @@ def main(scenario: str, directory: Path) -> None:
         stopped.train()
     accelerator.wait_for_everyone()
     run = TinyRun(directory, seed=1 + rank)
+    run.objective.compile(dynamic=False, fullgraph=True, backend="aot_eager")
     run.train(resume=True, micro_batch=2)
     assert run.sites is not None
     sick = TinyRun(directory.parent / "sick", spec=tiny_spec(steps=6), removal=False, objective=FaultyObjective)

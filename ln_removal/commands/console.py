@@ -9,9 +9,11 @@ import functools
 import sys
 import traceback
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Literal, ParamSpec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec
 
 import typer
+import typer.core
 
 from ln_removal.errors import UserError
 
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 
 Device = Literal["auto", "cpu", "cuda"]
+
+# Typer names BadParameter but not its base, which is also that of an unknown option and a missing argument.
+_UsageError = typer.BadParameter.__mro__[1]
 
 
 def _print_version(asked: bool) -> None:
@@ -50,8 +55,19 @@ def build(command: Callable[P, None]) -> typer.Typer:
     """
     # Plain help: it is the same in a terminal, a pipe and a README, and needs no import of rich.
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    app.command()(guard(command))
+    app.command(cls=_Command)(guard(command))
     return app
+
+
+class _Command(typer.core.TyperCommand):
+    """A command that says what is wrong with its options in one line, like every other mistake."""
+
+    def make_context(self, info_name: str | None, args: list[str], *rest: Any, **extra: Any) -> Any:
+        try:
+            return super().make_context(info_name, args, *rest, **extra)
+        except _UsageError as error:
+            message = error.format_message() if hasattr(error, "format_message") else str(error)
+            fail(f"{message.rstrip('.')}; see {info_name} --help")
 
 
 def guard(command: Callable[P, None]) -> Callable[P, None]:
@@ -68,7 +84,8 @@ def guard(command: Callable[P, None]) -> Callable[P, None]:
         except KeyboardInterrupt:
             if kwargs.get("debug"):
                 traceback.print_exc()
-            typer.echo("stopped", err=True)
+            again = "; the same command with --resume goes on from the last checkpoint" if "resume" in kwargs else ""
+            typer.echo(f"stopped{again}", err=True)
             raise typer.Exit(130) from None
 
     return guarded
@@ -81,6 +98,9 @@ def fail(message: str) -> None:
         typer.Exit: always.
     """
     sys.stdout.flush()
+    head, *items = message.splitlines() or [""]
+    if len(items) > 1 and all(item.startswith("  ") for item in items):  # several faults: number them
+        message = " ".join([head, *(f"({number}) {item}" for number, item in enumerate(items, start=1))])
     typer.echo("error: " + " ".join(message.split()), err=True)
     raise typer.Exit(2) from None
 
@@ -98,13 +118,41 @@ def pick_device(device: Device) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
-def print_plan(recipe: Recipe, *, control: bool, as_json: bool) -> None:
-    """What `--dry-run` prints: recipe, schedule and estimates, as text or as JSON."""
+def check_writable(path: Path, option: str) -> None:
+    """Find out before an hour of scoring, not after it, that a file cannot be written.
+
+    Raises:
+        UserError: it is a directory, or cannot be opened for writing.
+    """
+    if path.is_dir():
+        raise UserError(f"{option} {path} is a directory; name a file in it")
+    try:
+        existed = path.exists()
+        path.open("a").close()
+        if not existed:
+            path.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; choose another {option} file") from error
+
+
+def print_plan(recipe: Recipe, *, control: bool, device: Device, as_json: bool) -> None:
+    """What `--dry-run` prints: recipe, schedule and estimates for the device, as text or as JSON.
+
+    Raises:
+        UserError: as `planning.plan`, or CUDA was asked for and there is none.
+    """
     import json
+    import shutil
 
     from ln_removal.planning import plan
 
-    found = plan(recipe, control=control)
+    name = "cpu"
+    # PyTorch takes a second to import: not where there is no NVIDIA driver.
+    if device == "cuda" or (device == "auto" and shutil.which("nvidia-smi")):
+        from ln_removal.evaluation.scoring import device_name
+
+        name = device_name(pick_device(device))
+    found = plan(recipe, control=control, device=name)
     if as_json:
         typer.echo(json.dumps(found.to_json(), indent=2))
         return

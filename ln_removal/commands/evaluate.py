@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from ln_removal.commands import console
-from ln_removal.errors import UserError
 
 
 def evaluate(
@@ -60,6 +59,8 @@ def evaluate(
     """
     from ln_removal.evaluation.run_models import models_to_score
 
+    if out is not None:
+        console.check_writable(out, "--out")
     place = console.pick_device(device)
     found = models_to_score(
         source, tokens=tokens, original=original, control=control, context=context, max_tokens=max_tokens
@@ -71,8 +72,6 @@ def evaluate(
     from ln_removal.evaluation.scoring import load_question_set, score
 
     asked = None if questions == "none" else load_question_set(questions)
-    if out is not None and out.is_dir():
-        raise UserError(f"--out {out} is a directory; name a file such as {out / 'results.json'}")
     results = score(
         found.models,
         found.data,

@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ln_removal.commands import console
-from ln_removal.errors import UserError
 
 
 def evaluate_hellaswag(
@@ -66,7 +65,7 @@ def evaluate_hellaswag(
     if data is None:
         data = COMPLETIONS if EMBEDDED_MODEL in models or protocol == "code" else HELLASWAG
     if per_question is not None:
-        _check_writable(per_question)
+        console.check_writable(per_question, "--per-question")
     place = console.pick_device(device)
     for name in models:  # a misspelt last name should not wait for the scores of the first
         load_config(name)
@@ -95,19 +94,6 @@ def evaluate_hellaswag(
         typer.echo(json.dumps({"data": question_set.name, "device": place, "models": summaries}, indent=2))
     else:
         _print_table(summaries, question_set.name)
-
-
-def _check_writable(path: Path) -> None:
-    """Find out before an hour of scoring, not after it."""
-    try:
-        existed = path.exists()
-        path.open("a").close()
-        if not existed:
-            path.unlink()
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror or error}; choose another --per-question file"
-        ) from error
 
 
 def _print_table(summaries: dict[str, dict[str, Any]], source: str) -> None:

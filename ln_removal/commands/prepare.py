@@ -60,38 +60,29 @@ def prepare(
     import json
     import sys
 
-    from tqdm import tqdm
-
-    from ln_removal.data.prepare import PrepareProgress
     from ln_removal.data.prepare import prepare as run_prepare
+    from ln_removal.data.prepare_bar import prepare_bar
     from ln_removal.models import load_tokenizer, tokenizer_fingerprint
+    from ln_removal.run_directory import remove_unfinished_tokens
 
     source = open_corpus(corpus, max_bytes=max_bytes, field=field)
     loaded = load_tokenizer(tokenizer)
     safe = "".join(character if character.isalnum() or character in "-_." else "-" for character in corpus).strip("-.")
     place = out or Path("data") / (safe or "corpus")
-    with tqdm(
-        desc=source.name,
-        unit="tok",
-        unit_scale=True,
-        total=max_tokens,
-        file=sys.stderr,
-        disable=not sys.stderr.isatty(),
-    ) as bar:
-
-        def show(progress: PrepareProgress) -> None:
-            bar.set_postfix_str(f"{progress.documents:,} documents, {progress.bytes / 1e6:,.0f} MB", refresh=False)
-            bar.update(progress.tokens - bar.n)
-
-        data = run_prepare(
-            source,
-            loaded,
-            place,
-            tokenizer_name=tokenizer,
-            tokenizer_sha256=tokenizer_fingerprint(loaded),
-            max_tokens=max_tokens,
-            progress=show,
-        )
+    try:
+        with prepare_bar(source.name, total=max_tokens, enabled=sys.stderr.isatty()) as show:
+            data = run_prepare(
+                source,
+                loaded,
+                place,
+                tokenizer_name=tokenizer,
+                tokenizer_sha256=tokenizer_fingerprint(loaded),
+                max_tokens=max_tokens,
+                progress=show,
+            )
+    except UserError:
+        remove_unfinished_tokens(place)
+        raise
     splits = {
         name: {"tokens": split.tokens, "documents": split.documents, "bytes": split.bytes}
         for name in ("train", "validation")

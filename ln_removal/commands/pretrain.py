@@ -53,20 +53,27 @@ def pretrain(
       ln-pretrain --recipe tiny-gpt2 --steps 50 --set architecture.n_layer=2 --out checkpoints/trial
     """
     import json
+    import sys
 
-    from ln_removal.recipe import load_recipe, parse_overrides
-    from ln_removal.recipe_scaling import with_steps
+    from ln_removal.recipe import parse_overrides
+    from ln_removal.recipe_scaling import resolve_pretraining
 
-    resolved = load_recipe(recipe, parse_overrides(settings or []))
-    if steps is not None:
-        resolved = with_steps(resolved, steps)
+    resolved = resolve_pretraining(recipe, overrides=parse_overrides(settings or []), steps=steps)
     if dry_run:
-        console.print_plan(resolved, control=False, as_json=as_json)
+        console.print_plan(resolved, control=False, device=device, as_json=as_json)
         return
     from ln_removal.pretraining.build import pretrain as run_pretrain
 
     place = out or Path("checkpoints") / f"{resolved.name}-run"
-    result = run_pretrain(resolved, place, tokens=tokens, resume=resume, device=device, wandb_project=wandb)
+    result = run_pretrain(
+        resolved,
+        place,
+        tokens=tokens,
+        resume=resume,
+        device=device,
+        wandb_project=wandb,
+        progress=True if sys.stderr.isatty() else "lines",
+    )
     if as_json:
         figures = {
             "model": str(result.model),

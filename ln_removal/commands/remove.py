@@ -34,7 +34,10 @@ def remove(
         int | None, typer.Option(help="Shorten or lengthen the run together with its schedule.", show_default=False)
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Directory of the run. Default: checkpoints/RECIPE.", show_default=False)
+        Path | None,
+        typer.Option(
+            help="Directory of the run. Default: checkpoints/NAME of the recipe or model.", show_default=False
+        ),
     ] = None,
     tokens: Annotated[
         Path | None,
@@ -49,7 +52,10 @@ def remove(
         str, typer.Option(metavar="auto|completions|hellaswag|none|FILE", help="What accuracy is measured on.")
     ] = "auto",
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the run in --out from its newest checkpoint.")
+        bool,
+        typer.Option(
+            "--resume", help="Continue the run in --out from its newest checkpoint; its recipe is the default."
+        ),
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print recipe, schedule and estimates; do nothing.")
@@ -71,18 +77,22 @@ def remove(
       ln-remove --model gpt2 --dry-run
       ln-remove --model gpt2 --control --out checkpoints/gpt2
       ln-remove --recipe gpt2-fast --set training.seed=1 --set data.corpus=texts/ --out checkpoints/mine
-      ln-remove --model gpt2 --out checkpoints/gpt2 --resume
+      ln-remove --control --out checkpoints/gpt2 --resume
     """
     import sys
 
     from ln_removal.recipe import parse_overrides
     from ln_removal.recipe_scaling import resolve_recipe
 
+    if resume and out is not None and model is None and recipe is None and (out / "recipe.toml").is_file():
+        recipe = str(out / "recipe.toml")
     resolved = resolve_recipe(model=model, recipe=recipe, overrides=parse_overrides(settings or []), steps=steps)
     if dry_run:
-        console.print_plan(resolved, control=control, as_json=as_json)
+        console.print_plan(resolved, control=control, device=device, as_json=as_json)
         return
-    place = out or Path("checkpoints") / resolved.name
+    # A model without a recipe of its own borrows one: the run is still named after the model.
+    own = Path(model).name if model is not None and recipe is None else ""
+    place = out or Path("checkpoints") / (own or resolved.name)
 
     from ln_removal.evaluation.results import render
     from ln_removal.removal import remove as run_removal
@@ -96,7 +106,7 @@ def remove(
         resume=resume,
         device=device,
         wandb_project=wandb,
-        progress=sys.stderr.isatty(),
+        progress=True if sys.stderr.isatty() else "lines",
     )
     if as_json:
         typer.echo(results.model_dump_json(indent=2))

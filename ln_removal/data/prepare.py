@@ -1,8 +1,8 @@
 """Turn a corpus into token shards: batched, in parallel with reading, with bounded memory, resumable.
 
-A reader thread fills a short queue with batches of documents; the main thread encodes a batch (the tokenizers library uses
-every core and releases the interpreter lock) and appends to the shards. Every few million tokens the shards are synced and
-their lengths written to `progress.json`; an interrupted preparation truncates its shards to those lengths and goes on.
+A reader thread fills a short queue with batches of documents, processes encode them (`encoder_pool`), and the main thread appends
+to the shards. Every few million tokens the shards are synced and their lengths written to `progress.json`; an interrupted
+preparation truncates its shards to those lengths and goes on.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
 
 from ln_removal.data.corpora import Corpus, Document, Split, TokenDocument
+from ln_removal.data.encoder_pool import EncoderPool
 from ln_removal.data.read_ahead import read_ahead
 from ln_removal.data.tokens import (
     INDEX,
@@ -36,7 +36,6 @@ from ln_removal.data.tokens import (
 from ln_removal.errors import UserError
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 PROGRESS = "progress.json"
@@ -107,6 +106,7 @@ def prepare(
     max_tokens: int | None = None,
     shard_tokens: int = 100_000_000,
     checkpoint_tokens: int = 5_000_000,
+    workers: int | None = None,
     progress: Callable[[PrepareProgress], None] | None = None,
 ) -> TokenDataset:
     """Tokenize `corpus` into `out`, or finish an interrupted preparation of the same corpus there.
@@ -120,6 +120,7 @@ def prepare(
         max_tokens: stop once the train split has this many tokens.
         shard_tokens: tokens after which a shard is closed and the next one opened (a document is never split).
         checkpoint_tokens: tokens between two points from which an interrupted run resumes.
+        workers: processes that encode; default: one a core, and none for a corpus of a few megabytes.
         progress: called after every batch.
 
     Returns:
@@ -147,7 +148,9 @@ def prepare(
             return _open_same(out, index)
         out.mkdir(parents=True, exist_ok=True)
         with _lock(out):
-            return _prepare_locked(corpus, tokenizer, out, index, max_tokens, shard_tokens, checkpoint_tokens, progress)
+            return _prepare_locked(
+                corpus, tokenizer, out, index, max_tokens, shard_tokens, checkpoint_tokens, workers, progress
+            )
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror or error}; choose another --out") from error
 
@@ -160,6 +163,7 @@ def _prepare_locked(
     max_tokens: int | None,
     shard_tokens: int,
     checkpoint_tokens: int,
+    workers: int | None,
     progress: Callable[[PrepareProgress], None] | None,
 ) -> TokenDataset:
     if (out / INDEX).exists():
@@ -169,7 +173,9 @@ def _prepare_locked(
     writers = {
         (shard.split, shard.source): _ShardWriter(out, shard, width) for shard in index.shards if not shard.sha256
     }
-    encoder = _plain_encoder(tokenizer)
+    encoders = EncoderPool(
+        tokenizer.backend_tokenizer.to_str(), eot_token_id=index.eot_token_id, dtype=index.dtype, workers=workers
+    )
     since_checkpoint = 0
 
     def enough() -> bool:
@@ -177,9 +183,9 @@ def _prepare_locked(
 
     batches = _batches(corpus, consumed) if not enough() else iter(())
     try:
-        with closing(read_ahead(batches, QUEUED_BATCHES)) as read:
-            for batch in read:
-                for part in _encode(batch, encoder, index):
+        with closing(read_ahead(batches, QUEUED_BATCHES)) as read, encoders:
+            for batch, encoded in encoders.in_order(read, _texts):
+                for part in _parts(batch, encoded, index):
                     writer = writers.get(part.group)
                     if writer is not None and writer.shard.tokens >= shard_tokens:
                         writer.close()
@@ -224,40 +230,32 @@ def _batches(corpus: Corpus, skip: int) -> Iterator[Batch]:
         yield batch
 
 
-def _plain_encoder(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
-    """A copy of the tokenizer that encodes all of a text as text.
+def _texts(batch: Batch) -> list[str]:
+    return [document.text for document in batch if isinstance(document, Document)]
 
-    It does not truncate or pad, whatever the original was saved with, and an `<|endoftext|>` spelled out in a text is
-    encoded like other words: end-of-text stands at the end of documents and nowhere else.
+
+def _parts(batch: Batch, encoded: list[bytes], index: TokenIndex) -> Iterator[_Encoded]:
+    """The tokens of a batch, one result for each group in it.
+
+    Args:
+        encoded: the tokens of each text of the batch, end-of-text token included, as they are written.
     """
-    from tokenizers import Tokenizer
-
-    encoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    encoder.no_truncation()
-    encoder.no_padding()
-    encoder.encode_special_tokens = True
-    return encoder
-
-
-def _encode(batch: Batch, encoder: Tokenizer, index: TokenIndex) -> Iterator[_Encoded]:
-    """Encode a batch, one result for each group in it."""
-    texts = [document.text for document in batch if isinstance(document, Document)]
-    encoded = iter(encoder.encode_batch_fast(texts, add_special_tokens=False))
-    groups: dict[Group, list[list[int]]] = {}
+    width = np.dtype(index.dtype).itemsize
+    texts = iter(encoded)
+    groups: dict[Group, list[bytes]] = {}
     sizes: dict[Group, int] = {}
     for document in batch:
         group = (document.split, document.source)
         rows = groups.setdefault(group, [])
         if isinstance(document, Document):
-            rows.append([*next(encoded).ids, index.eot_token_id])
+            rows.append(next(texts))
             sizes[group] = sizes.get(group, 0) + len(document.text.encode())
         else:
             _check_range(document.tokens, index)
-            rows.append(document.tokens)
+            rows.append(np.array(document.tokens, dtype=index.dtype).tobytes())
     for group, rows in groups.items():
-        count = sum(map(len, rows))
-        data = np.fromiter(chain.from_iterable(rows), dtype=index.dtype, count=count)
-        yield _Encoded(group, data.tobytes(), count, len(rows), sizes.get(group, 0))
+        data = b"".join(rows)
+        yield _Encoded(group, data, len(data) // width, len(rows), sizes.get(group, 0))
 
 
 def _check_range(tokens: list[int], index: TokenIndex) -> None:

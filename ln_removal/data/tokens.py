@@ -137,6 +137,12 @@ class TokenDataset:
         """`name` and `sha256` of the tokenizer that made the tokens."""
         return self.index.tokenizer
 
+    @property
+    def corpus_name(self) -> str:
+        """The corpus as a user would name it: its path for local files, else its name."""
+        corpus = self.index.corpus
+        return str(corpus.get("path") or corpus.get("name") or self.directory)
+
     def split(self, name: Split) -> TokenSplit:
         return TokenSplit(self.directory, self.index, name)
 

@@ -46,10 +46,15 @@ def load_question_set(name: str, *, protocol: Protocol | None = None) -> Questio
         from ln_removal.data.python_source import held_out_modules
         from ln_removal.evaluation.completions import build_completions
 
-        return QuestionSet("Python completions", protocol or "code", build_completions(held_out_modules()))
+        return QuestionSet(question_set_name(name), protocol or "code", build_completions(held_out_modules()))
     if name == HELLASWAG:
-        return QuestionSet("HellaSwag validation", protocol or "lm-eval", load_from_hub())
-    return QuestionSet(Path(name).name, protocol or "lm-eval", load_questions(name))
+        return QuestionSet(question_set_name(name), protocol or "lm-eval", load_from_hub())
+    return QuestionSet(question_set_name(name), protocol or "lm-eval", load_questions(name))
+
+
+def question_set_name(name: str) -> str:
+    """The name in the results of the questions that `load_question_set(name)` gives, without loading them."""
+    return {COMPLETIONS: "Python completions", HELLASWAG: "HellaSwag validation"}.get(name, Path(name).name)
 
 
 def score(

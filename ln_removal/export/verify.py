@@ -75,7 +75,8 @@ def verify_export(
         if not error <= TOLERANCE:  # not <=: a NaN has to fail
             raise ExportError(
                 f"the folded model's logits differ from the frozen model's by {error:.2e} relative, more than "
-                f"{TOLERANCE:.0e}; check that both are float32 and come from the same training state"
+                f"{TOLERANCE:.0e}; check that both are float32 and come from the same training state, and if their "
+                "double() copies agree, that no activation is so large that float32 rounding alone makes the difference"
             )
         affine, reader = _affine_error(folded, input_ids, seed)
     if not affine <= TOLERANCE:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from ln_removal.data.corpora import Corpus, Document
 from ln_removal.data.tokenizer_training import train_code_tokenizer
 from ln_removal.errors import UserError
+from ln_removal.recipe_scaling import check_is_pretraining
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from ln_removal.evaluation.loss import LossResult
     from ln_removal.recipe import ArchitectureSpec, Recipe
     from ln_removal.training.loop import TrainResult
+    from ln_removal.training.tracking import Progress
 
 TOKENIZER_BYTES_PER_SOURCE = 15_000_000
 """Text from each source of the corpus that the tokenizer is trained on."""
@@ -42,66 +44,89 @@ def pretrain(
     resume: bool = False,
     device: str = "auto",
     wandb_project: str | None = None,
+    progress: Progress = True,
 ) -> PretrainResult:
     """Train the recipe's [architecture] from scratch and write it to `out/model`.
 
     Args:
         recipe: a pretraining recipe.
         out: the run's directory: recipe.toml, metrics.jsonl, tokenizer/, tokens/, state/, model/.
-        tokens: a directory prepared by `ln-prepare`; default: prepare the recipe's corpus into `out/tokens`.
+        tokens: a directory prepared by `ln-prepare`, with the tokenizer that the recipe names in data.tokenizer (or, when
+            it names none, the one they were made with); default: prepare the recipe's corpus into `out/tokens`.
         resume: continue the run in `out`.
         device: "auto", "cpu" or "cuda".
         wandb_project: also log to this Weights & Biases project.
+        progress: show progress bars; "lines" prints a line now and then instead.
 
     Raises:
         UserError: not a pretraining recipe, or anything the corpus, the directory or the device gets wrong.
     """
     from accelerate.utils import set_seed
 
-    from ln_removal.data.open_corpus import open_corpus
     from ln_removal.evaluation.loss import cross_entropy
+    from ln_removal.export.model_card import write_base_model_card
     from ln_removal.export.writing import save_model
+    from ln_removal.models import load_model
     from ln_removal.recipe import dump_toml
+    from ln_removal.run_directory import given_tokens, link_tokens, run_directory
     from ln_removal.training.session import train_model
-    from ln_removal.training.setup import build_accelerator, claim_run_directory
+    from ln_removal.training.setup import build_accelerator
 
     out = Path(out)
     spec = recipe.training
-    if recipe.architecture is None:
-        raise UserError(f"recipe {recipe.name} has no [architecture]; it removes LayerNorm: run it with ln-remove")
+    check_is_pretraining(recipe)
+    assert recipe.architecture is not None
     accelerator = build_accelerator(device)
-    corpus = open_corpus(recipe.data.corpus, max_bytes=recipe.data.max_bytes)
-    with accelerator.main_process_first():  # what the main process makes, the other ranks find
-        if accelerator.is_main_process:
-            claim_run_directory(out, dump_toml(recipe), resume=resume)
-        tokenizer = _tokenizer(recipe, corpus, out / "tokenizer")
-        data = _tokens(recipe, corpus, tokenizer, out, tokens)
+    given = given_tokens(out, tokens)
+    if given is not None:  # so that the recipe names what is trained on
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"corpus": given.corpus_name})})
+    with run_directory(out, dump_toml(recipe), resume=resume, is_main=accelerator.is_main_process):
+        with accelerator.main_process_first():  # what the main process makes, the other ranks find
+            if given is None:
+                tokenizer, data = _prepare(recipe, out, progress=progress is True)
+            else:
+                tokenizer, data = _tokenizer_of(given, recipe), given
+                if accelerator.is_main_process:
+                    link_tokens(out, data.directory)
+            _check_vocabulary(recipe.architecture, data)
 
-    set_seed(recipe.seed)
-    model = build_gpt2(recipe.architecture, eot_token_id=data.eot_token_id)
-    validation = data.split("validation")
+        set_seed(recipe.seed)
+        model = build_gpt2(recipe.architecture, eot_token_id=data.eot_token_id)
+        validation = data.split("validation")
 
-    def score(max_tokens: int | None = None) -> LossResult:
-        return cross_entropy(
-            model, validation, context=recipe.data.context, max_tokens=max_tokens, precision=spec.precision
+        def score(max_tokens: int | None = None) -> LossResult:
+            return cross_entropy(
+                model, validation, context=recipe.data.context, max_tokens=max_tokens, precision=spec.precision
+            )
+
+        result = train_model(
+            model,
+            recipe,
+            data,
+            out,
+            accelerator=accelerator,
+            label=recipe.name,
+            evaluate=lambda: {"cross_entropy": score(spec.evaluation_tokens).cross_entropy},
+            resume=resume,
+            wandb_project=wandb_project,
+            progress=progress,
         )
-
-    result = train_model(
-        model,
-        recipe,
-        data,
-        out,
-        accelerator=accelerator,
-        label=recipe.name,
-        evaluate=lambda: {"cross_entropy": score(spec.evaluation_tokens).cross_entropy},
-        resume=resume,
-        wandb_project=wandb_project,
-    )
-    final = score()
-    directory = out / "model"
-    if accelerator.is_main_process:
+        directory = out / "model"
+        if not accelerator.is_main_process:
+            final = score()
+            return PretrainResult(directory, result, final.cross_entropy, final.bits_per_byte)
         save_model(model, tokenizer, directory, dtype=recipe.export.dtype)
-    return PretrainResult(directory, result, final.cross_entropy, final.bits_per_byte)
+        # What is reported is measured on what was written, in float32, as ln-evaluate would.
+        written = load_model(str(directory), device=accelerator.device.type).model
+        final = cross_entropy(written, validation, context=recipe.data.context)
+        write_base_model_card(
+            directory,
+            recipe,
+            cross_entropy=final.cross_entropy,
+            bits_per_byte=final.bits_per_byte,
+            validation_tokens=final.tokens,
+        )
+        return PretrainResult(directory, result, final.cross_entropy, final.bits_per_byte)
 
 
 def build_gpt2(architecture: ArchitectureSpec, *, eot_token_id: int) -> GPT2LMHeadModel:
@@ -151,32 +176,47 @@ def _tokenizer_texts(corpus: Corpus) -> Iterator[str]:
             yield document.text
 
 
-def _tokens(
-    recipe: Recipe, corpus: Corpus, tokenizer: PreTrainedTokenizerFast, out: Path, directory: Path | str | None
-) -> TokenDataset:
-    """The given tokens, or the corpus prepared into the run's directory; small enough for the model's vocabulary."""
+def _prepare(recipe: Recipe, out: Path, *, progress: bool) -> tuple[PreTrainedTokenizerFast, TokenDataset]:
+    """The tokenizer and the corpus, prepared into the run's directory."""
+    from ln_removal.data.open_corpus import open_corpus
     from ln_removal.data.prepare import prepare
-    from ln_removal.data.tokens import TokenDataset
-    from ln_removal.evaluation.scoring import check_same_tokenizer
+    from ln_removal.data.prepare_bar import prepare_bar
     from ln_removal.models import tokenizer_fingerprint
 
-    assert recipe.architecture is not None
-    name = recipe.data.tokenizer or recipe.name
-    if directory is not None:
-        data = TokenDataset.open(directory)
-        check_same_tokenizer(tokenizer, name, data)
-    else:
+    corpus = open_corpus(recipe.data.corpus, max_bytes=recipe.data.max_bytes)
+    tokenizer = _tokenizer(recipe, corpus, out / "tokenizer")
+    with prepare_bar(corpus.name, total=recipe.data.max_tokens, enabled=progress) as show:
         data = prepare(
             corpus,
             tokenizer,
             out / "tokens",
-            tokenizer_name=name,
+            tokenizer_name=recipe.data.tokenizer or recipe.name,
             tokenizer_sha256=tokenizer_fingerprint(tokenizer),
             max_tokens=recipe.data.max_tokens,
+            progress=show,
         )
-    if data.vocab_size > recipe.architecture.vocab_size:
+    return tokenizer, data
+
+
+def _tokenizer_of(data: TokenDataset, recipe: Recipe) -> PreTrainedTokenizerFast:
+    """The tokenizer that made the given tokens: the recipe's, or else the one they name."""
+    from ln_removal.evaluation.scoring import check_same_tokenizer
+    from ln_removal.models import load_tokenizer
+
+    name = recipe.data.tokenizer or data.tokenizer["name"]
+    try:
+        tokenizer = load_tokenizer(name)
+    except UserError as error:
         raise UserError(
-            f"the tokenizer has {data.vocab_size} entries, architecture.vocab_size is {recipe.architecture.vocab_size}; raise it, "
+            f"{error}; it made the tokens in {data.directory}: set data.tokenizer to where it is"
+        ) from error
+    check_same_tokenizer(tokenizer, name, data)
+    return tokenizer
+
+
+def _check_vocabulary(architecture: ArchitectureSpec, data: TokenDataset) -> None:
+    if data.vocab_size > architecture.vocab_size:
+        raise UserError(
+            f"the tokenizer has {data.vocab_size} entries, architecture.vocab_size is {architecture.vocab_size}; raise it, "
             "or choose another tokenizer"
         )
-    return data

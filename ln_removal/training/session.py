@@ -10,7 +10,7 @@ from ln_removal.data.sampler import WindowSampler
 from ln_removal.objective import Objective
 from ln_removal.training.loop import Removal, TrainResult, train
 from ln_removal.training.setup import causal_attention, choose_micro_batch, compile_if_worthwhile
-from ln_removal.training.tracking import Tracker
+from ln_removal.training.tracking import Progress, Tracker
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -18,6 +18,21 @@ if TYPE_CHECKING:
 
     from ln_removal.data.tokens import TokenDataset
     from ln_removal.recipe import Recipe
+
+
+def sampler_of(recipe: Recipe, data: TokenDataset) -> WindowSampler:
+    """The training sequences that the recipe takes from `data`.
+
+    Raises:
+        UserError: there are too few tokens, or data.weights names a source that is not there.
+    """
+    return WindowSampler(
+        data.split("train"),
+        context=recipe.data.context,
+        sequences_per_step=recipe.training.tokens_per_step // recipe.data.context,
+        seed=recipe.seed,
+        weights=recipe.data.weights,
+    )
 
 
 def train_model(
@@ -32,6 +47,7 @@ def train_model(
     removal: Removal | None = None,
     resume: bool = False,
     wandb_project: str | None = None,
+    progress: Progress = True,
 ) -> TrainResult:
     """Train `model`, moved to the accelerator's device, as the recipe's [training] says.
 
@@ -46,18 +62,13 @@ def train_model(
         removal: sites and schedule; None keeps the norms (pretraining, control).
         resume: continue from the newest checkpoint in `directory`.
         wandb_project: also log to this Weights & Biases project.
+        progress: how steps are shown.
 
     Raises:
         UserError: as `train`, `WindowSampler` and `choose_micro_batch`.
     """
     spec = recipe.training
-    sampler = WindowSampler(
-        data.split("train"),
-        context=recipe.data.context,
-        sequences_per_step=spec.tokens_per_step // recipe.data.context,
-        seed=recipe.seed,
-        weights=recipe.data.weights,
-    )
+    sampler = sampler_of(recipe, data)
     objective = Objective(
         model.to(accelerator.device),
         eot_token_id=data.eot_token_id,
@@ -69,6 +80,7 @@ def train_model(
         tokens_per_step=spec.tokens_per_step,
         label=label,
         enabled=accelerator.is_main_process,
+        progress=progress,
         wandb_project=wandb_project,
         config=recipe.model_dump(),
     )

@@ -1,4 +1,4 @@
-"""What a run needs before its first step: the device, the run's directory, the micro-batch and compilation."""
+"""What a run needs before its first step: the device, the attention, the micro-batch and compilation."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -23,8 +22,6 @@ if TYPE_CHECKING:
 TOKENS_IN_A_CPU_PASS = 4096
 COMPILE_FROM_TOKENS = 400_000
 """On a CPU, compiling costs about as much time as it saves over this many tokens (measured: docs/LOG.md)."""
-
-RECIPE_FILE = "recipe.toml"
 
 RANKS_WAIT = timedelta(hours=3)
 """How long a rank waits for another: the main process prepares a corpus and scores models while the rest wait."""
@@ -85,32 +82,6 @@ def causal_attention(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation(before)
-
-
-def claim_run_directory(out: Path, recipe_toml: str, *, resume: bool) -> None:
-    """Make `out` this run's directory and write its recipe there, or check that it is the run to resume.
-
-    Raises:
-        UserError: `out` cannot be written, holds something already (without `resume`), or holds a run of another recipe.
-    """
-    file = out / RECIPE_FILE
-    try:
-        used = out.is_dir() and any(out.iterdir())
-        if used and not resume:
-            what = "a run" if file.exists() else "files that are not a run of ours"
-            raise UserError(f"{out} already holds {what}; continue it with --resume, or choose another --out")
-        if used and not file.exists():
-            raise UserError(f"{out} holds no {RECIPE_FILE}, so there is no run to resume; choose another --out")
-        if used and file.read_text(encoding="utf-8") != recipe_toml:
-            raise UserError(
-                f"{out} was begun with another recipe (see {file}); resume it with the same recipe and options, or choose "
-                "another --out"
-            )
-        if not used:
-            out.mkdir(parents=True, exist_ok=True)
-            file.write_text(recipe_toml, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror or error}; choose another --out") from error
 
 
 def choose_micro_batch(recipe: Recipe, objective: Objective, accelerator: Accelerator) -> int:

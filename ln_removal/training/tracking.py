@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 from ln_removal.errors import UserError
 
 Metrics = dict[str, float | int | str]
+
+Progress = bool | Literal["lines"]
+"""A bar, nothing, or a line now and then, for where a bar would fill a file."""
+
+SECONDS_BETWEEN_LINES = 30.0
 
 
 class Tracker:
@@ -23,6 +29,7 @@ class Tracker:
         tokens_per_step: for tokens/s on the bar.
         label: shown before the bar, such as "ln-free" or "control".
         enabled: False writes and shows nothing.
+        progress: how steps are shown.
         wandb_project: also log to this Weights & Biases project.
         config: the resolved recipe, for wandb.
 
@@ -38,6 +45,7 @@ class Tracker:
         tokens_per_step: int,
         label: str,
         enabled: bool = True,
+        progress: Progress = True,
         wandb_project: str | None = None,
         config: dict[str, Any] | None = None,
     ) -> None:
@@ -46,6 +54,8 @@ class Tracker:
         self._tokens_per_step = tokens_per_step
         self._label = label
         self._enabled = enabled
+        self._progress = progress
+        self._last_line = float("-inf")
         self._wandb = (
             _start_wandb(wandb_project, f"{path.parent.name}-{label}", config) if enabled and wandb_project else None
         )
@@ -62,6 +72,7 @@ class Tracker:
                 unit="step",
                 file=sys.stderr,
                 dynamic_ncols=True,
+                disable=self._progress is not True,
                 bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
             )
         return self
@@ -108,11 +119,24 @@ class Tracker:
         """Move the bar to `step` finished steps."""
         if not self._enabled:
             return
-        self._bar.set_postfix_str(f"{stage}, loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s", refresh=False)
+        figures = f"{stage}, loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s"
+        if self._progress == "lines":
+            self._line(step, figures, tokens_per_second)
+            return
+        self._bar.set_postfix_str(figures, refresh=False)
         self._bar.update(step - self._bar.n)
 
+    def _line(self, step: int, figures: str, tokens_per_second: float) -> None:
+        now = time.monotonic()
+        if now - self._last_line < SECONDS_BETWEEN_LINES and step < self._total_steps:
+            return
+        self._last_line = now
+        left = (self._total_steps - step) * self._tokens_per_step / max(tokens_per_second, 1e-9)
+        remaining = f", {left / 60:,.0f} min left" if step < self._total_steps else ""
+        print(f"{self._label} {step}/{self._total_steps}: {figures}{remaining}", file=sys.stderr, flush=True)
+
     def say(self, line: str) -> None:
-        """Print a line above the bar."""
+        """Print a line, above the bar if there is one."""
         if self._enabled:
             self._bar.write(line, file=sys.stderr)
 

@@ -1,0 +1,176 @@
+"""The directory of a run: claimed before anything is written, and given back when nothing came of the run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tomllib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ln_removal.errors import UserError
+
+if TYPE_CHECKING:
+    from ln_removal.data.tokens import TokenDataset
+
+RECIPE_FILE = "recipe.toml"
+METRICS_FILE = "metrics.jsonl"
+
+_DIFFERENCES_SHOWN = 4
+
+
+@contextmanager
+def run_directory(out: Path, recipe_toml: str, *, resume: bool, is_main: bool = True) -> Iterator[None]:
+    """Make `out` this run's directory and write its recipe there, or check that it is the run to resume.
+
+    When the block fails before the first training step was logged, what it left is removed again, so that the same
+    --out can be used once the mistake is mended. Prepared tokens, whole or resumable, are worth keeping: then the run
+    stays as it is, for --resume.
+
+    Args:
+        out: the run's directory.
+        recipe_toml: the resolved recipe.
+        resume: `out` may hold this run already. One that has not been trained yet takes the new recipe.
+        is_main: False does nothing: of several ranks only the main one claims.
+
+    Raises:
+        UserError: `out` cannot be written, holds something already (without `resume`), or holds a run of another recipe.
+    """
+    if not is_main:
+        yield
+        return
+    made = [path for path in (out, *out.parents) if not path.exists()]
+    is_new = _claim(out, recipe_toml, resume=resume)
+    try:
+        yield
+    except BaseException:
+        if is_new and not _is_worth_keeping(out):
+            _clear(out, made)
+        raise
+
+
+def has_trained(out: Path) -> bool:
+    """Whether a run has been trained at least up to its first checkpoint."""
+    return (out / "model").is_dir() or any((out / "state").glob("step-*"))
+
+
+def given_tokens(out: Path, directory: Path | str | None) -> TokenDataset | None:
+    """The tokens named by the user, now or when the run was begun; None when the run prepares its own.
+
+    Raises:
+        UserError: as `TokenDataset.open`.
+    """
+    from ln_removal.data.tokens import TokenDataset
+
+    if directory is not None:
+        return TokenDataset.open(directory)
+    return TokenDataset.open(out / "tokens") if (out / "tokens").is_symlink() else None
+
+
+def link_tokens(out: Path, directory: Path) -> None:
+    """Make `out/tokens` a link to the given tokens, so that resuming and ln-evaluate find them.
+
+    Raises:
+        UserError: the run was trained on other tokens, or the link cannot be made.
+    """
+    link, target = out / "tokens", directory.resolve()
+    if link.exists() and link.resolve() == target:
+        return
+    if link.is_symlink() and not has_trained(out):
+        link.unlink()
+    elif link.is_symlink() or link.exists():
+        raise UserError(f"{out} has its own tokens, in {link.resolve()}; leave --tokens out, or choose another --out")
+    try:
+        link.symlink_to(target, target_is_directory=True)
+    except OSError as error:
+        raise UserError(f"cannot write {link}: {error.strerror or error}; choose another --out") from error
+
+
+def remove_unfinished_tokens(directory: Path) -> None:
+    """Remove what a preparation left that cannot be resumed; whole or resumable tokens stay."""
+    if directory.is_dir() and not _holds_tokens(directory):
+        for leftover in (*directory.glob("*-*-*.bin"), directory / "prepare.lock"):
+            leftover.unlink(missing_ok=True)
+        with suppress(OSError):  # not empty: not all of it is ours
+            directory.rmdir()
+
+
+def _claim(out: Path, recipe_toml: str, *, resume: bool) -> bool:
+    """Whether the run is new."""
+    file = out / RECIPE_FILE
+    try:
+        used = out.is_dir() and any(out.iterdir())
+        if used and not resume:
+            if file.exists():
+                raise UserError(f"{out} already holds a run; continue it with --resume, or choose another --out")
+            raise UserError(f"{out} already holds files that are not a run of ours; choose another --out")
+        if used and not file.exists():
+            raise UserError(f"{out} holds no {RECIPE_FILE}, so there is no run to resume; choose another --out")
+        if used:
+            changed = _differences(file.read_bytes(), recipe_toml)
+            if changed and has_trained(out):
+                raise UserError(
+                    f"{out} was begun with another recipe: {changed}; resume it with the recipe and options it was begun "
+                    "with, or choose another --out"
+                )
+            if not changed:
+                return False
+            shutil.rmtree(out / "tokenizer", ignore_errors=True)  # trained by the recipe that is now replaced
+        out.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_name(f".{RECIPE_FILE}.tmp")
+        temporary.write_text(recipe_toml, encoding="utf-8")
+        os.replace(temporary, file)
+        return not used
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror or error}; choose another --out") from error
+
+
+def _differences(before: bytes, now: str) -> str:
+    """What differs between two recipes, in words; empty when nothing does."""
+    try:
+        old = _flat(tomllib.loads(before.decode()))
+    except ValueError as error:
+        return f"its {RECIPE_FILE} is damaged ({error})"
+    new = _flat(tomllib.loads(now))
+    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    shown = [f"{key} was {old.get(key, 'unset')}, now {new.get(key, 'unset')}" for key in keys[:_DIFFERENCES_SHOWN]]
+    more = len(keys) - len(shown)
+    return ", ".join(shown) + (f", and {more} more" if more else "")
+
+
+def _flat(table: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    found: dict[str, object] = {}
+    for key, value in table.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return found
+
+
+def _is_worth_keeping(out: Path) -> bool:
+    metrics = out / METRICS_FILE
+    logged = metrics.is_file() and metrics.stat().st_size > 0
+    tokens = out / "tokens"
+    return logged or has_trained(out) or (_holds_tokens(tokens) and not tokens.is_symlink())
+
+
+def _holds_tokens(directory: Path) -> bool:
+    """Whether a directory holds tokens that are whole or can be completed."""
+    return any((directory / name).is_file() for name in ("index.json", "progress.json"))
+
+
+def _clear(out: Path, made: list[Path]) -> None:
+    """Remove what an unsuccessful run left in a directory that was empty before it, and the directories made for it."""
+    for name in (RECIPE_FILE, METRICS_FILE):
+        (out / name).unlink(missing_ok=True)
+    for name in ("tokens", "tokenizer", ".tokenizer.tmp", "state"):
+        path = out / name
+        if path.is_symlink():
+            path.unlink()
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+    for path in made:
+        try:
+            path.rmdir()
+        except OSError:  # something else is in it
+            return

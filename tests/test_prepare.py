@@ -1,0 +1,453 @@
+"""Preparing a corpus: what ends up in the shards, and that an interruption at any place changes nothing about it."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer
+
+from ln_removal.data import prepare as prepare_module
+from ln_removal.data.corpora import Document, Split, TokenDocument
+from ln_removal.data.prepare import QUEUED_BATCHES, PrepareProgress, prepare
+from ln_removal.data.tokenizer_training import END_OF_TEXT, train_code_tokenizer
+from ln_removal.data.tokens import TokenDataset
+from ln_removal.errors import UserError
+
+BATCH = 4
+"""Documents in a batch, in these tests."""
+
+EOT = 0
+AnyDocument = Document | TokenDocument
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    texts = [f"def f{n}(x):\n    return x + {n}  # héllo\n" for n in range(200)]
+    return train_code_tokenizer(texts, 300, model_max_length=64)
+
+
+@pytest.fixture(autouse=True)
+def _small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare_module, "BATCH_DOCUMENTS", BATCH)
+
+
+class ListCorpus:
+    """A corpus of given documents; `before` is called with the number of each before it is given."""
+
+    name = "listed"
+
+    def __init__(
+        self, documents: list[AnyDocument], before: Callable[[int], None] | None = None, **options: Any
+    ) -> None:
+        self._documents = documents
+        self._before = before
+        self._options = options
+
+    def identity(self) -> dict[str, object]:
+        return {"name": self.name, **self._options}
+
+    def documents(self, skip: int = 0) -> Iterator[AnyDocument]:
+        for number, document in enumerate(self._documents):
+            if number >= skip:
+                if self._before is not None:
+                    self._before(number)
+                yield document
+
+
+def text(number: int) -> str:
+    return f"def name_{number}(x):\n    return x * {number * 7919} + 'é{'a' * (number % 13)}'\n"
+
+
+def documents(count: int = 60) -> list[AnyDocument]:
+    """Every fifth for validation; training text from two sources."""
+    return [
+        Document(text(n), "validation" if n % 5 == 1 else "train", "one" if n % 5 == 1 or n % 2 else "two")
+        for n in range(count)
+    ]
+
+
+def run(corpus: ListCorpus, tokenizer: Any, out: Path, **options: Any) -> TokenDataset:
+    return prepare(corpus, tokenizer, out, tokenizer_name="test", tokenizer_sha256="a" * 64, **options)  # type: ignore[arg-type]
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """Shards and index; the lock file stays behind and does not count."""
+    return {path.name: path.read_bytes() for path in directory.iterdir() if path.name != "prepare.lock"}
+
+
+def tokens_of(data: TokenDataset, split: Split, source: str | None = None) -> list[int]:
+    part = data.split(split)
+    chosen = [number for number, shard in enumerate(part.shards) if source in (None, shard.source)]
+    return [token for number in chosen for token in part.maps[number].tolist()]
+
+
+def test_documents_come_back_in_order_each_with_its_end(tmp_path: Path, tokenizer: Any) -> None:
+    given = documents()
+    data = run(ListCorpus(given), tokenizer, tmp_path)
+    data.verify()
+    for split in ("train", "validation"):
+        for source in ("one", "two"):
+            texts = [d.text for d in given if isinstance(d, Document) and (d.split, d.source) == (split, source)]
+            found = tokens_of(data, split, source)
+            assert found.count(EOT) == len(texts)
+            assert not found or found[-1] == EOT
+            assert tokenizer.decode(found).split(END_OF_TEXT)[:-1] == texts
+        of_split = [document for document in given if document.split == split]
+        part = data.split(split)
+        assert part.documents == len(of_split)
+        assert part.bytes == sum(len(document.text.encode()) for document in of_split)
+        assert part.tokens == len(tokens_of(data, split))
+    assert {shard.source for shard in data.index.shards} == {"one", "two"}
+    assert data.index.dtype == "uint16"
+    assert data.vocab_size == len(tokenizer)
+    assert data.tokenizer == {"name": "test", "sha256": "a" * 64}
+    assert sorted(contents(tmp_path)) == [
+        "index.json",
+        "train-one-00000.bin",
+        "train-two-00000.bin",
+        "validation-one-00000.bin",
+    ]
+
+
+def test_end_of_text_spelled_out_in_a_document_is_text(tmp_path: Path, tokenizer: Any) -> None:
+    spelled = f"token = '{END_OF_TEXT}'\n"
+    assert EOT in tokenizer(spelled).input_ids, "the tokenizer itself makes it the special token"
+    data = run(ListCorpus([Document(spelled, "train", "a"), Document(spelled, "validation", "a")]), tokenizer, tmp_path)
+    found = tokens_of(data, "train")
+    assert found.index(EOT) == len(found) - 1
+    assert tokenizer.decode(found) == spelled + END_OF_TEXT
+
+
+def test_what_the_tokenizer_was_saved_with_does_not_cut_or_pad(tmp_path: Path, tokenizer: Any) -> None:
+    expected = run(ListCorpus(documents()), tokenizer, tmp_path / "plain")
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.enable_truncation(5)
+    backend.enable_padding(length=50)
+    found = run(ListCorpus(documents()), PlainTokenizer(backend), tmp_path / "cut")
+    assert contents(found.directory) == contents(expected.directory)
+    assert backend.truncation is not None and backend.padding is not None, "the caller's tokenizer stays as it was"
+
+
+class PlainTokenizer:
+    """What `prepare` needs of a tokenizer."""
+
+    def __init__(self, backend: Tokenizer, eos_token_id: int | None = EOT) -> None:
+        self.backend_tokenizer = backend
+        self.eos_token_id = eos_token_id
+
+    def __len__(self) -> int:
+        return self.backend_tokenizer.get_vocab_size()
+
+
+def test_a_large_vocabulary_is_stored_in_four_bytes(tmp_path: Path, tokenizer: Any) -> None:
+    class Wide(PlainTokenizer):
+        def __len__(self) -> int:
+            return 70_000
+
+    given: list[AnyDocument] = [
+        TokenDocument([65_536, 69_999, 1], "train", "rows"),
+        TokenDocument([2], "validation", "rows"),
+    ]
+    data = run(ListCorpus(given), Wide(tokenizer.backend_tokenizer), tmp_path)
+    assert data.index.dtype == "uint32"
+    assert tokens_of(data, "train") == [65_536, 69_999, 1]
+
+
+def test_rows_that_are_tokenised_already_are_taken_as_they_are(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [[5, 6, EOT, 7], [8, 9], [], [10]]
+    given: list[AnyDocument] = [TokenDocument(row, "train", "rows") for row in rows]
+    given.append(TokenDocument([1, 2], "validation", "rows"))
+    given.append(Document(text(0), "train", "texts"))
+    data = run(ListCorpus(given), tokenizer, tmp_path)
+    assert tokens_of(data, "train", "rows") == [5, 6, EOT, 7, 8, 9, 10]
+    (shard,) = [shard for shard in data.index.shards if (shard.split, shard.source) == ("train", "rows")]
+    assert (shard.documents, shard.tokens, shard.bytes) == (4, 7, 0)
+    assert tokenizer.decode(tokens_of(data, "train", "texts")) == text(0) + END_OF_TEXT
+
+
+@pytest.mark.parametrize("wrong", [300, 70_000, -1])
+def test_a_token_the_tokenizer_does_not_have(tmp_path: Path, tokenizer: Any, wrong: int) -> None:
+    assert len(tokenizer) == 300
+    given: list[AnyDocument] = [TokenDocument([1, wrong, 2], "train", "rows")]
+    with pytest.raises(UserError, match=rf"holds token {wrong}, the tokenizer test has 300 entries"):
+        run(ListCorpus(given), tokenizer, tmp_path)
+    assert not (tmp_path / "index.json").exists()
+
+
+def test_shards_are_closed_between_documents(tmp_path: Path, tokenizer: Any) -> None:
+    whole = run(ListCorpus(documents()), tokenizer, tmp_path / "whole")
+    data = run(ListCorpus(documents()), tokenizer, tmp_path / "many", shard_tokens=100)
+    assert len(data.index.shards) > 10
+    assert len({shard.file for shard in data.index.shards}) == len(data.index.shards)
+    for part in (data.split("train"), data.split("validation")):
+        assert all(shard[-1] == EOT for shard in part.maps)
+    data.verify()
+    for split in ("train", "validation"):
+        for source in ("one", "two"):
+            assert tokens_of(data, split, source) == tokens_of(whole, split, source)
+        assert data.split(split).documents == whole.split(split).documents
+        assert data.split(split).bytes == whole.split(split).bytes
+
+
+def test_sources_whose_file_names_would_be_the_same(tmp_path: Path, tokenizer: Any) -> None:
+    given: list[AnyDocument] = [
+        Document(text(n), "train" if n else "validation", source) for n in range(40) for source in ("a/b", "a-b", "a b")
+    ]
+    data = run(ListCorpus(given), tokenizer, tmp_path, shard_tokens=200)
+    assert len({shard.file for shard in data.index.shards}) == len(data.index.shards)
+    texts = "".join(text(n) + END_OF_TEXT for n in range(1, 40))
+    for source in ("a/b", "a-b", "a b"):
+        assert tokenizer.decode(tokens_of(data, "train", source)) == texts
+
+
+@pytest.mark.parametrize("shard_tokens", [150, 100_000])
+@pytest.mark.parametrize("place", [0, 3, 4, 21, 39, 59])
+def test_an_interrupted_preparation_resumes_to_the_same_bytes(
+    tmp_path: Path, tokenizer: Any, place: int, shard_tokens: int
+) -> None:
+    options = {"shard_tokens": shard_tokens, "checkpoint_tokens": 300}
+    whole = run(ListCorpus(documents()), tokenizer, tmp_path / "whole", **options)
+
+    def fail(number: int) -> None:
+        if number == place:
+            raise RuntimeError("the connection broke")
+
+    with pytest.raises(RuntimeError, match="the connection broke"):
+        run(ListCorpus(documents(), before=fail), tokenizer, tmp_path / "broken", **options)
+    assert not (tmp_path / "broken" / "index.json").exists()
+    asked: list[int] = []
+    run(ListCorpus(documents(), before=asked.append), tokenizer, tmp_path / "broken", **options)
+    assert contents(tmp_path / "broken") == contents(whole.directory)
+    assert asked[-1] == 59
+    if place >= 39:
+        assert asked[0] > 0, "documents behind a checkpoint are not encoded again"
+
+
+KILLED = """
+import sys, time
+sys.path[:0] = [{tests!r}, {root!r}]
+import test_prepare as here
+from pathlib import Path
+from tokenizers import Tokenizer
+
+here.prepare_module.BATCH_DOCUMENTS = here.BATCH
+
+def wait(number):
+    if number == 55:
+        time.sleep(600)
+
+tokenizer = here.PlainTokenizer(Tokenizer.from_file({tokenizer!r}))
+here.run(here.ListCorpus(here.documents(), before=wait), tokenizer, Path({out!r}), shard_tokens=150, checkpoint_tokens=300)
+"""
+
+
+def test_a_killed_preparation_resumes_to_the_same_bytes(tmp_path: Path, tokenizer: Any) -> None:
+    options = {"shard_tokens": 150, "checkpoint_tokens": 300}
+    whole = run(ListCorpus(documents()), tokenizer, tmp_path / "whole", **options)
+    tokenizer.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    out = tmp_path / "killed"
+    tests = Path(__file__).parent
+    script = KILLED.format(
+        tests=str(tests), root=str(tests.parent), tokenizer=str(tmp_path / "tokenizer.json"), out=str(out)
+    )
+    worker = subprocess.Popen([sys.executable, "-c", script])
+
+    def consumed() -> int:
+        progress = out / "progress.json"
+        return int(json.loads(progress.read_text())["consumed"]) if progress.exists() else 0
+
+    deadline = time.monotonic() + 120
+    while consumed() < 30 and worker.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    worker.send_signal(signal.SIGKILL)
+    assert worker.wait() == -signal.SIGKILL
+    assert consumed() >= 30
+    assert not (out / "index.json").exists()
+    # What a power cut may leave behind the last checkpoint.
+    last = json.loads((out / "progress.json").read_text())["index"]["shards"][-1]["file"]
+    with (out / last).open("ab") as file:
+        file.write(b"garbage")
+    (out / "train-three-00000.bin").write_bytes(b"begun after the checkpoint")
+    asked: list[int] = []
+    run(ListCorpus(documents(), before=asked.append), tokenizer, out, **options)
+    assert contents(out) == contents(whole.directory)
+    assert asked[0] >= 30
+
+
+def test_a_damaged_progress_file(tmp_path: Path, tokenizer: Any) -> None:
+    def fail(number: int) -> None:
+        if number == 50:
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        run(ListCorpus(documents(), before=fail), tokenizer, tmp_path, checkpoint_tokens=300)
+    progress = tmp_path / "progress.json"
+    whole = progress.read_bytes()
+    for damaged in (b"", whole[:-30], b"[]", b"\xff\xfe", whole.replace(b'"consumed"', b'"eaten"')):
+        progress.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"progress\.json is damaged"):
+            run(ListCorpus(documents()), tokenizer, tmp_path)
+    progress.write_bytes(whole)
+    (tmp_path / "train-one-00000.bin").write_bytes(b"short")
+    with pytest.raises(UserError, match=r"train-one-00000\.bin is shorter than progress\.json says"):
+        run(ListCorpus(documents()), tokenizer, tmp_path)
+
+
+def test_files_that_are_not_ours_stay(tmp_path: Path, tokenizer: Any) -> None:
+    (tmp_path / "pytorch_model.bin").write_bytes(b"precious")
+    (tmp_path / "train-old-00007.bin").write_bytes(b"a shard without a progress file")
+    run(ListCorpus(documents()), tokenizer, tmp_path)
+    assert (tmp_path / "pytorch_model.bin").read_bytes() == b"precious"
+    assert not (tmp_path / "train-old-00007.bin").exists()
+
+
+def refuse(number: int) -> None:
+    raise AssertionError("nothing should be read")
+
+
+def test_a_complete_directory_is_opened_and_not_read_again(tmp_path: Path, tokenizer: Any) -> None:
+    first = run(ListCorpus(documents()), tokenizer, tmp_path)
+    again = run(ListCorpus(documents(), before=refuse), tokenizer, tmp_path)
+    assert again.index == first.index
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_another_corpus_or_tokenizer_in_the_directory(tmp_path: Path, tokenizer: Any, complete: bool) -> None:
+    def fail(number: int) -> None:
+        if number == 50 and not complete:
+            raise RuntimeError
+
+    try:
+        run(ListCorpus(documents(), before=fail, revision=1), tokenizer, tmp_path, checkpoint_tokens=300)
+    except RuntimeError:
+        assert (tmp_path / "progress.json").exists()
+    before = contents(tmp_path)
+    same = ListCorpus(documents(), before=refuse, revision=1)
+    with pytest.raises(UserError, match="tokens of another corpus: its revision is 1, wanted 2; choose another --out"):
+        run(ListCorpus(documents(), before=refuse, revision=2), tokenizer, tmp_path)
+    with pytest.raises(UserError, match="another corpus: its max_tokens is None, wanted 10"):
+        run(same, tokenizer, tmp_path, max_tokens=10)
+    with pytest.raises(UserError, match=r"another tokenizer: found test \(aaaaaaaa\), wanted other \(bbbbbbbb\)"):
+        prepare(same, tokenizer, tmp_path, tokenizer_name="other", tokenizer_sha256="b" * 64)  # type: ignore[arg-type]
+    assert contents(tmp_path) == before
+
+
+LOCK = "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.flock(file, fcntl.LOCK_EX); print('held', flush=True); input()"
+
+
+def test_a_directory_that_another_process_is_preparing(tmp_path: Path, tokenizer: Any) -> None:
+    other = subprocess.Popen(
+        [sys.executable, "-c", LOCK, str(tmp_path / "prepare.lock")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert other.stdout is not None and other.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match=r"another process is preparing .*wait for it"):
+        run(ListCorpus(documents(), before=refuse), tokenizer, tmp_path)
+    other.communicate("\n")
+    assert run(ListCorpus(documents()), tokenizer, tmp_path).split("train").documents == 48
+
+
+def test_many_ranks_may_open_a_complete_directory_at_once(tmp_path: Path, tokenizer: Any) -> None:
+    run(ListCorpus(documents()), tokenizer, tmp_path)
+    with prepare_module._lock(tmp_path):
+        run(ListCorpus(documents(), before=refuse), tokenizer, tmp_path)
+
+
+def test_max_tokens_stops_after_the_batch_that_reaches_it(tmp_path: Path, tokenizer: Any) -> None:
+    asked: list[int] = []
+    corpus = ListCorpus(documents(4000), before=asked.append)
+    seen: list[PrepareProgress] = []
+    data = run(corpus, tokenizer, tmp_path, max_tokens=500, progress=seen.append)
+    assert data.split("train").tokens >= 500
+    whole = run(ListCorpus(documents()), tokenizer, tmp_path / "whole")
+    prefix = tokens_of(data, "train", "two")
+    assert tokens_of(whole, "train", "two")[: len(prefix)] == prefix
+    total = data.split("train").documents + data.split("validation").documents
+    assert seen[-1].documents == total == BATCH * len(seen)
+    assert data.split("train").tokens < 500 + BATCH * 50, "no more than one batch beyond"
+    assert max(asked) < total + (QUEUED_BATCHES + 2) * BATCH
+
+
+def test_a_crash_after_max_tokens_does_not_add_more(tmp_path: Path, tokenizer: Any, monkeypatch: Any) -> None:
+    whole = run(ListCorpus(documents()), tokenizer, tmp_path / "whole", max_tokens=500, checkpoint_tokens=1)
+
+    def crash(path: Path) -> str:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(prepare_module, "checksum", crash)
+        with pytest.raises(KeyboardInterrupt):
+            run(ListCorpus(documents()), tokenizer, tmp_path / "broken", max_tokens=500, checkpoint_tokens=1)
+    run(ListCorpus(documents(), before=refuse), tokenizer, tmp_path / "broken", max_tokens=500, checkpoint_tokens=1)
+    assert contents(tmp_path / "broken") == contents(whole.directory)
+
+
+def test_a_corpus_is_read_a_few_batches_ahead_and_no_further(tmp_path: Path, tokenizer: Any) -> None:
+    given = 0
+    ahead: list[int] = []
+
+    def count(number: int) -> None:
+        nonlocal given
+        given = number + 1
+
+    def look(progress: PrepareProgress) -> None:
+        time.sleep(0.01)  # time enough for a reader without limit to run away
+        ahead.append(given - progress.documents)
+
+    run(ListCorpus(documents(400), before=count), tokenizer, tmp_path, progress=look)
+    # One batch being read, the queue, and one that waits to be put into it.
+    assert max(ahead) <= (QUEUED_BATCHES + 2) * BATCH
+    assert max(ahead) > BATCH, "but it is read ahead"
+    assert len(ahead) == 100
+
+
+def test_a_batch_is_closed_by_its_size_too(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare_module, "BATCH_BYTES", 100)
+    seen: list[PrepareProgress] = []
+    long: list[AnyDocument] = [Document("x = 1\n" * 20, "train" if n else "validation", "a") for n in range(6)]
+    run(ListCorpus(long), tokenizer, tmp_path, progress=seen.append)
+    assert [progress.documents for progress in seen] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_corpus_without_one_of_the_splits(tmp_path: Path, tokenizer: Any) -> None:
+    train: list[AnyDocument] = [Document(text(n), "train", "a") for n in range(40)]
+    validation: list[AnyDocument] = [Document(text(0), "validation", "a")]
+    with pytest.raises(UserError, match="listed: the corpus gave no validation document; add text"):
+        run(ListCorpus(train), tokenizer, tmp_path / "a")
+    with pytest.raises(UserError, match="gave no train document"):
+        run(ListCorpus(validation), tokenizer, tmp_path / "b")
+    with pytest.raises(UserError, match="gave no train document"):
+        run(ListCorpus([]), tokenizer, tmp_path / "c")
+    with pytest.raises(UserError, match=r"gave no validation document; raise max_tokens \(100\)"):
+        run(ListCorpus(train + validation), tokenizer, tmp_path / "d", max_tokens=100)
+
+
+def test_a_tokenizer_without_end_of_text(tmp_path: Path, tokenizer: Any) -> None:
+    without = PlainTokenizer(tokenizer.backend_tokenizer, eos_token_id=None)
+    with pytest.raises(UserError, match="test has no end-of-text token"):
+        run(ListCorpus(documents()), without, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path, tokenizer: Any) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match=r"cannot write .*choose another --out"):
+        run(ListCorpus(documents()), tokenizer, tmp_path / "file" / "tokens")
+
+
+def test_the_code_tokenizer(tokenizer: Any) -> None:
+    assert tokenizer.convert_tokens_to_ids(END_OF_TEXT) == tokenizer.eos_token_id == EOT
+    for sample in (text(3), "  \n\n\t x\r\n  y", "naïve 漢字 🙂 \x00", "a.b_c(self)[1234567]", ""):
+        assert tokenizer.decode(tokenizer(sample).input_ids) == sample
+    trained_on = "def f7(x):\n    return x + 7  # héllo\n"
+    assert len(tokenizer(trained_on).input_ids) < len(trained_on.encode()) / 2
