@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import tomllib
@@ -89,12 +90,21 @@ def link_tokens(out: Path, directory: Path) -> None:
 
 
 def remove_unfinished_tokens(directory: Path) -> None:
-    """Remove what a preparation left that cannot be resumed; whole or resumable tokens stay."""
-    if directory.is_dir() and not _holds_tokens(directory):
-        for leftover in (*directory.glob("*-*-*.bin"), directory / "prepare.lock"):
-            leftover.unlink(missing_ok=True)
-        with suppress(OSError):  # not empty: not all of it is ours
-            directory.rmdir()
+    """Remove what a failed preparation left that cannot be resumed; whole or resumable tokens stay."""
+    lock = directory / "prepare.lock"
+    if not lock.is_file() or _holds_tokens(directory):
+        return
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:  # another process is at work here, and that was the failure
+            return
+        for split in ("train", "validation"):
+            for leftover in directory.glob(f"{split}-*-[0-9][0-9][0-9][0-9][0-9].bin"):
+                leftover.unlink(missing_ok=True)
+        lock.unlink(missing_ok=True)
+    with suppress(OSError):  # not empty: not all of it is ours
+        directory.rmdir()
 
 
 def _claim(out: Path, recipe_toml: str, *, resume: bool) -> bool:

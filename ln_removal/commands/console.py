@@ -27,7 +27,7 @@ P = ParamSpec("P")
 Device = Literal["auto", "cpu", "cuda"]
 
 # Typer names BadParameter but not its base, which is also that of an unknown option and a missing argument.
-_UsageError = typer.BadParameter.__mro__[1]
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 
 def _print_version(asked: bool) -> None:

@@ -87,7 +87,8 @@ def score(
         seconds_before: added to the time taken, such as that of the training before.
 
     Raises:
-        UserError: a model does not load, or its tokenizer is not the one that made the tokens.
+        UserError: a model does not load, its tokenizer is not the one that made the tokens, or its context is too short.
+            What can be known about any of the models is found out before the first one is scored.
     """
     from ln_removal.evaluation.hellaswag import evaluate_choices
     from ln_removal.evaluation.loss import cross_entropy
@@ -95,12 +96,13 @@ def score(
     from ln_removal.models import load_model
 
     began = time.perf_counter()
+    for name in models.values():
+        _check_model(name, data, context)
     split = data.split("validation")
     losses: dict[str, LossResult] = {}
     choices: dict[str, ChoiceResult] = {}
     for role, name in models.items():
         loaded = load_model(name, device=device)
-        check_same_tokenizer(loaded.tokenizer, name, data)
         losses[role] = cross_entropy(
             loaded.model,
             split,
@@ -131,6 +133,15 @@ def score(
     )
     seconds = seconds_before + time.perf_counter() - began
     return collect(losses, choices, models=models, settings=settings, seconds=seconds, device=device_name(device))
+
+
+def _check_model(name: str, data: TokenDataset, context: int) -> None:
+    from ln_removal.models import load_config, load_tokenizer
+
+    positions = load_config(name).n_positions
+    if context > positions:
+        raise UserError(f"the context of {context} tokens is longer than the {positions} positions of {name}; lower it")
+    check_same_tokenizer(load_tokenizer(name), name, data)
 
 
 def check_same_tokenizer(tokenizer: object, name: str, data: TokenDataset) -> None:

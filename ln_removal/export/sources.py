@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,8 @@ from ln_removal.export.writing import Format, write_format
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 CHECK_TOKENS = 256
 """Positions of the random token sequences on which the written form is compared with its source."""
@@ -53,9 +56,11 @@ def open_source(source: Path) -> tuple[NormFreeGPT2LMHeadModel, PreTrainedTokeni
     Raises:
         UserError: there is none: not a run, not an LN-free model, or a run that is not frozen yet.
     """
-    from ln_removal.evaluation.run_models import RECIPE_FILE
-    from ln_removal.models import load_model
+    from ln_removal.models import EMBEDDED_MODEL, load_model
+    from ln_removal.run_directory import RECIPE_FILE
 
+    if not source.is_dir() and str(source) != EMBEDDED_MODEL:
+        raise UserError(f"no such directory: {source}; give a run of ln-remove, or the directory of an LN-free model")
     if (source / RECIPE_FILE).is_file():
         if (source / "model" / "config.json").is_file():
             return open_source(source / "model")
@@ -75,11 +80,16 @@ def _fold_checkpoint(run: Path) -> tuple[NormFreeGPT2LMHeadModel, PreTrainedToke
     from ln_removal.surgery import fold, install
     from ln_removal.training.state import load_newest
 
-    loaded = load_model(recipe_of(run).model)
+    recipe = recipe_of(run)
+    if recipe.schedule is None:
+        raise UserError(f"{run} is a run of ln-pretrain; only what ln-remove has made LN-free can be exported")
+    loaded = load_model(recipe.model)
     install(loaded.model, eot_token_id=loaded.tokenizer.eos_token_id)
-    state, _ = load_newest(run / "state", loaded.model, None)
+    state, faults = load_newest(run / "state", loaded.model, None)
     if state is None:
-        raise UserError(f"{run} has no checkpoint yet; continue it with ln-remove ... --out {run} --resume")
+        raise UserError(f"{run} has no checkpoint yet; continue it with ln-remove --out {run} --resume")
+    for fault in faults:
+        logger.warning("passed over: %s", fault)
     loaded.model.eval()
     folded = from_folded(loaded.model.config, fold(loaded.model))
     generator = torch.Generator().manual_seed(0)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
+from safetensors import SafetensorError
 
 from ln_removal.errors import UserError
 from ln_removal.export.normfree_gpt2 import NormFreeGPT2LMHeadModel, from_folded
@@ -106,8 +107,8 @@ def save_model(
         tokenizer.save_pretrained(temporary)
         shutil.rmtree(directory, ignore_errors=True)
         os.replace(temporary, directory)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write {directory}: {reason}; free some space or choose another --out") from error
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(
-            f"cannot write {directory}: {error.strerror or error}; free some space or choose another --out"
-        ) from error

@@ -75,7 +75,8 @@ def pretrain(
     out = Path(out)
     spec = recipe.training
     check_is_pretraining(recipe)
-    assert recipe.architecture is not None
+    architecture = recipe.architecture
+    assert architecture is not None
     accelerator = build_accelerator(device)
     given = given_tokens(out, tokens)
     if given is not None:  # so that the recipe names what is trained on
@@ -88,10 +89,10 @@ def pretrain(
                 tokenizer, data = _tokenizer_of(given, recipe), given
                 if accelerator.is_main_process:
                     link_tokens(out, data.directory)
-            _check_vocabulary(recipe.architecture, data)
+            _check_vocabulary(architecture, data)
 
         set_seed(recipe.seed)
-        model = build_gpt2(recipe.architecture, eot_token_id=data.eot_token_id)
+        model = build_gpt2(architecture, eot_token_id=data.eot_token_id)
         validation = data.split("validation")
 
         def score(max_tokens: int | None = None) -> LossResult:
