@@ -1,11 +1,12 @@
-"""Questions per second of evaluate-hellaswag against lm-evaluation-harness, on the same model and questions, and equal choices.
+"""Questions per second of evaluate-hellaswag against lm-evaluation-harness, on the same model and questions, and equal
+choices.
 
     python benchmarks/hellaswag_throughput.py --data hellaswag_val.jsonl --limit 200 --model gpt2 --lm-eval /tmp/lmeval-venv/bin/python
 
-Protocol lm-eval, float32, one device. lm-eval runs in its own environment (`--lm-eval`, its Python; see README.md), with its own
-default batch size of 1 and with each of `--batch-sizes`. Every run is a process of its own, all of them in turns; loading is not counted,
-and of lm-eval only the time inside its model class. Without `--model` a GPT-2 small with random weights answers, with a tokenizer
-trained on the questions.
+Protocol lm-eval, float32, one device. lm-eval runs in its own environment (`--lm-eval`, its Python; see README.md), with
+its own default batch size of 1 and with each of `--batch-sizes`. Every run is a process of its own, all of them in turns;
+loading is not counted, and of lm-eval only the time inside its model class. Without `--model` a GPT-2 small with random
+weights answers, with a tokenizer trained on the questions.
 """
 
 from __future__ import annotations
