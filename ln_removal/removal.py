@@ -183,8 +183,11 @@ def _is_model(directory: Path) -> bool:
 def _fitting_schedule(recipe: Recipe, model: GPT2LMHeadModel) -> RemovalSchedule:
     """The schedule for this model's depth; checks what recipe and model must agree on."""
     from ln_removal.architectures import check_supported
+    from ln_removal.export.stock import is_disarmed
     from ln_removal.schedule import expand
 
+    if model.config.model_type == "normfree_gpt2" or is_disarmed(model.config):
+        raise UserError(f"{recipe.model} is LN-free already; give a GPT-2 that still has its LayerNorms")
     check_supported(model)
     if recipe.data.context > model.config.n_positions:
         raise UserError(
@@ -222,15 +225,22 @@ def _prepared_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, out: Pa
     from ln_removal.data.open_corpus import open_corpus
     from ln_removal.data.prepare import prepare
     from ln_removal.data.prepare_bar import prepare_bar
+    from ln_removal.data.tokens import TokenDataset
+    from ln_removal.evaluation.scoring import check_same_tokenizer
     from ln_removal.models import load_tokenizer, tokenizer_fingerprint
+    from ln_removal.run_directory import has_trained
 
+    place = out / "tokens"
+    was_there = place.is_dir()
+    if was_there and has_trained(out):  # the run goes on with them, whatever has become of the corpus
+        data = TokenDataset.open(place)
+        check_same_tokenizer(tokenizer, recipe.model, data)
+        return data
     fingerprint = tokenizer_fingerprint(tokenizer)
     named = recipe.data.tokenizer
     if named and tokenizer_fingerprint(load_tokenizer(named)) != fingerprint:
         raise UserError(f"data.tokenizer is {named}, another tokenizer than that of {recipe.model}; leave it out")
     corpus = open_corpus(recipe.data.corpus, max_bytes=recipe.data.max_bytes)
-    place = out / "tokens"
-    was_there = place.is_dir()
     with prepare_bar(corpus.name, total=recipe.data.max_tokens, enabled=progress) as show:
         data = prepare(
             corpus,

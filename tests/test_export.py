@@ -16,15 +16,14 @@ import ln_removal
 from ln_removal import NormFreeGPT2Config, NormFreeGPT2LMHeadModel, UserError
 from ln_removal.export.normfree_gpt2 import from_folded
 from ln_removal.export.stock import EPSILON, to_stock
-from ln_removal.export.verify import ExportError, logits_error, norm_modules, verify_export
+from ln_removal.export.verify import TOLERANCE, ExportError, logits_error, norm_modules, verify_export
 from ln_removal.surgery import NormSites, fold, install
 
 EOT = 100
 Pair = tuple[GPT2LMHeadModel, NormFreeGPT2LMHeadModel]
 
 
-@pytest.fixture
-def pair(tiny_gpt2: GPT2LMHeadModel, token_ids: Tensor) -> Pair:
+def freeze_and_fold(tiny_gpt2: GPT2LMHeadModel, token_ids: Tensor) -> Pair:
     """A frozen model and its folded form, float32."""
     sites = install(tiny_gpt2, eot_token_id=EOT)
     tiny_gpt2.train()
@@ -37,6 +36,11 @@ def pair(tiny_gpt2: GPT2LMHeadModel, token_ids: Tensor) -> Pair:
     sites.set_special("eot", 1)
     sites.set_special("first", 1)
     return tiny_gpt2, from_folded(tiny_gpt2.config, fold(tiny_gpt2))
+
+
+@pytest.fixture
+def pair(tiny_gpt2: GPT2LMHeadModel, token_ids: Tensor) -> Pair:
+    return freeze_and_fold(tiny_gpt2, token_ids)
 
 
 @torch.no_grad()
@@ -253,3 +257,18 @@ def test_public_names_resolve() -> None:
     assert set(ln_removal.__all__) <= set(dir(ln_removal))
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         ln_removal.nonsense  # noqa: B018
+
+
+def test_rounding_of_huge_activations_is_not_taken_for_a_wrong_fold(
+    tiny_gpt2: GPT2LMHeadModel, token_ids: Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    with torch.no_grad():
+        tiny_gpt2.transformer.wpe.weight += 3e4  # the same for all channels: a norm subtracts it, float32 feels it
+    frozen, folded = freeze_and_fold(tiny_gpt2, token_ids)
+    assert logits_error(frozen, folded, token_ids) > TOLERANCE, "or there is nothing to decide"
+    verify_export(frozen, folded, token_ids)
+    assert "exact in float64" in caplog.text
+    with torch.no_grad():
+        folded.transformer.h[1].mlp.c_fc.weight[0] *= 1.01
+    with pytest.raises(ExportError, match="differ"):
+        verify_export(frozen, folded, token_ids)

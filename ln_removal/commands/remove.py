@@ -76,7 +76,7 @@ def remove(
       ln-remove --model tiny --control --out checkpoints/demo
       ln-remove --model gpt2 --dry-run
       ln-remove --model gpt2 --control --out checkpoints/gpt2
-      ln-remove --recipe gpt2-fast --set training.seed=1 --set data.corpus=texts/ --out checkpoints/mine
+      ln-remove --recipe gpt2-fast --set seed=1 --set data.corpus=texts/ --out checkpoints/mine
       ln-remove --control --out checkpoints/gpt2 --resume
     """
     import sys
