@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ln_removal.commands import console
+from ln_removal.errors import UserError
 
 
 def remove(
@@ -84,7 +85,9 @@ def remove(
     from ln_removal.recipe import parse_overrides
     from ln_removal.recipe_scaling import resolve_recipe
 
-    if resume and out is not None and model is None and recipe is None and (out / "recipe.toml").is_file():
+    if resume and out is not None and model is None and recipe is None:
+        if not (out / "recipe.toml").is_file():
+            raise UserError(f"{out} holds no recipe.toml, so there is no run to resume; name the run's own directory")
         recipe = str(out / "recipe.toml")
     resolved = resolve_recipe(model=model, recipe=recipe, overrides=parse_overrides(settings or []), steps=steps)
     if dry_run:
