@@ -41,6 +41,21 @@ def _print_version(asked: bool) -> None:
 DeviceOption = Annotated[Device, typer.Option(help="Where to compute; auto takes a CUDA GPU when there is one.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+SettingsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Change one value of the recipe; may be repeated.", show_default=False
+    ),
+]
+TokensOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR", help="Tokens from ln-prepare. Default: prepare the recipe's corpus.", show_default=False
+    ),
+]
+WandbOption = Annotated[
+    str | None, typer.Option(metavar="PROJECT", help="Also log to this Weights & Biases project.", show_default=False)
+]
 VersionOption = Annotated[
     bool, typer.Option("--version", help="Print the version and stop.", callback=_print_version, is_eager=True)
 ]

@@ -14,32 +14,19 @@ def pretrain(
     recipe: Annotated[
         str, typer.Option(metavar="NAME|FILE", help="A built-in pretraining recipe or a TOML file.")
     ] = "tiny-gpt2",
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="KEY=VALUE", help="Change one value of the recipe; may be repeated.", show_default=False
-        ),
-    ] = None,
+    settings: console.SettingsOption = None,
     steps: Annotated[
         int | None, typer.Option(help="Shorten or lengthen the run with its warm-up.", show_default=False)
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Directory of the run. Default: checkpoints/RECIPE-run.", show_default=False)
     ] = None,
-    tokens: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR", help="Tokens from ln-prepare. Default: prepare the recipe's corpus.", show_default=False
-        ),
-    ] = None,
+    tokens: console.TokensOption = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the run in --out from its newest checkpoint.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print recipe and estimates; do nothing.")] = False,
-    wandb: Annotated[
-        str | None,
-        typer.Option(metavar="PROJECT", help="Also log to this Weights & Biases project.", show_default=False),
-    ] = None,
+    wandb: console.WandbOption = None,
     device: console.DeviceOption = "auto",
     as_json: console.JsonOption = False,
     debug: console.DebugOption = False,

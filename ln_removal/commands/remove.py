@@ -25,12 +25,7 @@ def remove(
             metavar="NAME|FILE", help="A built-in recipe or a TOML file. Default: the model's own.", show_default=False
         ),
     ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="KEY=VALUE", help="Change one value of the recipe; may be repeated.", show_default=False
-        ),
-    ] = None,
+    settings: console.SettingsOption = None,
     steps: Annotated[
         int | None, typer.Option(help="Shorten or lengthen the run together with its schedule.", show_default=False)
     ] = None,
@@ -40,12 +35,7 @@ def remove(
             help="Directory of the run. Default: checkpoints/NAME of the recipe or model.", show_default=False
         ),
     ] = None,
-    tokens: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR", help="Tokens from ln-prepare. Default: prepare the recipe's corpus.", show_default=False
-        ),
-    ] = None,
+    tokens: console.TokensOption = None,
     control: Annotated[
         bool, typer.Option("--control", help="Also train the control that keeps its LayerNorms.")
     ] = False,
@@ -61,10 +51,7 @@ def remove(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print recipe, schedule and estimates; do nothing.")
     ] = False,
-    wandb: Annotated[
-        str | None,
-        typer.Option(metavar="PROJECT", help="Also log to this Weights & Biases project.", show_default=False),
-    ] = None,
+    wandb: console.WandbOption = None,
     device: console.DeviceOption = "auto",
     as_json: console.JsonOption = False,
     debug: console.DebugOption = False,
