@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
+from ln_removal.data import encoder_pool
 from ln_removal.data import prepare as prepare_module
 from ln_removal.data.corpora import Document, Split, TokenDocument
 from ln_removal.data.prepare import QUEUED_BATCHES, PrepareProgress, prepare
@@ -231,6 +232,37 @@ def test_an_interrupted_preparation_resumes_to_the_same_bytes(
         assert asked[0] > 0, "documents behind a checkpoint are not encoded again"
 
 
+def test_worker_processes_change_nothing(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"shard_tokens": 150, "checkpoint_tokens": 300}
+    whole = run(ListCorpus(documents()), tokenizer, tmp_path / "whole", workers=1, **options)
+    monkeypatch.setattr(encoder_pool, "BYTES_ALONE", 0)
+
+    def fail(number: int) -> None:
+        if number == 55:
+            raise RuntimeError("the connection broke")
+
+    with pytest.raises(RuntimeError, match="the connection broke"):
+        run(ListCorpus(documents(), before=fail), tokenizer, tmp_path / "broken", workers=2, **options)
+    given: list[int] = []
+    ahead: list[int] = []
+    progress = ahead_of(given, ahead)
+    corpus = ListCorpus(documents(), before=given.append)
+    run(corpus, tokenizer, tmp_path / "broken", workers=2, progress=progress, **options)
+    assert given[0] > 0, "it was resumed"
+    assert contents(tmp_path / "broken") == contents(whole.directory)
+    assert max(ahead) <= (QUEUED_BATCHES + 2 + 2 * encoder_pool.BATCHES_A_WORKER) * BATCH
+
+
+def ahead_of(given: list[int], ahead: list[int]) -> Callable[[PrepareProgress], None]:
+    """A progress callback that notes how many documents were read and not yet written."""
+
+    def look(progress: PrepareProgress) -> None:
+        time.sleep(0.01)  # time enough for a reader without limit to run away
+        ahead.append(given[-1] + 1 - progress.documents)
+
+    return look
+
+
 KILLED = """
 import sys, time
 sys.path[:0] = [{tests!r}, {root!r}]
@@ -393,18 +425,9 @@ def test_a_crash_after_max_tokens_does_not_add_more(tmp_path: Path, tokenizer: A
 
 
 def test_a_corpus_is_read_a_few_batches_ahead_and_no_further(tmp_path: Path, tokenizer: Any) -> None:
-    given = 0
+    given: list[int] = []
     ahead: list[int] = []
-
-    def count(number: int) -> None:
-        nonlocal given
-        given = number + 1
-
-    def look(progress: PrepareProgress) -> None:
-        time.sleep(0.01)  # time enough for a reader without limit to run away
-        ahead.append(given - progress.documents)
-
-    run(ListCorpus(documents(400), before=count), tokenizer, tmp_path, progress=look)
+    run(ListCorpus(documents(400), before=given.append), tokenizer, tmp_path, progress=ahead_of(given, ahead))
     # One batch being read, the queue, and one that waits to be put into it.
     assert max(ahead) <= (QUEUED_BATCHES + 2) * BATCH
     assert max(ahead) > BATCH, "but it is read ahead"
