@@ -1,51 +1,65 @@
-"""What a training step minimises: next-token cross-entropy without materialised logits, and the residual-std loss.
+"""What a training step minimises: next-token cross-entropy, and what a removal may add to it.
+
+    loss = (1 - s) CE + s KL(teacher || model) + w_m matching + w_a auxiliary
+
+The teacher is the model before the removal. Which of the terms are in is decided once, so a compiled step has no branches.
 
 Shape legend: B batch, T positions, D model width, V vocabulary, N = B * T.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+
+from ln_removal.errors import UserError
+from ln_removal.linear_cross_entropy import Head, linear_cross_entropy
+from ln_removal.norm import ORDINARY, FreezableNorm, NormedProjection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-LOGITS_IN_A_CHUNK = 1 << 24
-"""Logits held at a time (64 MiB in float32): the vocabulary times the positions of one chunk."""
 
+@dataclass(frozen=True)
+class Auxiliary:
+    """The residual-std loss: what pulls the stds that the norms see together.
 
-def _chunk_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-    return F.cross_entropy(F.linear(hidden, weight, bias).float(), targets, reduction="sum")
-
-
-def chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Mean cross-entropy of `hidden @ weight.T + bias`, in nats per token, holding the logits of one chunk at a time.
-
-    Each chunk's logits are computed again in the backward pass, so memory stays at one chunk whatever the batch. A batch
-    that fits into one chunk is not recomputed.
-
-    Args:
-        hidden: (N, D), after the final norm.
-        weight: unembedding (V, D).
-        targets: token ids (N,).
-        bias: logit bias (V,), or None.
-
-    Returns:
-        Scalar in float32.
+    Attributes:
+        weight: w_a.
+        target: "batch" is the published loss (`residual_std_loss`); "constants" pulls towards what each norm divides by
+            once it is frozen (`constant_std_loss`), which does not drift with the scale of the logits.
+        sites: the norm in front of the unembedding alone, or every norm.
     """
-    rows = max(1, LOGITS_IN_A_CHUNK // weight.shape[0])
-    if hidden.shape[0] <= rows:
-        return _chunk_loss(hidden, weight, bias, targets) / targets.numel()
-    total = hidden.new_zeros((), dtype=torch.float32)
-    for start in range(0, hidden.shape[0], rows):
-        part = slice(start, start + rows)
-        total = total + checkpoint(_chunk_loss, hidden[part], weight, bias, targets[part], use_reentrant=False)
-    return total / targets.numel()
+
+    weight: float
+    target: Literal["batch", "constants"] = "batch"
+    sites: Literal["ln_f", "all"] = "ln_f"
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """A teacher and what is learned from it.
+
+    Attributes:
+        teacher: of the model's layout and vocabulary; see `as_teacher`.
+        share: s, how much of the token loss is the divergence from the teacher's next-token distribution.
+        matching: w_m, weight of `residual_matching_loss`, the mean over blocks.
+    """
+
+    teacher: PreTrainedModel
+    share: float = 0.0
+    matching: float = 0.0
+
+
+def as_teacher(model: PreTrainedModel, precision: Literal["float32", "bfloat16"]) -> PreTrainedModel:
+    """Make `model`, in place, something to be read only: no gradients, no dropout, weights in `precision`."""
+    _switch_dropout_off(model)
+    teacher: PreTrainedModel = model.requires_grad_(False).eval()
+    return teacher.to(torch.bfloat16) if precision == "bfloat16" else teacher
 
 
 def residual_std_loss(residual: Tensor, special: Tensor) -> Tensor:
@@ -55,7 +69,7 @@ def residual_std_loss(residual: Tensor, special: Tensor) -> Tensor:
     (Baroni et al. 2025, arXiv 2507.02559, the auxiliary loss at ln_f).
 
     Args:
-        residual: what ln_f reads, (B, T, D).
+        residual: what a norm reads, (B, T, D).
         special: true at position 0 and at end-of-text tokens, (B, T).
 
     Returns:
@@ -65,6 +79,36 @@ def residual_std_loss(residual: Tensor, special: Tensor) -> Tensor:
     ordinary = (~special).to(std.dtype)
     target = (std.detach() * ordinary).sum() / ordinary.sum().clamp(min=1.0)
     return (std - target).square().mean()
+
+
+def constant_std_loss(residual: Tensor, constant: Tensor) -> Tensor:
+    """Mean over all positions of log(std / constant)^2: every position's std is pulled to what a frozen norm divides by.
+
+    A logarithm, because a position of 30 times the usual std would else outweigh all others a thousandfold.
+
+    Args:
+        residual: what a norm reads, (B, T, D).
+        constant: scalar, without a gradient, in units of the residual stream.
+
+    Returns:
+        Scalar in float32, without a unit.
+    """
+    variance = residual.float().var(dim=-1, correction=0)
+    return (0.5 * torch.log(variance + 1e-5) - constant.log()).square().mean()
+
+
+def residual_matching_loss(residual: Tensor, taught: Tensor) -> Tensor:
+    """Mean over all positions of |residual - taught|^2 / |taught|^2, a position of large norm counting no more than others.
+
+    Args:
+        residual, taught: (B, T, D) of model and teacher after the same block.
+
+    Returns:
+        Scalar in float32.
+    """
+    wanted = taught.float()
+    distance = (residual.float() - wanted).square().sum(-1)
+    return (distance / wanted.square().sum(-1).clamp(min=1e-6)).mean()
 
 
 class StepLoss(NamedTuple):
@@ -83,24 +127,59 @@ class Objective(nn.Module):
     Args:
         model: has `transformer` (token ids to final hidden states) and `lm_head`.
         eot_token_id: end-of-text, a special position for the residual-std loss; None when the model has none.
-        auxiliary_weight: weight of `residual_std_loss` at ln_f; 0 leaves it out.
+        auxiliary: the residual-std loss; None leaves it out.
+        distillation: the teacher; None learns from the text alone.
+
+    Raises:
+        UserError: the auxiliary loss reads norms of which the model has none, or the teacher has another vocabulary.
     """
 
-    def __init__(self, model: PreTrainedModel, *, eot_token_id: int | None, auxiliary_weight: float = 0.0) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        eot_token_id: int | None,
+        auxiliary: Auxiliary | None = None,
+        distillation: Distillation | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
         self.eot_token_id = eot_token_id
-        self.auxiliary_weight = auxiliary_weight
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
-        self._residual: Tensor | None = None
-        if auxiliary_weight > 0:
-            final_norm: nn.Module = model.transformer.ln_f
-            final_norm.register_forward_pre_hook(self._keep_residual)
+        self.auxiliary = auxiliary if auxiliary is not None and auxiliary.weight > 0 else None
+        self.share = self.matching = 0.0
+        self.teacher: PreTrainedModel | None = None
+        if distillation is not None and (distillation.share > 0 or distillation.matching > 0):
+            self.share, self.matching, self.teacher = distillation.share, distillation.matching, distillation.teacher
+            _check_same_layout(model, self.teacher)
+        _switch_dropout_off(model)
+        # Filled by hooks during a forward pass and emptied at its end: what each norm read, and what each block wrote.
+        self._read: list[tuple[nn.Module, Tensor]] = []
+        self._written: list[Tensor] = []
+        self._taught: list[Tensor] = []
+        if self.auxiliary is not None:
+            for norm in _norms_to_watch(model, self.auxiliary):
+                norm.register_forward_pre_hook(self._keep_read)
+        if self.matching > 0:
+            assert self.teacher is not None
+            for block, its_teacher in zip(model.transformer.h, self.teacher.transformer.h, strict=True):
+                block.register_forward_hook(self._keep_written)
+                its_teacher.register_forward_hook(self._keep_taught)
 
-    def _keep_residual(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self._residual = args[0]
+    def _keep_read(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._read.append((module, args[0]))
+
+    def _keep_written(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._written.append(output[0] if isinstance(output, tuple) else output)
+
+    def _keep_taught(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._taught.append(output[0] if isinstance(output, tuple) else output)
+
+    def train(self, mode: bool = True) -> Objective:
+        """As nn.Module.train, but the teacher stays in evaluation mode."""
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.eval()
+        return self
 
     def forward(self, tokens: Tensor) -> StepLoss:
         """Loss of predicting tokens[:, 1:] from tokens[:, :-1].
@@ -109,18 +188,88 @@ class Objective(nn.Module):
             tokens: (B, T + 1).
         """
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
+        taught = self._teach(inputs)
         hidden = self.model.transformer(input_ids=inputs, use_cache=False).last_hidden_state
-        head = self.model.lm_head
-        cross_entropy = chunked_cross_entropy(
-            hidden.reshape(-1, hidden.shape[-1]), head.weight, targets.reshape(-1), getattr(head, "bias", None)
+        soft = taught is not None and self.share > 0
+        loss = linear_cross_entropy(
+            hidden.reshape(-1, hidden.shape[-1]),
+            _head(self.model),
+            targets.reshape(-1),
+            teacher_hidden=taught.reshape(-1, taught.shape[-1]) if soft and taught is not None else None,
+            teacher_head=_head(self.teacher) if soft and self.teacher is not None else None,
+            share=self.share,
         )
-        if self.auxiliary_weight == 0:
-            return StepLoss(cross_entropy, cross_entropy.detach())
-        assert self._residual is not None, "ln_f ran in the forward pass above"
-        special = torch.zeros_like(inputs, dtype=torch.bool)
-        special[:, 0] = True
-        if self.eot_token_id is not None:
-            special |= inputs == self.eot_token_id
-        auxiliary = residual_std_loss(self._residual, special)
-        self._residual = None
-        return StepLoss(cross_entropy + self.auxiliary_weight * auxiliary, cross_entropy.detach())
+        total = loss.total
+        if self.matching > 0:
+            pairs = list(zip(self._written, self._taught, strict=True))
+            total = total + self.matching * sum(residual_matching_loss(*pair) for pair in pairs) / len(pairs)
+        if self.auxiliary is not None:
+            total = total + self.auxiliary.weight * self._auxiliary_loss(inputs)
+        self._read, self._written, self._taught = [], [], []
+        return StepLoss(total, loss.cross_entropy)
+
+    def _teach(self, inputs: Tensor) -> Tensor | None:
+        """The teacher's final hidden states (B, T, D'), in its own precision; None without a teacher."""
+        if self.teacher is None:
+            return None
+        # Not inference mode: its tensors could not be kept for the backward pass.
+        with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
+            taught: Tensor = self.teacher.transformer(input_ids=inputs, use_cache=False).last_hidden_state
+        return taught
+
+    def _auxiliary_loss(self, inputs: Tensor) -> Tensor:
+        """Mean over the norms that are watched."""
+        assert self.auxiliary is not None
+        if self.auxiliary.target == "constants":
+            losses = [constant_std_loss(residual, _constant_of(norm)) for norm, residual in self._read]
+        else:
+            special = torch.zeros_like(inputs, dtype=torch.bool)
+            special[:, 0] = True
+            if self.eot_token_id is not None:
+                special |= inputs == self.eot_token_id
+            losses = [residual_std_loss(residual, special) for _, residual in self._read]
+        return torch.stack(losses).mean()
+
+
+def _head(model: PreTrainedModel) -> Head:
+    return Head(model.lm_head.weight, getattr(model.lm_head, "bias", None))
+
+
+def _constant_of(norm: nn.Module) -> Tensor:
+    """What a norm divides ordinary positions by once it is frozen: the constant, or the running std while it is real."""
+    norm = norm.norm if isinstance(norm, NormedProjection) else norm
+    assert isinstance(norm, FreezableNorm)
+    frozen = torch.where(norm.mix > 0, norm.frozen_std[:, ORDINARY], norm.running_std[ORDINARY])
+    return frozen.mean().detach()
+
+
+def _norms_to_watch(model: PreTrainedModel, auxiliary: Auxiliary) -> Sequence[nn.Module]:
+    """The modules whose input is the residual stream that a norm reads; ln_1's is called through its projection."""
+    inside = {id(module.norm) for module in model.modules() if isinstance(module, NormedProjection)}
+    freezable = [
+        module
+        for module in model.modules()
+        if isinstance(module, NormedProjection) or (isinstance(module, FreezableNorm) and id(module) not in inside)
+    ]
+    if auxiliary.sites == "all" or auxiliary.target == "constants":
+        if not freezable:
+            raise UserError(
+                "an auxiliary loss at every norm, or towards their constants, needs freezable norms: install them first"
+            )
+        return freezable if auxiliary.sites == "all" else freezable[-1:]
+    return [model.transformer.ln_f]
+
+
+def _check_same_layout(model: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    for name in ("vocab_size", "n_layer"):
+        ours, theirs = getattr(model.config, name), getattr(teacher.config, name)
+        if ours != theirs:
+            raise UserError(
+                f"the teacher has {name} {theirs}, the model {ours}; distil from the model that is being changed"
+            )
+
+
+def _switch_dropout_off(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0

@@ -3,7 +3,7 @@
 Memory is estimated as parameters, gradients and moments in float32, plus what the forward pass keeps for the backward
 pass: for B sequences of T tokens, L layers of width D and a vocabulary of V,
 
-    activations = B T (L c D + 12 D)  +  10 min(B T V, logits of one chunk)        [bytes]
+    activations = B T (L c D + 12 D)  +  10 V min(B T, positions of one chunk)        [bytes]
 
 with c measured on this project's model (bytes kept by autograd per layer, token and unit of width, with dropout off and
 fused attention): 40 compiled and 82 not in bfloat16 autocast, 76 and 140 in float32. Time is estimated as
@@ -62,8 +62,8 @@ ASSUMED_UTILISATION = 0.30
 ACTIVATION_BYTES = {("bfloat16", True): 40, ("bfloat16", False): 82, ("float32", True): 76, ("float32", False): 140}
 """c of the module's formula, by (precision, compiled)."""
 
-# The same numbers as in objective.py and training/setup.py, which import torch: planning answers without it.
-LOGITS_IN_A_CHUNK = 1 << 24
+# The same numbers as in linear_cross_entropy.py and training/setup.py, which import torch: planning answers without it.
+POSITIONS_IN_A_CHUNK = 8192  # on a GPU
 CPU_TOKENS_IN_A_PASS = 4096
 LARGEST_AUTOMATIC_MICRO_BATCH = 128
 
@@ -312,7 +312,7 @@ def estimate_memory(recipe: Recipe, shape: ArchitectureSpec, micro_batch: int) -
     kept = ACTIVATION_BYTES[training.precision, training.compile is not False]
     activations = tokens * (shape.n_layer * kept + 12) * shape.n_embd
     # bfloat16 logits, their float32 copy and its gradient, for one chunk at a time.
-    activations += 10 * min(tokens * shape.vocab_size, LOGITS_IN_A_CHUNK)
+    activations += 10 * min(tokens, POSITIONS_IN_A_CHUNK) * shape.vocab_size
     if training.precision == "bfloat16":
         activations += 2 * matrices  # autocast's copies of the weights
     return Memory(parameters=4 * count, gradients=4 * count, optimizer=4 * moments, activations=activations)

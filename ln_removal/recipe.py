@@ -89,7 +89,12 @@ class TrainingSpec(_Spec):
     ] = (0.9, 0.95)
     clip: PositiveFloat = 1.0
     std_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    auxiliary_weight: NonNegativeFloat = 0.0
+    rewarm_steps: NonNegativeInt = 0  # of a fresh warm-up when a kind of site begins to freeze
+    auxiliary_weight: NonNegativeFloat = 0.0  # of the residual-std loss, see objective.Auxiliary
+    auxiliary_target: Literal["batch", "constants"] = "batch"
+    auxiliary_sites: Literal["ln_f", "all"] = "ln_f"
+    distillation: Annotated[float, Field(ge=0, le=1)] = 0.0  # share of the loss that is KL from the original model
+    residual_matching: NonNegativeFloat = 0.0  # weight of the distance to the original's residual stream
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     compile: bool | Literal["auto"] = "auto"
     evaluate_every: PositiveInt = 50

@@ -8,6 +8,7 @@ Everything lands in one directory:
 
 from __future__ import annotations
 
+import copy
 import logging
 import shutil
 import time
@@ -277,13 +278,17 @@ def _train_removal(
     """Train through the schedule, fold, verify, write `model/` and the other export formats; nothing if that is done."""
     from ln_removal.data.tokens import write_json_atomically
     from ln_removal.export.writing import write_exports
+    from ln_removal.objective import as_teacher
     from ln_removal.surgery import install
     from ln_removal.training.loop import Removal
+    from ln_removal.training.session import needs_teacher
 
     if run.resume and _is_exported(run.out, run.recipe):
         return
+    spec = run.recipe.training
+    teacher = as_teacher(copy.deepcopy(model), spec.precision) if needs_teacher(spec) else None
     sites = install(model, eot_token_id=run.data.eot_token_id)
-    result = _train(run, model, run.out, label="removal", removal=Removal(sites, schedule))
+    result = _train(run, model, run.out, label="removal", removal=Removal(sites, schedule), teacher=teacher)
     if run.accelerator.is_main_process:
         report = run.out / "training.json"
         if result.last_loss is not None or not report.exists():  # else nothing was left to train in this session
@@ -308,7 +313,26 @@ def _train_control(run: _Run) -> None:
         save_model(loaded.model, loaded.tokenizer, run.out / "control" / "model", dtype=run.recipe.export.dtype)
 
 
-def _train(run: _Run, model: GPT2LMHeadModel, directory: Path, *, label: str, removal: Removal | None) -> TrainResult:
+def train_vanilla_control(
+    recipe: Recipe, out: Path, *, data: TokenDataset, accelerator: Accelerator, progress: Progress = True
+) -> None:
+    """Train only the control of a removal recipe, into `out/control`: what several removals are compared with.
+
+    Raises:
+        UserError: as `remove`.
+    """
+    _train_control(_Run(recipe, out, data, accelerator, resume=False, wandb_project=None, progress=progress))
+
+
+def _train(
+    run: _Run,
+    model: GPT2LMHeadModel,
+    directory: Path,
+    *,
+    label: str,
+    removal: Removal | None,
+    teacher: GPT2LMHeadModel | None = None,
+) -> TrainResult:
     from ln_removal.evaluation.loss import cross_entropy
     from ln_removal.training.session import train_model
 
@@ -334,6 +358,7 @@ def _train(run: _Run, model: GPT2LMHeadModel, directory: Path, *, label: str, re
         label=label,
         evaluate=evaluate,
         removal=removal,
+        teacher=teacher,
         resume=run.resume,
         wandb_project=run.wandb_project,
         progress=run.progress,

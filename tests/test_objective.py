@@ -1,86 +1,23 @@
-"""The training objective: chunked cross-entropy, the residual-std loss, and both together on a GPT-2."""
+"""The training objective: cross-entropy, auxiliary losses and distillation on a GPT-2."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import copy
+from typing import TYPE_CHECKING, Literal
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ln_removal import objective as objective_module
-from ln_removal.objective import Objective, chunked_cross_entropy, residual_std_loss
+from ln_removal import linear_cross_entropy as linear
+from ln_removal.errors import UserError
+from ln_removal.objective import Auxiliary, Distillation, Objective, as_teacher, residual_std_loss
 from ln_removal.surgery import install
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
 
 EOT = 100
-WIDTH, VOCABULARY = 7, 11
-
-
-def head(rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Hidden states (rows, WIDTH), unembedding (VOCABULARY, WIDTH), logit bias (VOCABULARY,), targets (rows,)."""
-    generator = torch.Generator().manual_seed(rows)
-    hidden = torch.randn(rows, WIDTH, generator=generator, requires_grad=True)
-    weight = torch.randn(VOCABULARY, WIDTH, generator=generator, requires_grad=True)
-    bias = torch.randn(VOCABULARY, generator=generator, requires_grad=True)
-    return hidden, weight, bias, torch.randint(0, VOCABULARY, (rows,), generator=generator)
-
-
-@pytest.mark.parametrize("with_bias", [True, False])
-@pytest.mark.parametrize("rows", [1, 4, 5, 12, 13])
-def test_chunked_cross_entropy_is_cross_entropy(monkeypatch: pytest.MonkeyPatch, rows: int, with_bias: bool) -> None:
-    monkeypatch.setattr(objective_module, "LOGITS_IN_A_CHUNK", 4 * VOCABULARY + 3)  # four rows a chunk
-    hidden, weight, bias, targets = head(rows)
-    leaves = (hidden, weight, bias) if with_bias else (hidden, weight)
-    expected = F.cross_entropy(F.linear(hidden, weight, bias if with_bias else None), targets)
-    found = chunked_cross_entropy(hidden, weight, targets, bias if with_bias else None)
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
-    for gradient, reference in zip(
-        torch.autograd.grad(3 * found, leaves), torch.autograd.grad(3 * expected, leaves), strict=True
-    ):
-        torch.testing.assert_close(gradient, reference, rtol=1e-5, atol=1e-6)
-
-
-def test_a_vocabulary_larger_than_a_chunk_goes_row_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(objective_module, "LOGITS_IN_A_CHUNK", 1)
-    hidden, weight, bias, targets = head(3)
-    expected = F.cross_entropy(F.linear(hidden, weight, bias), targets)
-    torch.testing.assert_close(chunked_cross_entropy(hidden, weight, targets, bias), expected)
-
-
-def largest_saved(rows: int) -> int:
-    """Elements of the largest tensor that the forward pass keeps for the backward pass."""
-    sizes = [0]
-
-    def pack(tensor: Tensor) -> Tensor:
-        sizes.append(tensor.numel())
-        return tensor
-
-    hidden, weight, bias, targets = head(rows)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        chunked_cross_entropy(hidden, weight, targets, bias).backward()
-    return max(sizes)
-
-
-def test_the_logits_of_a_large_batch_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = 40
-    assert largest_saved(rows) >= rows * VOCABULARY, "in one chunk they are"
-    monkeypatch.setattr(objective_module, "LOGITS_IN_A_CHUNK", 4 * VOCABULARY)
-    assert largest_saved(rows) <= max(rows * WIDTH, WIDTH * VOCABULARY)
-
-
-def test_cross_entropy_is_float32_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
-    hidden, weight, bias, targets = head(9)
-    expected = F.cross_entropy(F.linear(hidden, weight, bias), targets)
-    for chunk in (4 * VOCABULARY, 1 << 24):
-        monkeypatch.setattr(objective_module, "LOGITS_IN_A_CHUNK", chunk)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            found = chunked_cross_entropy(hidden, weight, targets, bias)
-        assert found.dtype == torch.float32
-        torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
 
 
 def plain_residual_std_loss(residual: Tensor, special: Tensor) -> float:
@@ -141,7 +78,7 @@ def test_the_objective_is_hugging_faces_loss(
     tiny_gpt2.zero_grad()
     if installed:
         install(tiny_gpt2, eot_token_id=EOT)
-    monkeypatch.setattr(objective_module, "LOGITS_IN_A_CHUNK", 20 * 101)
+    monkeypatch.setitem(linear.POSITIONS_IN_A_CHUNK, "cpu", 20)
     loss = Objective(tiny_gpt2, eot_token_id=EOT)(token_ids)
     torch.testing.assert_close(loss.total, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(loss.cross_entropy, expected.detach(), rtol=1e-5, atol=1e-5)
@@ -166,7 +103,7 @@ def test_the_auxiliary_loss_reads_what_ln_f_reads(
     assert special.sum() > len(special) and (inputs[:, 0] == EOT).any()
     auxiliary = plain_residual_std_loss(residuals[0].detach(), special)
     plain = Objective(tiny_gpt2, eot_token_id=EOT)(token_ids)
-    loss = Objective(tiny_gpt2, eot_token_id=EOT, auxiliary_weight=0.5)(token_ids)
+    loss = Objective(tiny_gpt2, eot_token_id=EOT, auxiliary=Auxiliary(0.5))(token_ids)
     assert loss.cross_entropy.item() == pytest.approx(plain.cross_entropy.item(), rel=1e-6)
     assert loss.total.item() == pytest.approx(plain.total.item() + 0.5 * auxiliary, rel=1e-5)
 
@@ -180,3 +117,91 @@ def test_training_has_no_dropout(tiny_gpt2: GPT2LMHeadModel, token_ids: Tensor) 
     objective = Objective(model, eot_token_id=None).train()
     assert torch.equal(objective(token_ids).total, objective(token_ids).total)
     assert model.config.resid_pdrop == 0.1, "the configuration is the model's own"
+
+
+@pytest.mark.parametrize("sites", ["ln_f", "all"])
+def test_the_loss_towards_the_constants(
+    tiny_gpt2: GPT2LMHeadModel, token_ids: Tensor, sites: Literal["ln_f", "all"]
+) -> None:
+    installed = install(tiny_gpt2, eot_token_id=EOT)
+    tiny_gpt2.train()
+    tiny_gpt2(token_ids)
+    installed.update_running(0.9)
+    installed.set_mix("ln_2.0", 1.0)
+    tiny_gpt2.eval()
+    read: dict[str, Tensor] = {}
+    readers = {"ln_f": tiny_gpt2.transformer.ln_f}
+    for i, block in enumerate(tiny_gpt2.transformer.h):
+        readers |= {f"ln_1.{i}": block.attn.c_attn, f"ln_2.{i}": block.ln_2}
+    hooks = [
+        reader.register_forward_pre_hook(lambda module, args, name=name: read.update({name: args[0].detach()}))
+        for name, reader in readers.items()
+    ]
+    tiny_gpt2(token_ids[:, :-1])
+    for hook in hooks:
+        hook.remove()
+    assert set(read) == set(installed.norms)
+    plain = Objective(tiny_gpt2, eot_token_id=EOT).eval()(token_ids)
+    found = Objective(tiny_gpt2, eot_token_id=EOT, auxiliary=Auxiliary(0.5, "constants", sites)).eval()(token_ids)
+    watched = ["ln_f"] if sites == "ln_f" else list(installed.norms)
+    parts = [
+        (read[name].std(-1, correction=0) / installed.norms[name].running_std[0]).log().square() for name in watched
+    ]
+    expected = torch.stack([part.mean() for part in parts]).mean()
+    assert found.total.item() == pytest.approx(plain.total.item() + 0.5 * expected.item(), rel=1e-4)
+    found.total.backward()
+
+
+def test_the_loss_towards_the_constants_needs_norms(tiny_gpt2: GPT2LMHeadModel) -> None:
+    with pytest.raises(UserError, match="install them first"):
+        Objective(tiny_gpt2, eot_token_id=EOT, auxiliary=Auxiliary(0.1, "constants"))
+
+
+def test_a_model_taught_by_its_own_copy(tiny_gpt2: GPT2LMHeadModel, token_ids: Tensor) -> None:
+    teacher = as_teacher(copy.deepcopy(tiny_gpt2), "float32")
+    plain = Objective(copy.deepcopy(tiny_gpt2), eot_token_id=EOT)(token_ids)
+    sites = install(tiny_gpt2, eot_token_id=EOT)
+    objective = Objective(
+        tiny_gpt2, eot_token_id=EOT, distillation=Distillation(teacher, share=0.4, matching=2.0)
+    ).train()
+    loss = objective(token_ids)
+    assert loss.total.item() == pytest.approx(0.6 * plain.total.item(), rel=1e-5), "neither diverges from the other yet"
+    assert loss.cross_entropy.item() == pytest.approx(plain.cross_entropy.item(), rel=1e-5)
+    sites.update_running(0.9)
+    for site in sites.sites:
+        sites.set_mix(site, 1.0)
+    frozen = objective(token_ids)
+    assert frozen.total > 0.6 * frozen.cross_entropy, "a frozen model differs from its teacher"
+    frozen.total.backward()
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert not teacher.training and tiny_gpt2.training
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+
+
+def test_residual_matching_is_its_definition(tiny_gpt2: GPT2LMHeadModel, token_ids: Tensor) -> None:
+    torch.manual_seed(1)
+    other = copy.deepcopy(tiny_gpt2)
+    for parameter in other.parameters():
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    inputs = token_ids[:, :-1]
+    layers = range(1, tiny_gpt2.config.n_layer)  # the last hidden state that transformers reports is after ln_f
+    ours, theirs = (model(inputs, output_hidden_states=True).hidden_states for model in (tiny_gpt2, other))
+    partial = sum(((ours[i] - theirs[i]).norm(dim=-1) / theirs[i].norm(dim=-1)).square().mean() for i in layers)
+    last: list[Tensor] = []
+    for model in (tiny_gpt2, other):
+        hook = model.transformer.ln_f.register_forward_pre_hook(lambda module, args: last.append(args[0]))
+        model(inputs)
+        hook.remove()
+    partial = partial + ((last[0] - last[1]).norm(dim=-1) / last[1].norm(dim=-1)).square().mean()
+    plain = Objective(tiny_gpt2, eot_token_id=EOT)(token_ids)
+    distillation = Distillation(as_teacher(other, "float32"), matching=3.0)
+    found = Objective(tiny_gpt2, eot_token_id=EOT, distillation=distillation)(token_ids)
+    expected = plain.total + 3.0 * partial / tiny_gpt2.config.n_layer
+    assert found.total.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_a_teacher_of_another_shape_is_refused(tiny_gpt2: GPT2LMHeadModel) -> None:
+    config = copy.deepcopy(tiny_gpt2.config)
+    config.n_layer += 1
+    with pytest.raises(UserError, match="n_layer"):
+        Objective(tiny_gpt2, eot_token_id=EOT, distillation=Distillation(type(tiny_gpt2)(config), share=0.5))

@@ -35,6 +35,9 @@ from ln_removal.training.learning_rate import learning_rate_at
 from ln_removal.training.state import checkpoints, load_newest
 from ln_removal.training.tracking import Tracker, truncate_metrics
 
+TERMS = {"auxiliary_weight": 0.1, "distillation": 0.5, "residual_matching": 0.1}
+"""Every term that a removal can add to its loss."""
+
 WITHOUT_SPEED = ("step", "loss", "gradient_norm", "learning_rate")
 
 
@@ -248,7 +251,7 @@ def test_a_step_that_logs_nothing_does_not_wait_for_the_device(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, removal: bool
 ) -> None:
     monkeypatch.setattr(loop, "LOG_EVERY", 1000)
-    run = TinyRun(tmp_path / "run", removal=removal, spec=tiny_spec(checkpoint_every=1000, auxiliary_weight=0.1))
+    run = TinyRun(tmp_path / "run", removal=removal, spec=tiny_spec(checkpoint_every=1000, **TERMS))
     syncs = Syncs(run)
     with syncs, Reads(syncs):
         run.train()
@@ -399,28 +402,3 @@ def test_two_ranks_train_as_one_does(tmp_path: Path) -> None:
     expected = one.sites.frozen_constants()
     for site, constants in reports[0]["constants"].items():
         assert constants == pytest.approx(expected[site], rel=1e-5)
-
-
-@pytest.mark.slow
-def test_one_compiled_graph_serves_the_whole_removal(tmp_path: Path) -> None:
-    from torch._dynamo.backends.registry import lookup_backend
-    from torch._dynamo.utils import counters
-
-    masks: list[Any] = []
-
-    # Capturing and differentiating is what could recompile; code generation is PyTorch's business.
-    def backend(module: torch.fx.GraphModule, inputs: Any) -> Any:
-        attention = [node for node in module.graph.nodes if "scaled_dot_product" in str(node.target)]
-        masks.extend(node.kwargs["attn_mask"] for node in attention)
-        return lookup_backend("aot_eager")(module, inputs)
-
-    eager = TinyRun(tmp_path / "eager", spec=tiny_spec(auxiliary_weight=0.1))
-    eager.train()
-    torch._dynamo.reset()
-    counters.clear()
-    compiled = TinyRun(tmp_path / "compiled", spec=tiny_spec(auxiliary_weight=0.1))
-    compiled.objective.compile(dynamic=False, fullgraph=True, backend=backend)
-    compiled.train()
-    assert_same_metrics(compiled, eager, tolerance=1e-4)
-    assert counters["stats"]["unique_graphs"] == 1
-    assert masks == [None] * LAYERS, "flash attention takes no mask"

@@ -6,6 +6,7 @@ Run as a script it trains in a process of its own, alone or as one rank of sever
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
 import sys
@@ -19,7 +20,7 @@ import torch
 
 from ln_removal.data.sampler import WindowSampler
 from ln_removal.data.tokens import Shard, TokenDataset, TokenIndex, checksum, write_index
-from ln_removal.objective import Objective, StepLoss
+from ln_removal.objective import Auxiliary, Distillation, Objective, StepLoss, as_teacher
 from ln_removal.recipe import ScheduleSpec, TrainingSpec
 from ln_removal.schedule import RemovalSchedule, expand
 from ln_removal.surgery import NormSites, install
@@ -143,9 +144,16 @@ class TinyRun:
         self.spec = spec or tiny_spec()
         self.data = write_tokens(directory.parent / "tokens")
         self.model = tiny_model(seed)
+        teacher = as_teacher(copy.deepcopy(self.model), self.spec.precision)
         self.sites: NormSites | None = install(self.model, eot_token_id=EOT) if removal else None
+        spec = self.spec
         self.objective = objective(
-            self.model, eot_token_id=EOT, auxiliary_weight=self.spec.auxiliary_weight if removal else 0.0
+            self.model,
+            eot_token_id=EOT,
+            auxiliary=Auxiliary(spec.auxiliary_weight, spec.auxiliary_target, spec.auxiliary_sites)
+            if removal
+            else None,
+            distillation=Distillation(teacher, spec.distillation, spec.residual_matching) if removal else None,
         )
 
     @property
@@ -167,7 +175,9 @@ class TinyRun:
             label="test",
             enabled=accelerator.is_main_process,
         )
-        with causal_attention(self.model), tracker:
+        teacher = self.objective.teacher
+        theirs = contextlib.nullcontext() if teacher is None else causal_attention(teacher)
+        with causal_attention(self.model), theirs, tracker:
             return train(
                 self.objective,
                 sampler,

@@ -213,7 +213,8 @@ class LocalFiles:
         from pyarrow import parquet
 
         try:
-            with parquet.ParquetFile(file) as opened:
+            # Buffering ahead would keep everything read so far in memory until the file is closed.
+            with parquet.ParquetFile(file, pre_buffer=False) as opened:
                 schema = opened.schema_arrow
                 if self.field not in schema.names:
                     raise UserError(

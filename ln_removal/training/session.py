@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ln_removal.data.sampler import WindowSampler
-from ln_removal.objective import Objective
+from ln_removal.objective import Auxiliary, Distillation, Objective
 from ln_removal.training.loop import Removal, TrainResult, train
 from ln_removal.training.setup import causal_attention, choose_micro_batch, compile_if_worthwhile
 from ln_removal.training.tracking import Progress, Tracker
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ln_removal.data.tokens import TokenDataset
-    from ln_removal.recipe import Recipe
+    from ln_removal.recipe import Recipe, TrainingSpec
 
 
 def sampler_of(recipe: Recipe, data: TokenDataset) -> WindowSampler:
@@ -45,6 +46,7 @@ def train_model(
     label: str,
     evaluate: Callable[[], dict[str, float]],
     removal: Removal | None = None,
+    teacher: PreTrainedModel | None = None,
     resume: bool = False,
     wandb_project: str | None = None,
     progress: Progress = True,
@@ -59,7 +61,8 @@ def train_model(
         accelerator: device and precision.
         label: names the training on its progress bar and in wandb.
         evaluate: measures the model while training pauses.
-        removal: sites and schedule; None keeps the norms (pretraining, control).
+        removal: sites and schedule; None keeps the norms (pretraining, control) and leaves out the losses of a removal.
+        teacher: for `training.distillation` and `residual_matching`: the model as it was, see `objective.as_teacher`.
         resume: continue from the newest checkpoint in `directory`.
         wandb_project: also log to this Weights & Biases project.
         progress: how steps are shown.
@@ -69,11 +72,7 @@ def train_model(
     """
     spec = recipe.training
     sampler = sampler_of(recipe, data)
-    objective = Objective(
-        model.to(accelerator.device),
-        eot_token_id=data.eot_token_id,
-        auxiliary_weight=spec.auxiliary_weight if removal is not None else 0.0,
-    )
+    objective = _objective(model.to(accelerator.device), spec, data.eot_token_id, removal=removal, teacher=teacher)
     tracker = Tracker(
         directory / "metrics.jsonl",
         total_steps=spec.steps,
@@ -84,7 +83,10 @@ def train_model(
         wandb_project=wandb_project,
         config=recipe.model_dump(),
     )
-    with causal_attention(model), tracker:
+    with ExitStack() as attention, tracker:
+        for each in (model, objective.teacher):
+            if each is not None:
+                attention.enter_context(causal_attention(each))
         micro_batch = choose_micro_batch(recipe, objective, accelerator)
         compile_if_worthwhile(objective, spec.compile, tokens=recipe.tokens, device=accelerator.device)
         return train(
@@ -99,3 +101,26 @@ def train_model(
             evaluate=evaluate,
             resume=resume,
         )
+
+
+def needs_teacher(spec: TrainingSpec) -> bool:
+    """Whether a removal with this [training] learns from the original model."""
+    return spec.distillation > 0 or spec.residual_matching > 0
+
+
+def _objective(
+    model: PreTrainedModel,
+    spec: TrainingSpec,
+    eot_token_id: int | None,
+    *,
+    removal: Removal | None,
+    teacher: PreTrainedModel | None,
+) -> Objective:
+    if removal is None:
+        return Objective(model, eot_token_id=eot_token_id)
+    distillation = None
+    if needs_teacher(spec):
+        assert teacher is not None, "the caller keeps a copy of the original model"
+        distillation = Distillation(teacher.to(model.device), spec.distillation, spec.residual_matching)
+    auxiliary = Auxiliary(spec.auxiliary_weight, spec.auxiliary_target, spec.auxiliary_sites)
+    return Objective(model, eot_token_id=eot_token_id, auxiliary=auxiliary, distillation=distillation)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from ln_removal.errors import UserError
+from ln_removal.norm import FreezableNorm
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from ln_removal.recipe import Recipe
 
 TOKENS_IN_A_CPU_PASS = 4096
+LARGEST_MICRO_BATCH = 128
 COMPILE_FROM_TOKENS = 400_000
 """On a CPU, compiling costs about as much time as it saves over this many tokens (measured: docs/LOG.md)."""
 
@@ -87,7 +89,8 @@ def causal_attention(model: PreTrainedModel) -> Iterator[None]:
 def choose_micro_batch(recipe: Recipe, objective: Objective, accelerator: Accelerator) -> int:
     """Sequences of one forward pass: what the recipe says, or the largest that fits when it says "auto".
 
-    On a GPU it tries powers of two from the top, on a CPU it takes 4,096 tokens: more is not faster there.
+    On a GPU it tries the divisors of the batch from the top; where not even a single sequence fits, it tries once more with
+    `checkpoint_activations`. On a CPU it takes 4,096 tokens: more is not faster there.
 
     Raises:
         UserError: a single sequence does not fit into the GPU's memory, or the ranks do not divide the global batch.
@@ -106,21 +109,37 @@ def choose_micro_batch(recipe: Recipe, objective: Objective, accelerator: Accele
     divisors = [size for size in range(share, 0, -1) if share % size == 0]
     if accelerator.device.type != "cuda":
         return next((size for size in divisors if size * context <= TOKENS_IN_A_CPU_PASS), 1)
-    for size in divisors:
-        if size <= 128 and _fits(objective, size, recipe, accelerator):
-            return size
+    for checkpointing in (False, True):
+        if checkpointing:
+            checkpoint_activations(objective.model)
+        for size in divisors:
+            if size <= LARGEST_MICRO_BATCH and _fits(objective, size, recipe, accelerator):
+                return size
     raise UserError(
         f"one sequence of {context} tokens does not fit into the memory of {torch.cuda.get_device_name()}; lower data.context "
         "or use a larger GPU"
     )
 
 
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Keep only the input of each block for the backward pass, which then computes the block once more.
+
+    Memory of a sequence falls from about 40 to 4 bytes a layer, token and unit of width (see planning.py); a step takes about
+    a third longer. Norms that see a batch twice count it twice, which leaves their means as they are.
+    """
+    # The second is its name in older versions of transformers.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 def _fits(objective: Objective, size: int, recipe: Recipe, accelerator: Accelerator) -> bool:
     """Whether a forward and backward pass of `size` sequences fits beside the optimizer's two moments."""
     tokens = torch.zeros(size, recipe.data.context + 1, dtype=torch.int64, device=accelerator.device)
     moments: list[torch.Tensor] = []
-    # Evaluation mode keeps the probe out of the running statistics; there is no dropout whose memory it would miss.
-    objective.eval()
+    objective.train()
+    for module in objective.modules():
+        if isinstance(module, FreezableNorm):
+            module.eval()  # keeps the probe out of the running statistics
     try:
         for parameter in objective.parameters():
             moments += [torch.empty_like(parameter), torch.empty_like(parameter)]
