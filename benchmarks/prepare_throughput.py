@@ -1,11 +1,10 @@
-"""Tokens per second of ln-prepare against nanoGPT's way of preparing, and the memory of ln-prepare as the corpus grows.
+"""Tokens per second of ln-prepare against nanoGPT's way of preparing.
 
     python benchmarks/prepare_throughput.py
 
 The text is Python source of this machine's packages; the tokenizer a byte-level BPE of GPT-2's size and pattern, trained on a sample
 of it on the spot (`--tokenizer DIR` takes another). Every way runs in a process of its own, all of them in turns; figures are medians.
-The token ids of all ways are compared. Then ln-prepare prepares the same text repeated to each of `--memory-megabytes`, and
-the peak memory of its whole process tree is recorded.
+The token ids of all ways are compared. What ln-prepare needs as the corpus grows: prepare_memory.py.
 """
 
 from __future__ import annotations
@@ -38,16 +37,10 @@ def main() -> None:
     options = _parse()
     with tempfile.TemporaryDirectory(dir=options.directory) as name:
         directory = Path(name)
-        texts = list(_texts(options.megabytes * 2**20))
+        texts = list(source_texts(options.megabytes * 2**20))
         tokenizer = options.tokenizer or train_tokenizer(texts, directory / "tokenizer", options.vocabulary)
         corpus = write_corpus(texts, directory / "corpus.parquet", options.megabytes)
         speed = compare(options, corpus, tokenizer, directory)
-        memory = {}
-        for megabytes in options.memory_megabytes:
-            large = write_corpus(texts, directory / "large.parquet", megabytes)
-            found = run("ours", large, tokenizer, directory / "out", options.processes)
-            memory[f"{megabytes} MB"] = found
-            print(f"{megabytes} MB: peak {found['peak_memory_bytes'] / 2**20:,.0f} MiB", flush=True)
     result = {
         "machine": machine("cpu"),
         "processes": options.processes,
@@ -58,7 +51,6 @@ def main() -> None:
         },
         "tokenizer": str(options.tokenizer or f"byte-level BPE of {options.vocabulary}, GPT-2's pattern, trained here"),
         "speed": speed,
-        "memory_of_ours": memory,
     }
     write_result(f"prepare_throughput-cpu-{cores()}-cores", result, options.out)
 
@@ -202,7 +194,7 @@ def write_corpus(texts: list[str], path: Path, megabytes: int) -> Path:
     return path
 
 
-def _texts(characters: int) -> Iterator[str]:
+def source_texts(characters: int) -> Iterator[str]:
     """Python source of this machine in documents of about DOCUMENT_CHARACTERS, without repeats while there is enough."""
     paths = sysconfig.get_paths()
     seen: set[int] = set()
@@ -227,9 +219,6 @@ def _texts(characters: int) -> Iterator[str]:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, default=100, help="of text for the comparison")
-    parser.add_argument(
-        "--memory-megabytes", type=int, nargs="*", default=[100, 1000], help="corpora for the memory test"
-    )
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--samples", type=int, default=3)
     parser.add_argument("--processes", type=int, default=cores(), help="of each way")

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ln_removal.adaptive_schedule import AdaptiveSchedule
 from ln_removal.errors import UserError
 from ln_removal.recipe import ArchitectureSpec, Recipe, dump_toml
 from ln_removal.schedule import RemovalSchedule, expand
@@ -184,6 +185,7 @@ class Plan:
         if self.schedule is not None:
             length, start = self.schedule.recovery_steps, self.schedule.complete_at
             lines.append(("recovery", f"{length:,} steps with everything constant, from step {start:,}"))
+            lines += self._waiting()
         parts = ", ".join(f"{name} {_size(size)}" for name, size in asdict(self.memory).items())
         lines.append(("memory", f"about {_size(self.memory.total)}: {parts}"))
         time = "measured when it runs" if self.seconds is None else f"about {_duration(self.seconds)}"
@@ -191,6 +193,20 @@ class Plan:
         lines += [("", f"about {_duration(seconds)} on one {name}") for name, seconds in self.seconds_elsewhere.items()]
         lines += [("assumed", assumption) for assumption in self.assumptions]
         return lines
+
+    def _waiting(self) -> list[tuple[str, str]]:
+        """What an adaptive schedule may add; the table shows it without any waiting."""
+        spec = self.recipe.schedule.adaptive if self.recipe.schedule is not None else None
+        if spec is None or self.schedule is None:
+            return []
+        latest = AdaptiveSchedule(self.schedule, spec).latest_complete_at
+        return [
+            (
+                "adaptive",
+                f"waits until the loss is within {spec.tolerance:g} of what it was before the last freeze, at most "
+                f"{spec.largest_gap} steps; all constant by step {latest:,} at the latest",
+            )
+        ]
 
 
 def plan(

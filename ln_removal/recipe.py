@@ -45,6 +45,21 @@ class DataSpec(_Spec):
     max_tokens: PositiveInt | None = None
     validation_tokens: PositiveInt | None = None
     weights: dict[str, PositiveInt] = Field(default_factory=dict)  # how often a source is repeated
+    odd_text: Annotated[float, Field(ge=0, le=0.5)] = 0.0  # share of sequences of tabs, random tokens and the like
+
+
+class AdaptiveSpec(_Spec):
+    """When what freezes next waits: until the loss has recovered from what froze last (see adaptive_schedule.py).
+
+    `tolerance` is in nats per token above the smoothed loss before the last freeze, `smoothing` the weight of the old value
+    in it. The gaps of the schedule are the smallest; the largest is `largest_gap`. Waiting never leaves fewer than `recovery`
+    steps for the end of the run.
+    """
+
+    tolerance: NonNegativeFloat = 0.05
+    smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    largest_gap: PositiveInt
+    recovery: NonNegativeInt
 
 
 class ScheduleSpec(_Spec):
@@ -53,7 +68,8 @@ class ScheduleSpec(_Spec):
     The four kinds go one after the other: each kind begins where the last gap of the one before ends (start +
     n_layer * gap), unless its own start is given. `eot_after` counts from ln_f, `first_after` from the drop of the
     end-of-text constant. `taper` is the number of intermediate steps between LayerNorm and constant (0: at once);
-    `special_taper` the same for the constants of the special positions.
+    `special_taper` the same for the constants of the special positions. `layers` says from which end each kind goes,
+    `constant` which summary of the stds a site freezes at (norm.CONSTANTS).
     """
 
     ln_2_start: NonNegativeInt
@@ -67,6 +83,9 @@ class ScheduleSpec(_Spec):
     first_after: NonNegativeInt
     taper: NonNegativeInt = 0
     special_taper: NonNegativeInt = 0
+    layers: Literal["first to last", "last to first"] = "first to last"
+    constant: Literal["mean", "rms", "harmonic", "least_squares"] = "mean"
+    adaptive: AdaptiveSpec | None = None
 
 
 class TrainingSpec(_Spec):

@@ -135,10 +135,13 @@ def with_layers(recipe: Recipe, *, written_for: int, n_layer: int) -> Recipe:
 
 def _scaled(spec: ScheduleSpec, new: int, old: int) -> ScheduleSpec:
     """Durations times new / old, rounded down; moments likewise, counted from step 1."""
-    changes: dict[str, int] = {}
-    for key, value in spec.model_dump().items():
+    changes: dict[str, object] = {}
+    for key, value in dict(spec).items():
         if key in _MOMENTS and value is not None:
             changes[key] = 1 + (value - 1) * new // old if value > 0 else 0
-        elif value is not None:
+        elif isinstance(value, int):
             changes[key] = value * new // old
+    if spec.adaptive is not None:
+        longest, recovery = spec.adaptive.largest_gap * new // old, spec.adaptive.recovery * new // old
+        changes["adaptive"] = spec.adaptive.model_copy(update={"largest_gap": max(1, longest), "recovery": recovery})
     return spec.model_copy(update=changes)

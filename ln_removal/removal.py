@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
+    from ln_removal.adaptive_schedule import AdaptiveSchedule
     from ln_removal.data.tokens import TokenDataset
     from ln_removal.evaluation.results import Results
     from ln_removal.evaluation.scoring import QuestionSet
@@ -181,8 +182,9 @@ def _is_model(directory: Path) -> bool:
     return (directory / "config.json").is_file()
 
 
-def _fitting_schedule(recipe: Recipe, model: GPT2LMHeadModel) -> RemovalSchedule:
+def _fitting_schedule(recipe: Recipe, model: GPT2LMHeadModel) -> RemovalSchedule | AdaptiveSchedule:
     """The schedule for this model's depth; checks what recipe and model must agree on."""
+    from ln_removal.adaptive_schedule import AdaptiveSchedule
     from ln_removal.architectures import check_supported
     from ln_removal.export.stock import is_disarmed
     from ln_removal.schedule import expand
@@ -195,7 +197,8 @@ def _fitting_schedule(recipe: Recipe, model: GPT2LMHeadModel) -> RemovalSchedule
             f"data.context is {recipe.data.context}, {recipe.model} has {model.config.n_positions} positions; lower it"
         )
     assert recipe.schedule is not None
-    return expand(recipe.schedule, model.config.n_layer, recipe.training.steps)
+    schedule = expand(recipe.schedule, model.config.n_layer, recipe.training.steps)
+    return schedule if recipe.schedule.adaptive is None else AdaptiveSchedule(schedule, recipe.schedule.adaptive)
 
 
 def _question_set(questions: str | None, recipe: Recipe) -> QuestionSet | None:
@@ -273,7 +276,10 @@ def _check_enough(recipe: Recipe, data: TokenDataset) -> None:
 
 
 def _train_removal(
-    run: _Run, model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, schedule: RemovalSchedule
+    run: _Run,
+    model: GPT2LMHeadModel,
+    tokenizer: PreTrainedTokenizerBase,
+    schedule: RemovalSchedule | AdaptiveSchedule,
 ) -> None:
     """Train through the schedule, fold, verify, write `model/` and the other export formats; nothing if that is done."""
     from ln_removal.data.tokens import write_json_atomically
@@ -287,8 +293,9 @@ def _train_removal(
         return
     spec = run.recipe.training
     teacher = as_teacher(copy.deepcopy(model), spec.precision) if needs_teacher(spec) else None
-    sites = install(model, eot_token_id=run.data.eot_token_id)
-    result = _train(run, model, run.out, label="removal", removal=Removal(sites, schedule), teacher=teacher)
+    assert run.recipe.schedule is not None
+    sites = install(model, eot_token_id=run.data.eot_token_id, constant=run.recipe.schedule.constant)
+    result = _train(run, model, tokenizer, run.out, label="removal", removal=Removal(sites, schedule), teacher=teacher)
     if run.accelerator.is_main_process:
         report = run.out / "training.json"
         if result.last_loss is not None or not report.exists():  # else nothing was left to train in this session
@@ -308,7 +315,7 @@ def _train_control(run: _Run) -> None:
     if run.resume and _is_model(run.out / "control" / "model"):
         return
     loaded = load_model(run.recipe.model)
-    _train(run, loaded.model, run.out / "control", label="control", removal=None)
+    _train(run, loaded.model, loaded.tokenizer, run.out / "control", label="control", removal=None)
     if run.accelerator.is_main_process:
         save_model(loaded.model, loaded.tokenizer, run.out / "control" / "model", dtype=run.recipe.export.dtype)
 
@@ -327,6 +334,7 @@ def train_vanilla_control(
 def _train(
     run: _Run,
     model: GPT2LMHeadModel,
+    tokenizer: PreTrainedTokenizerBase,
     directory: Path,
     *,
     label: str,
@@ -359,6 +367,7 @@ def _train(
         evaluate=evaluate,
         removal=removal,
         teacher=teacher,
+        tokenizer=tokenizer,
         resume=run.resume,
         wandb_project=run.wandb_project,
         progress=run.progress,

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ln_removal.recipe import TrainingSpec, load_recipe
-from ln_removal.training.learning_rate import learning_rate_at
+from ln_removal.training.learning_rate import learning_rate_at, rewarm_factor
 
 
 def spec(**changes: object) -> TrainingSpec:
@@ -104,3 +104,10 @@ def test_a_decay_longer_than_the_run_ends_above_the_minimum() -> None:
 
 def test_a_run_of_one_step_learns() -> None:
     assert learning_rate_at(0, spec(steps=1, warmup_steps=0, minimum_learning_rate=0.0)) == 1e-3
+
+
+def test_the_rate_warms_up_again_when_something_begins_to_freeze() -> None:
+    factors = [rewarm_factor(step, [3, 10], 4) for step in range(13)]
+    assert factors == pytest.approx([1, 1, 1, 0.2, 0.4, 0.6, 0.8, 1, 1, 1, 0.2, 0.4, 0.6])
+    assert [rewarm_factor(step, [3, 10], 0) for step in range(13)] == [1.0] * 13
+    assert rewarm_factor(5, [], 4) == 1.0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -376,3 +378,32 @@ def test_no_buffer_is_lost_in_a_state_dict() -> None:
     for mine, theirs in zip(norm.eval()(x), other.eval()(x), strict=True):
         assert torch.equal(mine, theirs)
     assert norm.running_std.shape == (N_CLASSES,)
+
+
+@pytest.mark.parametrize(
+    ("constant", "expected"),
+    [
+        ("mean", lambda stds: stds.mean()),
+        ("rms", lambda stds: stds.square().mean().sqrt()),
+        ("harmonic", lambda stds: 1 / (1 / stds).mean()),
+        ("least_squares", lambda stds: stds.square().sum() / stds.sum()),
+    ],
+)
+def test_the_constant_is_the_chosen_summary(constant: str, expected: Callable[[Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 6, 8) * torch.rand(4, 6, 1) * 5
+    norm = FreezableNorm(
+        nn.Parameter(torch.ones(8)), nn.Parameter(torch.zeros(8)), 0.0, classes=PositionClasses(None), constant=constant
+    )
+    norm.train()(x)
+    norm.update_running(0.9)
+    stds = x.std(-1, correction=0).flatten()
+    assert norm.running_std[ORDINARY].item() == pytest.approx(expected(stds).item(), rel=1e-5)
+    if constant == "least_squares":
+
+        def error(c: float) -> float:
+            centred = x - x.mean(-1, keepdim=True)
+            return float((centred / x.std(-1, correction=0, keepdim=True) - centred / c).square().sum())
+
+        best = norm.running_std[ORDINARY].item()
+        assert error(best) < min(error(best * 1.02), error(best / 1.02))

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from ln_removal.data.sampler import WindowSampler
+from ln_removal.data.sampler import Mixture, WindowSampler
 from ln_removal.data.tokens import Shard, TokenIndex, TokenSplit
 from ln_removal.errors import UserError
 
@@ -155,3 +155,23 @@ def test_a_corpus_that_is_too_small_is_an_error(sizes: list[int]) -> None:
 def test_leaving_out_every_source_is_an_error() -> None:
     with pytest.raises(UserError, match="too small"):
         WindowSampler(split_of(50), context=4, sequences_per_step=1, seed=0, weights={"a": 0})
+
+
+def test_other_sequences_can_be_mixed_in() -> None:
+    split, context = split_of(500, 300), 7
+    odd = np.full((3, context + 1), 7777) + np.arange(3)[:, None]
+
+    def sampler(mixed_in: Mixture | None = None) -> WindowSampler:
+        return WindowSampler(split, context=context, sequences_per_step=10, seed=3, mixed_in=mixed_in)
+
+    plain, mixed = sampler(), sampler(Mixture(odd, 0.25))
+    steps = 40
+    ours = np.stack([mixed.sequences(step, 0, 10) for step in range(steps)])
+    usual = np.stack([plain.sequences(step, 0, 10) for step in range(steps)])
+    replaced = ours[:, :, 0] >= 7777
+    assert 0.15 < replaced.mean() < 0.35
+    assert (ours[~replaced] == usual[~replaced]).all(), "the others are what they would have been"
+    assert set(np.unique(ours[replaced])) == {7777, 7778, 7779}
+    again = sampler(Mixture(odd, 0.25))
+    halves = [again.sequences(11, first, 5) for first in (5, 0)][::-1]
+    assert (np.concatenate(halves) == ours[11]).all(), "ranks and resuming change nothing"

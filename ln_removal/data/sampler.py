@@ -30,6 +30,22 @@ class _Epoch:
     start: npt.NDArray[np.int64]
 
 
+@dataclass(frozen=True)
+class Mixture:
+    """`sequences` (N, T + 1) of which one stands in for a training sequence with probability `share`."""
+
+    sequences: Tokens
+    share: float
+
+    def draw(self, seed: int, number: int) -> Tokens | None:
+        """What stands in for training sequence `number` of a run, or None; a pure function, so resuming is exact."""
+        generator = np.random.Generator(np.random.Philox(key=[seed, number], counter=[1, 0, 0, 0]))
+        if generator.random() >= self.share:
+            return None
+        row: Tokens = self.sequences[int(generator.integers(len(self.sequences)))]
+        return row
+
+
 class WindowSampler:
     """Draws the training sequences of each step.
 
@@ -39,6 +55,7 @@ class WindowSampler:
         sequences_per_step: sequences in the global batch of one step.
         seed: of the shuffle.
         weights: how often the windows of a source come up in an epoch, by source name; 1 when not named, 0 leaves it out.
+        mixed_in: other sequences that take the place of some of these.
 
     Raises:
         UserError: when the split has no full window, or `weights` names a source that the corpus does not have.
@@ -52,8 +69,10 @@ class WindowSampler:
         sequences_per_step: int,
         seed: int,
         weights: dict[str, int] | None = None,
+        mixed_in: Mixture | None = None,
     ) -> None:
         self._split = split
+        self._mixed_in = mixed_in
         self._context = context
         self._sequences_per_step = sequences_per_step
         self._seed = seed
@@ -96,6 +115,9 @@ class WindowSampler:
         begin = step * self._sequences_per_step + first
         rows = []
         for number in range(begin, begin + count):
+            if self._mixed_in is not None and (other := self._mixed_in.draw(self._seed, number)) is not None:
+                rows.append(other)
+                continue
             epoch, entry = divmod(number, self.windows_per_epoch)
             windows = self._epoch(epoch)
             rows.append(self._split.read(int(windows.shard[entry]), int(windows.start[entry]), self._context + 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -41,3 +42,19 @@ def learning_rate_at(step: int, spec: TrainingSpec) -> float:
     progress = (step - start) / (end - start)
     remaining = (1 + math.cos(math.pi * progress)) / 2 if spec.decay == "cosine" else 1 - progress
     return minimum + (peak - minimum) * remaining
+
+
+def rewarm_factor(step: int, begins: Sequence[int], length: int) -> float:
+    """What the learning rate is multiplied with while it warms up again after something new began to freeze.
+
+    (step - begin + 1) / (length + 1) for the newest begin up to `step`, at most 1: a taper of the rate where the loss jumps.
+
+    Args:
+        step: from 0.
+        begins: the steps at which a kind of site begins to freeze, rising.
+        length: steps with a lowered rate; 0 for none.
+    """
+    newest = max((begin for begin in begins if begin <= step), default=None)
+    if newest is None:
+        return 1.0
+    return min(1.0, (step - newest + 1) / (length + 1))

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ln_removal.adaptive_schedule import AdaptiveSchedule
 from ln_removal.data.read_ahead import read_ahead
 from ln_removal.data.sampler import WindowSampler
 from ln_removal.errors import UserError
-from ln_removal.training.learning_rate import learning_rate_at
+from ln_removal.training.learning_rate import learning_rate_at, rewarm_factor
 from ln_removal.training.optimizers import build_optimizers, set_learning_rate, step_unless_bad
 from ln_removal.training.setup import autocast
 from ln_removal.training.state import TrainerState, load_newest, save_checkpoint
@@ -48,7 +49,7 @@ class Removal:
     """What turns a fine-tuning into a removal: the installed sites and when each one freezes."""
 
     sites: NormSites
-    schedule: RemovalSchedule
+    schedule: RemovalSchedule | AdaptiveSchedule
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,9 @@ def train(
         state = found or state
         for fault in faults:
             tracker.say(f"passed over: {fault}")
+    adaptive = removal.schedule if removal is not None and isinstance(removal.schedule, AdaptiveSchedule) else None
+    if adaptive is not None and state.schedule is not None:
+        adaptive.restore(state.schedule)
     tracker.forget_after(state.step)
     model = _over_ranks(objective, accelerator)
     parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
@@ -121,14 +125,20 @@ def train(
         for step, batches in zip(steps, batches_of_steps, strict=True):
             if removal is not None:
                 _apply_schedule(removal, step, tracker)
-            set_learning_rate(optimizers, learning_rate_at(step, spec))
+            rate = learning_rate_at(step, spec)
+            if removal is not None:
+                rate *= rewarm_factor(step, removal.schedule.begins_of_kinds(), spec.rewarm_steps)
+            set_learning_rate(optimizers, rate)
             loss, norm = _forward_backward(model, batches, accelerator, parameters, spec)
-            bad = pending.add(loss, norm)
+            bad = pending.add(loss, norm, rate)
             step_unless_bad(optimizers, bad)
             if removal is not None and step < removal.schedule.complete_at:
                 # Every step, so that the number of ranks changes nothing, and a checkpoint of one rank serves all.
                 removal.sites.average_over_ranks()
                 removal.sites.update_running(spec.std_momentum, discard=bad)
+            if adaptive is not None:  # it needs every loss, so each step waits for the device
+                adaptive.observe(step, pending.newest_loss())
+                state.schedule = adaptive.state()
             state.step, state.tokens = step + 1, state.tokens + spec.tokens_per_step
 
             last = state.step == spec.steps
@@ -140,19 +150,19 @@ def train(
                 state.seconds = seconds_before + elapsed
                 speed = (state.step - first_step) * spec.tokens_per_step / max(elapsed, 1e-9)
                 stage = removal.schedule.stage(step) if removal is not None else "training"
-                for number, (row_loss, row_norm) in enumerate(rows, start=state.step - len(rows)):
+                for number, (row_loss, row_norm, row_rate) in enumerate(rows, start=state.step - len(rows)):
                     tracker.log(
                         "train",
                         number,
                         {
                             "loss": row_loss,
                             "gradient_norm": row_norm,
-                            "learning_rate": learning_rate_at(number, spec),
+                            "learning_rate": row_rate,
                             "tokens_per_second": speed,
                         },
                     )
                 state.skipped += pending.take_skipped()
-                last_loss = next((value for value, _ in reversed(rows) if math.isfinite(value)), last_loss)
+                last_loss = next((value for value, _, _ in reversed(rows) if math.isfinite(value)), last_loss)
                 tracker.show(state.step, stage=stage, loss=rows[-1][0], tokens_per_second=speed)
                 if pending.worst_streak() >= BAD_STEPS_ALLOWED:
                     raise UserError(
@@ -248,9 +258,10 @@ class _Pending:
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
         self._rows: list[Tensor] = []
+        self._rates: list[float] = []
         self._streak, self._worst, self._skipped = torch.zeros(3, device=accelerator.device).unbind()
 
-    def add(self, loss: Tensor, norm: Tensor) -> Tensor:
+    def add(self, loss: Tensor, norm: Tensor, rate: float) -> Tensor:
         """Keep a step's figures, averaged over ranks; returns 1.0 where either is not finite, else 0.0 (a scalar tensor).
 
         A loss can be infinite on one rank and all gradients finite, so the ranks have to agree before they step.
@@ -261,12 +272,18 @@ class _Pending:
         self._worst = torch.maximum(self._worst, self._streak)
         self._skipped = self._skipped + bad
         self._rows.append(row)
+        self._rates.append(rate)
         return bad
 
-    def read(self) -> list[tuple[float, float]]:
-        """(loss, gradient norm) of every step since the last call. This and the counters wait for the device."""
-        rows: list[tuple[float, float]] = [(loss, norm) for loss, norm in torch.stack(self._rows).tolist()]
-        self._rows = []
+    def newest_loss(self) -> float:
+        """The loss that was added last. Waits for the device."""
+        return float(self._rows[-1][0])
+
+    def read(self) -> list[tuple[float, float, float]]:
+        """(loss, gradient norm, learning rate) of every step since the last call. This and the counters wait for the device."""
+        figures = zip(torch.stack(self._rows).tolist(), self._rates, strict=True)
+        rows = [(float(loss), float(norm), rate) for (loss, norm), rate in figures]
+        self._rows, self._rates = [], []
         return rows
 
     def worst_streak(self) -> int:

@@ -7,7 +7,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ln_removal.data.sampler import WindowSampler
+import numpy as np
+
+from ln_removal.data.sampler import Mixture, WindowSampler
 from ln_removal.objective import Auxiliary, Distillation, Objective
 from ln_removal.training.loop import Removal, TrainResult, train
 from ln_removal.training.setup import causal_attention, choose_micro_batch, compile_if_worthwhile
@@ -15,14 +17,25 @@ from ln_removal.training.tracking import Progress, Tracker
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ln_removal.data.tokens import TokenDataset
     from ln_removal.recipe import Recipe, TrainingSpec
 
 
-def sampler_of(recipe: Recipe, data: TokenDataset) -> WindowSampler:
+ODD_SEQUENCES = 64
+"""Of each kind, from which those that are mixed in are drawn."""
+
+ODD_SEED = 1_000_003
+
+
+def sampler_of(recipe: Recipe, data: TokenDataset, tokenizer: PreTrainedTokenizerBase | None = None) -> WindowSampler:
     """The training sequences that the recipe takes from `data`.
+
+    Args:
+        recipe: its [data], seed and batch.
+        data: the train split is sampled.
+        tokenizer: writes the odd text that `data.odd_text` asks for; without one there is none.
 
     Raises:
         UserError: there are too few tokens, or data.weights names a source that is not there.
@@ -33,7 +46,18 @@ def sampler_of(recipe: Recipe, data: TokenDataset) -> WindowSampler:
         sequences_per_step=recipe.training.tokens_per_step // recipe.data.context,
         seed=recipe.seed,
         weights=recipe.data.weights,
+        mixed_in=None if tokenizer is None else _odd_text(recipe, tokenizer),
     )
+
+
+def _odd_text(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Mixture | None:
+    from ln_removal.evaluation.odd_text import odd_sequences
+
+    if recipe.data.odd_text == 0:
+        return None
+    # Another seed than that of evaluation: what is scored was not trained on.
+    kinds = odd_sequences(tokenizer, context=recipe.data.context + 1, count=ODD_SEQUENCES, seed=recipe.seed + ODD_SEED)
+    return Mixture(np.concatenate(list(kinds.values())), recipe.data.odd_text)
 
 
 def train_model(
@@ -47,6 +71,7 @@ def train_model(
     evaluate: Callable[[], dict[str, float]],
     removal: Removal | None = None,
     teacher: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     resume: bool = False,
     wandb_project: str | None = None,
     progress: Progress = True,
@@ -63,6 +88,7 @@ def train_model(
         evaluate: measures the model while training pauses.
         removal: sites and schedule; None keeps the norms (pretraining, control) and leaves out the losses of a removal.
         teacher: for `training.distillation` and `residual_matching`: the model as it was, see `objective.as_teacher`.
+        tokenizer: the model's, for `data.odd_text`.
         resume: continue from the newest checkpoint in `directory`.
         wandb_project: also log to this Weights & Biases project.
         progress: how steps are shown.
@@ -71,7 +97,7 @@ def train_model(
         UserError: as `train`, `WindowSampler` and `choose_micro_batch`.
     """
     spec = recipe.training
-    sampler = sampler_of(recipe, data)
+    sampler = sampler_of(recipe, data, tokenizer)
     objective = _objective(model.to(accelerator.device), spec, data.eot_token_id, removal=removal, teacher=teacher)
     tracker = Tracker(
         directory / "metrics.jsonl",

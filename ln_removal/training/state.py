@@ -28,12 +28,16 @@ _NAME = re.compile(r"step-(\d{6,})")
 
 @dataclass
 class TrainerState:
-    """Where a run stands. `step` is the next optimizer step; `seconds` counts training time over all sessions."""
+    """Where a run stands. `step` is the next optimizer step; `seconds` counts training time over all sessions.
+
+    `schedule` is where an adaptive schedule stands; None for a fixed one, which the step alone determines.
+    """
 
     step: int = 0
     tokens: int = 0
     skipped: int = 0
     seconds: float = 0.0
+    schedule: dict[str, Any] | None = None
     checksums: dict[str, str] = field(default_factory=dict)
 
 
