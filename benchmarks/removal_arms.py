@@ -103,6 +103,7 @@ def v_apart(*, until: float, taper: float, special: float) -> Any:
 CONTROL = "control"
 
 KL = {"distillation": 0.5}
+KL_ONLY = {"distillation": 1.0}
 STD = {"auxiliary_weight": 0.1, "auxiliary_target": "constants", "auxiliary_sites": "all"}
 PAPER_STD = {"auxiliary_weight": 0.1}
 
@@ -120,6 +121,13 @@ ARMS: dict[str, Arm] = {
     "taper-std-kl": Arm("both", together(taper=0.25), {**STD, **KL}),
     "at-once-std-kl": Arm("both, everything in step 1", together(), {**STD, **KL}),
     "paper-2-kl": Arm("Baroni et al. 2025 with distillation", published("gpt2-fast"), KL),
+    "taper-std-teacher": Arm(
+        "std loss, and the teacher in place of the text", together(taper=0.25), {**STD, **KL_ONLY}
+    ),
+    "short-std-teacher": Arm(
+        "the same, sites tapered over a tenth", together(taper=0.1, special=0.25), {**STD, **KL_ONLY}
+    ),
+    "at-once-std-teacher": Arm("the same, everything in step 1", together(), {**STD, **KL_ONLY}),
     "std-then-taper": Arm("the std loss alone for a fifth, then taper", together(start=0.2, taper=0.2), {**STD, **KL}),
     "taper-match-kl": Arm(
         "taper, distillation and residual matching", together(taper=0.25), {**KL, "residual_matching": 0.1}
