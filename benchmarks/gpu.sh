@@ -31,6 +31,7 @@ part() {
 throughput=(benchmarks/train_throughput.py --precision bfloat16 --device cuda)
 part 60 "${throughput[@]}" --shape gpt2 "${peers[@]}" --tokens-per-step 262144 --samples 3 --sample-steps 2 --warmup-steps 2 \
     --only ours hf_trainer_compiled hf_trainer gpt2_noln removing_layer_norm removing_layer_norm_as_published
+part 40 benchmarks/cross_entropy.py --shape gpt2 --positions 32768 --samples 5
 part 90 benchmarks/stages.py --shape gpt2 --device cuda --tokens-per-step 262144 --samples 1
 for shape in gpt2-medium gpt2-large gpt2-xl; do
     part 75 "${throughput[@]}" --shape $shape --tokens-per-step 65536 --samples 2 --only ours

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from ln_removal.adaptive_schedule import AdaptiveSchedule
 from ln_removal.data.sampler import WindowSampler
 from ln_removal.data.tokens import Shard, TokenDataset, TokenIndex, checksum, write_index
 from ln_removal.objective import Auxiliary, Distillation, Objective, StepLoss, as_teacher
-from ln_removal.recipe import ScheduleSpec, TrainingSpec
+from ln_removal.recipe import AdaptiveSpec, ScheduleSpec, TrainingSpec
 from ln_removal.schedule import RemovalSchedule, expand
 from ln_removal.surgery import NormSites, install
 from ln_removal.training.loop import Removal, TrainResult, train
@@ -139,8 +140,11 @@ class TinyRun:
         spec: TrainingSpec | None = None,
         seed: int = 0,
         objective: type[Objective] = Objective,
+        adaptive: AdaptiveSpec | None = None,
     ) -> None:
         self.directory = directory
+        self.adaptive = adaptive
+        self.schedule: RemovalSchedule | AdaptiveSchedule | None = None
         self.spec = spec or tiny_spec()
         self.data = write_tokens(directory.parent / "tokens")
         self.model = tiny_model(seed)
@@ -167,7 +171,11 @@ class TinyRun:
         sampler = WindowSampler(
             self.data.split("train"), context=CONTEXT, sequences_per_step=SEQUENCES, seed=0, weights={"test": 1}
         )
-        removal = Removal(self.sites, tiny_schedule(self.spec.steps)) if self.sites is not None else None
+        removal = None
+        if self.sites is not None:
+            planned = tiny_schedule(self.spec.steps)
+            self.schedule = planned if self.adaptive is None else AdaptiveSchedule(planned, self.adaptive)
+            removal = Removal(self.sites, self.schedule)
         tracker = Tracker(
             self.directory / "metrics.jsonl",
             total_steps=self.spec.steps,
