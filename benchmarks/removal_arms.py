@@ -104,6 +104,7 @@ CONTROL = "control"
 
 KL = {"distillation": 0.5}
 KL_ONLY = {"distillation": 1.0}
+FADING = {"distillation": 1.0, "distillation_end": 0.0}
 STD = {"auxiliary_weight": 0.1, "auxiliary_target": "constants", "auxiliary_sites": "all"}
 PAPER_STD = {"auxiliary_weight": 0.1}
 
@@ -127,6 +128,12 @@ ARMS: dict[str, Arm] = {
     "short-std-teacher": Arm(
         "the same, sites tapered over a tenth", together(taper=0.1, special=0.25), {**STD, **KL_ONLY}
     ),
+    "short-std": Arm("std loss, sites tapered over a tenth", together(taper=0.1, special=0.25), STD),
+    "short-std-kl": Arm("the same with distillation", together(taper=0.1, special=0.25), {**STD, **KL}),
+    "short-std-fading": Arm(
+        "the same, from the teacher alone to the text alone", together(taper=0.1, special=0.25), {**STD, **FADING}
+    ),
+    "short-teacher": Arm("without the std loss", together(taper=0.1, special=0.25), KL_ONLY),
     "at-once-std-teacher": Arm("the same, everything in step 1", together(), {**STD, **KL_ONLY}),
     "std-then-taper": Arm("the std loss alone for a fifth, then taper", together(start=0.2, taper=0.2), {**STD, **KL}),
     "taper-match-kl": Arm(

@@ -25,13 +25,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from measuring import machine
 from removal_arms import ARMS, CONTROL
 
-from ln_removal.recipe import Recipe, load_recipe
+from ln_removal.recipe import Recipe, load_recipe, parse_overrides
 from ln_removal.removal import remove
 
 CLOSE = 0.05
 """Nats per token: the gap whose tokens are counted."""
 
-BASE = {
+BASE: dict[str, Any] = {
     "data.context": 256,
     "data.validation_tokens": 131_072,
     "training.tokens_per_step": 2_048,
@@ -187,10 +187,12 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=[CONTROL, *ARMS], choices=[CONTROL, *ARMS])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the shared recipe")
     parser.add_argument("--json", type=Path, help="also write the whole table with every run here")
     given = parser.parse_args()
     from ln_removal.models import load_model
 
+    BASE.update(parse_overrides(given.set))
     loaded = load_model(given.model)
     place = given.out / given.name
     place.mkdir(parents=True, exist_ok=True)

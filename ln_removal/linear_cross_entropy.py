@@ -51,7 +51,7 @@ def linear_cross_entropy(
     *,
     teacher_hidden: Tensor | None = None,
     teacher_head: Head | None = None,
-    share: float = 0.0,
+    share: float | Tensor = 0.0,
 ) -> LinearLoss:
     """Mean loss of predicting `targets` from `hidden @ head.weight.T + head.bias`, by the module's formula.
 
@@ -61,10 +61,11 @@ def linear_cross_entropy(
         targets: token ids (N,).
         teacher_hidden: (N, D') of the teacher for the same positions; None without distillation.
         teacher_head: the teacher's unembedding, of the same vocabulary; given together with `teacher_hidden`.
-        share: s, in [0, 1]: how much of the loss is the Kullback-Leibler divergence from the teacher.
+        share: s, in [0, 1]: how much of the loss is the Kullback-Leibler divergence from the teacher. As a scalar tensor
+            it can change between the calls of a compiled graph.
     """
     assert (teacher_hidden is None) == (teacher_head is None), "a teacher has hidden states and a head"
-    assert 0 <= share <= 1, share
+    assert isinstance(share, Tensor) or 0 <= share <= 1, share
     device = hidden.device.type
     if hidden.is_cuda:
         head = pad_vocabulary(head, VOCABULARY_MULTIPLE_ON_CUDA)
@@ -115,7 +116,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         teacher_hidden: Tensor | None,
         teacher_weight: Tensor | None,
         teacher_bias: Tensor | None,
-        share: float,
+        share: float | Tensor,
         rows: int,
     ) -> Tensor:
         cross_entropy = hidden.new_zeros((), dtype=torch.float32)

@@ -134,6 +134,8 @@ class Objective(nn.Module):
         UserError: the auxiliary loss reads norms of which the model has none, or the teacher has another vocabulary.
     """
 
+    share: Tensor
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -146,10 +148,13 @@ class Objective(nn.Module):
         self.model = model
         self.eot_token_id = eot_token_id
         self.auxiliary = auxiliary if auxiliary is not None and auxiliary.weight > 0 else None
-        self.share = self.matching = 0.0
+        self.matching, self.soft = 0.0, False
         self.teacher: PreTrainedModel | None = None
+        # A buffer: it changes from step to step, and a compiled graph should not.
+        self.register_buffer("share", torch.zeros((), device=model.device), persistent=False)
         if distillation is not None and (distillation.share > 0 or distillation.matching > 0):
-            self.share, self.matching, self.teacher = distillation.share, distillation.matching, distillation.teacher
+            self.teacher, self.matching, self.soft = distillation.teacher, distillation.matching, distillation.share > 0
+            self.set_share(distillation.share)
             _check_same_layout(model, self.teacher)
         _switch_dropout_off(model)
         # Filled by hooks during a forward pass and emptied at its end: what each norm read, and what each block wrote.
@@ -164,6 +169,11 @@ class Objective(nn.Module):
             for block, its_teacher in zip(model.transformer.h, self.teacher.transformer.h, strict=True):
                 block.register_forward_hook(self._keep_written)
                 its_teacher.register_forward_hook(self._keep_taught)
+
+    def set_share(self, share: float) -> None:
+        """Change s, the share of the token loss that comes from the teacher; takes effect in the next forward pass."""
+        assert 0 <= share <= 1, share
+        self.share.fill_(share)
 
     def _keep_read(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._read.append((module, args[0]))
@@ -190,7 +200,7 @@ class Objective(nn.Module):
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
         taught = self._teach(inputs)
         hidden = self.model.transformer(input_ids=inputs, use_cache=False).last_hidden_state
-        soft = taught is not None and self.share > 0
+        soft = taught is not None and self.soft
         loss = linear_cross_entropy(
             hidden.reshape(-1, hidden.shape[-1]),
             _head(self.model),

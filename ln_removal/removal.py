@@ -131,6 +131,7 @@ def _score(run: _Run, questions: QuestionSet | None, *, seconds_before: float) -
     from ln_removal.evaluation import results as results_file
     from ln_removal.evaluation.scoring import score
     from ln_removal.export.model_card import write_model_card
+    from ln_removal.report.page import write_report
 
     recipe, out = run.recipe, run.out
     models = {"original": recipe.model}
@@ -150,6 +151,7 @@ def _score(run: _Run, questions: QuestionSet | None, *, seconds_before: float) -
     )
     results_file.write(results, out / "results.json")
     write_model_card(out / "model", recipe, results)
+    write_report(out)
 
 
 def _finished(recipe: Recipe, out: Path, *, control: bool, questions: str | None) -> Results | None:

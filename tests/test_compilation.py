@@ -18,7 +18,8 @@ TERMS: dict[str, dict[str, Any]] = {
         "auxiliary_weight": 0.1,
         "auxiliary_target": "constants",
         "auxiliary_sites": "all",
-        "distillation": 0.5,
+        "distillation": 0.9,
+        "distillation_end": 0.1,
         "residual_matching": 0.1,
     },
 }

@@ -69,6 +69,43 @@ def test_table_and_protocol(model_directory: Path, questions: Path) -> None:
     assert "8 questions, protocol nanogpt" in words and "acc_norm (%)" in words and str(model_directory.name) in words
 
 
+def test_several_models_are_compared_with_the_first(model_directory: Path, questions: Path, tmp_path: Path) -> None:
+    other = _other_weights(model_directory, tmp_path / "other")
+    arguments = [str(model_directory), str(other), "--data", str(questions), "--device", "cpu"]
+    scores = tmp_path / "scores.jsonl"
+    done = runner.invoke(app, [*arguments, "--json", "--per-question", str(scores)])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    (comparison,) = found["comparisons"]
+    assert (comparison["first"], comparison["second"]) == (str(model_directory), str(other))
+    lines = [json.loads(line) for line in scores.read_text().splitlines()]
+    right = {
+        name: [line["choice_norm"] == line["label"] for line in lines if line["model"] == name]
+        for name in (str(model_directory), str(other))
+    }
+    first, second = right.values()
+    norm = comparison["acc_norm"]
+    assert norm["only_first"] == sum(a and not b for a, b in zip(first, second, strict=True))
+    assert norm["only_second"] == sum(b and not a for a, b in zip(first, second, strict=True))
+    assert norm["difference"] == pytest.approx((sum(second) - sum(first)) / 8)
+    assert norm["low"] <= norm["difference"] <= norm["high"] and 0 < norm["p_value"] <= 1
+    assert runner.invoke(app, [*arguments, "--json"]).stdout == done.stdout, "seeded"
+    table = " ".join(runner.invoke(app, arguments).stdout.split())
+    assert "McNemar p" in table and "95 % interval" in table
+
+
+def _other_weights(model: Path, out: Path) -> Path:
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(model, out)
+    weights = load_file(out / "model.safetensors")
+    weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"].flip(0).contiguous()
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
 def test_mistakes_are_one_line_and_exit_2(model_directory: Path, questions: Path, tmp_path: Path) -> None:
     cases = [
         [str(tmp_path / "missing"), "--data", str(questions)],

@@ -41,6 +41,7 @@ def evaluate_hellaswag(
             metavar="FILE", help="Write each question's scores and choices there, as JSON lines.", show_default=False
         ),
     ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap that compares several models.")] = 0,
     device: console.DeviceOption = "auto",
     as_json: console.JsonOption = False,
     debug: console.DebugOption = False,
@@ -51,9 +52,13 @@ def evaluate_hellaswag(
     acc compares the endings' summed log-probabilities; acc_norm divides them first: by characters (lm-eval), by tokens
     (nanogpt) or by bytes (code). A figure means nothing without its protocol.
 
+    Every model after the first is compared with the first, question by question: the difference of the accuracies with a
+    95 % paired bootstrap interval, and the exact McNemar test of whether both are equally good.
+
     \b
     Examples:
       evaluate-hellaswag tiny checkpoints/demo/model --data completions
+      evaluate-hellaswag gpt2 checkpoints/gpt2/control/model checkpoints/gpt2/model --protocol nanogpt
       evaluate-hellaswag gpt2 --data hellaswag_val.jsonl --protocol lm-eval --limit 1000
     """
     import json
@@ -71,13 +76,13 @@ def evaluate_hellaswag(
         load_config(name)
     question_set = load_question_set(data, protocol=protocol)
 
-    from ln_removal.evaluation.hellaswag import evaluate_choices
+    from ln_removal.evaluation.hellaswag import ChoiceResult, compare_choices, evaluate_choices
 
-    summaries: dict[str, dict[str, Any]] = {}
+    results: dict[str, ChoiceResult] = {}
     lines: list[dict[str, Any]] = []
     for name in dict.fromkeys(models):
         loaded = load_model(name, device=place)
-        result = evaluate_choices(
+        results[name] = evaluate_choices(
             loaded.model,
             loaded.tokenizer,
             question_set.questions,
@@ -85,18 +90,23 @@ def evaluate_hellaswag(
             limit=limit,
             progress=name if sys.stderr.isatty() else False,
         )
-        summaries[name] = result.summary()
-        lines += [{"model": name, **score} for score in result.per_question_json()]
+        lines += [{"model": name, **score} for score in results[name].per_question_json()]
         del loaded
+    summaries = {name: result.summary() for name, result in results.items()}
+    first, *others = results
+    comparisons = [
+        {"first": first, "second": name, **compare_choices(results[first], results[name], seed=seed)} for name in others
+    ]
     if per_question is not None:
         per_question.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     if as_json:
-        typer.echo(json.dumps({"data": question_set.name, "device": place, "models": summaries}, indent=2))
+        found = {"data": question_set.name, "device": place, "models": summaries, "comparisons": comparisons}
+        typer.echo(json.dumps(found, indent=2))
     else:
-        _print_table(summaries, question_set.name)
+        _print_tables(summaries, comparisons, question_set.name)
 
 
-def _print_table(summaries: dict[str, dict[str, Any]], source: str) -> None:
+def _print_tables(summaries: dict[str, dict[str, Any]], comparisons: list[dict[str, Any]], source: str) -> None:
     from rich.table import Table
 
     first = next(iter(summaries.values()))
@@ -108,7 +118,27 @@ def _print_table(summaries: dict[str, dict[str, Any]], source: str) -> None:
         table.add_column(f"{column} (%)", justify="right")
     for name, summary in summaries.items():
         table.add_row(name, *(_percent(summary[key], summary[f"{key}_standard_error"]) for key in ("acc", "acc_norm")))
-    console.wide_console().print(table)
+    wide = console.wide_console()
+    wide.print(table)
+    if not comparisons:
+        return
+    paired = Table(title=f"difference to {comparisons[0]['first']}, in points", title_justify="left")
+    paired.add_column("model", overflow="fold")
+    for column in ("rule", "difference", "95 % interval", "only it right", "only the first right", "McNemar p"):
+        paired.add_column(column, justify="right")
+    for comparison in comparisons:
+        for rule in ("acc", "acc_norm"):
+            one = comparison[rule]
+            paired.add_row(
+                comparison["second"],
+                rule,
+                f"{100 * one['difference']:+.2f}",
+                f"{100 * one['low']:+.2f} to {100 * one['high']:+.2f}",
+                f"{one['only_second']:,}",
+                f"{one['only_first']:,}",
+                f"{one['p_value']:.3g}",
+            )
+    wide.print(paired)
 
 
 def _percent(share: float, error: float | None) -> str:

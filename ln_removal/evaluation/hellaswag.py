@@ -21,12 +21,14 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
 from ln_removal.errors import UserError
 from ln_removal.evaluation.loss import Precision
 from ln_removal.evaluation.multiple_choice import Prompt, ending_log_probs
+from ln_removal.evaluation.paired_comparison import compare_accuracies
 from ln_removal.evaluation.questions import Question
 
 if TYPE_CHECKING:
@@ -74,12 +76,48 @@ class ChoiceResult:
             "acc_norm_standard_error": self.acc_norm_standard_error,
         }
 
+    def right(self, *, normalised: bool) -> npt.NDArray[np.bool_]:
+        """(N,) whether each question was answered rightly, by acc_norm's rule or by acc's."""
+        return np.array(
+            [(score.choice_norm if normalised else score.choice) == score.label for score in self.per_question]
+        )
+
     def per_question_json(self) -> list[dict[str, Any]]:
         """One JSON object a question; a figure that is not finite (an ending that cleaning left empty) is null."""
         return [
             {**asdict(score), "normalised": [value if math.isfinite(value) else None for value in score.normalised]}
             for score in self.per_question
         ]
+
+
+def compare_choices(first: ChoiceResult, second: ChoiceResult, *, seed: int = 0) -> dict[str, Any]:
+    """Two models on the same questions: second minus first, under both rules, ready for JSON.
+
+    Returns:
+        For "acc" and "acc_norm" a dictionary: `difference` of the accuracies with `low` and `high`, its paired bootstrap interval
+        (95 %), `p_value` of the exact McNemar test, `only_first` and `only_second`, the questions that one alone got right.
+
+    Raises:
+        UserError: they did not answer the same questions under the same protocol.
+    """
+    asked = [[(score.ind, score.label) for score in result.per_question] for result in (first, second)]
+    if first.protocol != second.protocol or asked[0] != asked[1]:
+        raise UserError("a paired comparison needs the same questions under the same protocol; score both in one call")
+    found: dict[str, Any] = {}
+    for rule in ("acc", "acc_norm"):
+        normalised = rule == "acc_norm"
+        compared = compare_accuracies(
+            first.right(normalised=normalised), second.right(normalised=normalised), seed=seed
+        )
+        found[rule] = {
+            "difference": compared.difference.value,
+            "low": compared.difference.low,
+            "high": compared.difference.high,
+            "p_value": compared.p_value,
+            "only_first": compared.only_first,
+            "only_second": compared.only_second,
+        }
+    return found
 
 
 def evaluate_choices(

@@ -9,7 +9,7 @@ Shape legend: B batch, T positions, D width, V vocabulary, M scored positions.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from ln_removal.data.tokens import TokenSplit
 
 Precision = Literal["float32", "bfloat16"]
+
+Measure = Callable[[Tensor, Tensor], Tensor]
+"""From logits (m, V) and targets (m,) to what is kept of each position: (m,), or (F, m) for F figures."""
 
 # Logits held at once, in elements. On the CPU small chunks stay near the cache; on a GPU larger ones fill it.
 CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 28}
@@ -88,6 +91,36 @@ def cross_entropy(
     Raises:
         UserError: when the split is too small to score, or the context longer than the model's.
     """
+    windows = windows_to_score(model, split, context=context, max_tokens=max_tokens)
+    losses = score_windows(
+        model, split, windows, nll, batch_size=batch_size, device=device, precision=precision, progress=progress
+    )
+    return summarise(losses, [window.scored for window in windows], tokens=split.tokens, size=split.bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """`count` inputs from `start` of a shard; their targets stand one token further. The first `skip` are not scored."""
+
+    shard: int
+    start: int
+    count: int
+    skip: int = 0
+
+    @property
+    def scored(self) -> int:
+        """Targets that count."""
+        return self.count - self.skip
+
+
+def windows_to_score(
+    model: nn.Module, split: TokenSplit, *, context: int, max_tokens: int | None = None, stride: int | None = None
+) -> list[Window]:
+    """`plan_windows` of a split, for a model that can read them.
+
+    Raises:
+        UserError: when the split is too small to score, the context longer than the model's, or the stride than it.
+    """
     positions = getattr(getattr(model, "config", None), "n_positions", None)
     if positions is not None and context > positions:
         raise UserError(
@@ -96,58 +129,86 @@ def cross_entropy(
         )
     if context < 1 or (max_tokens is not None and max_tokens < 1):
         raise UserError(f"nothing to score: context {context}, at most {max_tokens} tokens; both must be at least 1")
-    windows = plan_windows([shard.tokens for shard in split.shards], context, max_tokens)
+    if stride is not None and not 1 <= stride <= context:
+        raise UserError(
+            f"the stride of {stride} tokens is not between 1 and the context of {context}; change one of them"
+        )
+    windows = plan_windows([shard.tokens for shard in split.shards], context, max_tokens, stride)
     if not windows:
         raise UserError(
             f"the {split.name} split has {split.tokens} tokens, too few to score (2 or more in a shard are needed); "
             "prepare more text"
         )
-    device = torch.device(device) if device is not None else next(model.parameters()).device
-    batch = max(1, _batch_tokens(model, device) // context) if batch_size == "auto" else batch_size
-
-    total = sum(window.count for window in windows)
-    losses = np.empty(total, dtype=np.float64 if next(model.parameters()).dtype == torch.float64 else np.float32)
-    done = 0
-    label = progress if isinstance(progress, str) else "loss"
-    with scoring(model, device, precision), tqdm(total=total, desc=label, unit="tok", disable=not progress) as bar:
-        # Only windows of one length share a batch, so nothing is padded.
-        for count, same in groupby(windows, key=lambda window: window.count):
-            for group in _chunks(list(same), batch):
-                tokens = np.stack([split.read(window.shard, window.start, count + 1) for window in group])
-                scored = _losses_halving(model, torch.from_numpy(tokens).to(device)).flatten().cpu().numpy()
-                losses[done : done + scored.size] = scored
-                done += scored.size
-                bar.update(scored.size)
-    assert done == total, f"{done} of {total} tokens scored"
-    return summarise(losses, [window.count for window in windows], tokens=split.tokens, size=split.bytes)
+    return windows
 
 
-@dataclass(frozen=True, slots=True)
-class Window:
-    """`count` inputs from `start` of a shard; their targets stand one token further."""
-
-    shard: int
-    start: int
-    count: int
-
-
-def plan_windows(shards: list[int], context: int, max_tokens: int | None = None) -> list[Window]:
+def plan_windows(
+    shards: list[int], context: int, max_tokens: int | None = None, stride: int | None = None
+) -> list[Window]:
     """The windows to score, given the number of tokens in each shard.
 
-    With `max_tokens` below what is there: max(1, max_tokens // context) whole windows, evenly spread (the shorter
-    windows at the ends of shards only where no whole one exists).
+    With a `stride` below the context, windows begin every `stride` tokens and overlap: each scores what the one before
+    did not, at least context - stride tokens of text before it. With `max_tokens` below what is there:
+    max(1, max_tokens // stride) whole windows, evenly spread (the shorter windows at the ends of shards only where no
+    whole one exists).
     """
-    windows = [
-        Window(shard, start, min(context, tokens - 1 - start))
-        for shard, tokens in enumerate(shards)
-        for start in range(0, tokens - 1, context)
-    ]
-    if max_tokens is None or max_tokens >= sum(window.count for window in windows):
+    step = stride or context
+    windows: list[Window] = []
+    for shard, tokens in enumerate(shards):
+        reached = 0  # inputs of this shard whose targets are scored already
+        start = 0
+        while reached < tokens - 1:
+            count = min(context, tokens - 1 - start)
+            windows.append(Window(shard, start, count, reached - start))
+            reached = start + count
+            start += step
+    if max_tokens is None or max_tokens >= sum(window.scored for window in windows):
         return windows
-    whole = [window for window in windows if window.count == context]
+    # The first window of a shard scores its whole context: with overlap, leave it out or positions would be mixed.
+    whole = [window for window in windows if window.count == context and window.scored == step]
     windows = whole or windows
-    wanted = min(len(windows), max(1, max_tokens // context))
+    wanted = min(len(windows), max(1, max_tokens // step))
     return [windows[(2 * i + 1) * len(windows) // (2 * wanted)] for i in range(wanted)]
+
+
+def score_windows(
+    model: nn.Module,
+    split: TokenSplit,
+    windows: Sequence[Window],
+    measure: Measure,
+    *,
+    batch_size: int | Literal["auto"] = "auto",
+    device: torch.device | str | None = None,
+    precision: Precision = "float32",
+    progress: bool | str = False,
+) -> np.ndarray[Any, Any]:
+    """What `measure` says of every scored target, window after window.
+
+    Args:
+        model, split, batch_size, device, precision, progress: as in `cross_entropy`.
+        windows: what to score.
+        measure: of one chunk of positions.
+
+    Returns:
+        (M,) or (F, M), float32 (float64 for a float64 model).
+    """
+    device = torch.device(device) if device is not None else next(model.parameters()).device
+    longest = max(window.count for window in windows)
+    batch = max(1, _batch_tokens(model, device) // longest) if batch_size == "auto" else batch_size
+    total = sum(window.scored for window in windows)
+    found: list[np.ndarray[Any, Any]] = []
+    label = progress if isinstance(progress, str) else "loss"
+    with scoring(model, device, precision), tqdm(total=total, desc=label, unit="tok", disable=not progress) as bar:
+        # Only windows of one shape share a batch, so nothing is padded.
+        for (count, skip), same in groupby(windows, key=lambda window: (window.count, window.skip)):
+            for group in _chunks(list(same), batch):
+                tokens = np.stack([split.read(window.shard, window.start, count + 1) for window in group])
+                scored = _measured_halving(model, torch.from_numpy(tokens).to(device), skip, measure).cpu().numpy()
+                found.append(scored)
+                bar.update(scored.shape[-1])
+    figures = np.concatenate(found, axis=-1)
+    assert figures.shape[-1] == total, f"{figures.shape[-1]} of {total} tokens scored"
+    return figures
 
 
 def summarise(losses: np.ndarray[Any, Any], counts: list[int], *, tokens: int, size: int) -> LossResult:
@@ -197,9 +258,15 @@ def scoring(model: nn.Module, device: torch.device, precision: Precision) -> Ite
 
 
 def position_losses(
-    model: Any, input_ids: Tensor, targets: Tensor, positions: Tensor | None = None, **inputs: Any
+    model: Any,
+    input_ids: Tensor,
+    targets: Tensor,
+    positions: Tensor | None = None,
+    *,
+    measure: Measure | None = None,
+    **inputs: Any,
 ) -> Tensor:
-    """Negative log-probability of a target at each chosen position, in nats.
+    """Negative log-probability of a target at each chosen position, in nats, or what else `measure` makes of the logits.
 
     The unembedding is applied to a chunk of positions at a time, so the logits of the whole batch never exist together.
     A model that does not keep its body in `.transformer` is called as a whole, logits and all.
@@ -209,37 +276,50 @@ def position_losses(
         input_ids: (B, T) tokens.
         targets: (M,) tokens to predict.
         positions: (M,) flat indices b * T + t of the positions that predict them; None for all B * T.
+        measure: default: `nll`.
         **inputs: further inputs of the model, such as `position_ids` or `attention_mask`.
 
     Returns:
-        (M,) float32, or float64 for a float64 model.
+        (M,), or (F, M) for F figures: float32, or float64 for a float64 model.
     """
+    measure = measure or nll
     if not _has_body(model):
         logits = model(input_ids=input_ids, use_cache=False, **inputs).logits.flatten(0, 1)
-        return _nll(logits if positions is None else logits[positions], targets)
+        return measure(_wide(logits if positions is None else logits[positions]), targets)
     hidden = model.transformer(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state.flatten(0, 1)
     if positions is not None:
         hidden = hidden[positions]
     rows = max(1, CHUNK_ELEMENTS.get(hidden.device.type, 1 << 23) // _vocabulary(model))
     chunks = zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True)
-    return torch.cat([_nll(model.lm_head(some), theirs) for some, theirs in chunks])
+    return torch.cat([measure(_wide(model.lm_head(some)), theirs) for some, theirs in chunks], dim=-1)
 
 
-def _nll(logits: Tensor, targets: Tensor) -> Tensor:
-    logits = logits if logits.dtype == torch.float64 else logits.float()
+def nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """(m,) negative log-probabilities of targets (m,) under logits (m, V), in nats."""
     return F.cross_entropy(logits, targets, reduction="none")
 
 
-def _losses_halving(model: nn.Module, batch: Tensor) -> Tensor:
-    """Losses (B, T) of windows (B, T + 1); a batch that does not fit in the GPU's memory is done in two halves."""
+def _wide(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _measured_halving(model: nn.Module, batch: Tensor, skip: int, measure: Measure) -> Tensor:
+    """Figures of windows (B, T + 1), all but the first `skip` targets of each; (B * (T - skip),) or (F, ...).
+
+    A batch that does not fit in the GPU's memory is done in two halves.
+    """
     inputs, targets = batch[:, :-1], batch[:, 1:]
+    positions = None
+    if skip:
+        positions = torch.arange(inputs.numel(), device=batch.device).view(inputs.shape)[:, skip:].flatten()
     try:
-        return position_losses(model, inputs, targets.flatten()).view(targets.shape)
+        return position_losses(model, inputs, targets[:, skip:].flatten(), positions, measure=measure)
     except torch.OutOfMemoryError:
         if len(batch) == 1:
             raise
     # Outside the handler: the exception's frames, and with them the failed batch's tensors, are gone by now.
-    return torch.cat([_losses_halving(model, half) for half in batch.tensor_split(2)])
+    halves = [_measured_halving(model, half, skip, measure) for half in batch.tensor_split(2)]
+    return torch.cat(halves, dim=-1)
 
 
 def _has_body(model: nn.Module) -> bool:

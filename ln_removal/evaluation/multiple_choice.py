@@ -160,7 +160,7 @@ def _batch_log_probs(model: nn.Module, rows: list[Row], device: torch.device) ->
     return np.concatenate([_batch_log_probs(model, half, device) for half in (rows[:middle], rows[middle:])])
 
 
-def _tensors(model: Any, rows: list[Row], device: torch.device) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+def _tensors(model: Any, rows: list[Row], device: torch.device) -> tuple[dict[str, Any], Tensor, Tensor]:
     """Inputs (B, T) of the model, the flat positions (M,) that predict the endings, and the ending tokens (M,)."""
     width = max(row.length for row in rows)
     input_ids, position_ids = np.zeros((2, len(rows), width), dtype=np.int64)

@@ -18,8 +18,13 @@ kept) and `ln_free`. A model that was not there, or not scored, is null.
       "device": "cpu",
       "settings": {"data": ..., "context": ..., "precision": ...,
                    "questions": ..., "question_set": ..., "protocol": ...},
+      "by_data": [{"data": ..., "differences": [...], "by_position": {...}, "worst": [...], ...}, ...],
+      "residual_std": {...}, "odd_text": [...], "continuations": [...],
       "versions": {"ln_removal": ..., "torch": ..., "transformers": ..., "python": ...}
     }
+
+The figures at the top are those of the first data set. `by_data` says more of each one (`data_scores.DataScores`), the
+first included; it and what follows it may be empty, as in files of earlier versions.
 
 `accuracy` is acc_norm, the length-normalised choice that is usually quoted for HellaSwag; it is null when no questions
 were asked.
@@ -29,50 +34,53 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, ValidationError, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, ValidationError, model_validator
 
 from ln_removal.data.tokens import write_json_atomically
 from ln_removal.errors import UserError
+from ln_removal.evaluation.data_scores import (
+    ROLES,
+    TITLES,
+    Continuation,
+    DataScores,
+    LossSpread,
+    OddText,
+    ResidualStd,
+    Schema,
+    Trio,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
     from ln_removal.evaluation.hellaswag import ChoiceResult
     from ln_removal.evaluation.loss import LossResult
 
-ROLES = ("original", "control", "ln_free")
-TITLES = {"original": "original", "control": "control", "ln_free": "LN-free"}
+__all__ = [
+    "ROLES",
+    "TITLES",
+    "LossSpread",
+    "Results",
+    "Settings",
+    "Trio",
+    "collect",
+    "read",
+    "render",
+    "versions",
+    "write",
+]
 
-T = TypeVar("T")
-
-
-class _Schema(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Trio(_Schema, Generic[T]):
-    """One value for each model; None for a model that was not there or not scored."""
-
-    original: T | None = None
-    control: T | None = None
-    ln_free: T | None = None
-
-
-class LossSpread(_Schema):
-    """How the per-token losses spread, in nats; `standard_error` is that of the mean, over windows."""
-
-    standard_error: float | None
-    median: float
-    percentile_95: float
-    percentile_99_9: float
+WORST_SHOWN = 2
+"""Worst windows of a data set that the printed table shows; results.json and the report have more."""
 
 
-class Settings(_Schema):
+class Settings(Schema):
     """How the figures were taken.
 
     Attributes:
@@ -88,7 +96,7 @@ class Settings(_Schema):
     protocol: str = ""
 
 
-class Results(_Schema):
+class Results(Schema):
     """The content of results.json; the module's docstring explains the fields."""
 
     format: Literal["ln-removal results 1"] = "ln-removal results 1"
@@ -103,13 +111,19 @@ class Results(_Schema):
     seconds: NonNegativeFloat
     device: str
     settings: Settings
+    by_data: tuple[DataScores, ...] = ()
+    residual_std: Trio[ResidualStd] = Trio[ResidualStd]()
+    odd_text: tuple[OddText, ...] = ()
+    continuations: tuple[Continuation, ...] = ()
     versions: dict[str, str] = Field(default_factory=lambda: versions())
 
     @model_validator(mode="after")
     def _gap_is_the_difference(self) -> Results:
         difference = _minus(self.cross_entropy.ln_free, self.cross_entropy.control)
         same = self.gap == difference or (
-            self.gap is not None and difference is not None and math.isclose(self.gap, difference, abs_tol=1e-6)
+            self.gap is not None
+            and difference is not None
+            and (math.isclose(self.gap, difference, abs_tol=1e-6) or (math.isnan(self.gap) and math.isnan(difference)))
         )
         if not same:
             raise ValueError(f"gap is {self.gap}, cross_entropy.ln_free - cross_entropy.control is {difference}")
@@ -124,6 +138,10 @@ def collect(
     settings: Settings,
     seconds: float,
     device: str,
+    by_data: Sequence[DataScores] = (),
+    residual_std: Mapping[str, ResidualStd] | None = None,
+    odd_text: Sequence[OddText] = (),
+    continuations: Sequence[Continuation] = (),
 ) -> Results:
     """Put measurements together.
 
@@ -133,17 +151,12 @@ def collect(
         settings: how the figures were taken.
         seconds: wall-clock time of the whole run or evaluation.
         device: where it ran, such as "cpu" or "NVIDIA H100".
+        by_data, residual_std, odd_text, continuations: as in `Results`, residual_std by role.
     """
+    from ln_removal.evaluation.side_by_side import spread_of
+
     choices = choices or {}
     assert {*losses, *choices, *models} <= {*ROLES}, "roles are original, control and ln_free"
-
-    def spread(loss: LossResult) -> LossSpread:
-        return LossSpread(
-            standard_error=loss.standard_error,
-            median=loss.median,
-            percentile_95=loss.percentile_95,
-            percentile_99_9=loss.percentile_99_9,
-        )
 
     cross_entropy = {role: loss.cross_entropy for role, loss in losses.items()}
     return Results(
@@ -154,12 +167,16 @@ def collect(
         accuracy_standard_error=Trio[float](
             **{role: choice.acc_norm_standard_error for role, choice in choices.items()}
         ),
-        loss_spread=Trio[LossSpread](**{role: spread(loss) for role, loss in losses.items()}),
+        loss_spread=Trio[LossSpread](**{role: spread_of(loss) for role, loss in losses.items()}),
         gap=_minus(cross_entropy.get("ln_free"), cross_entropy.get("control")),
         tokens=max((loss.tokens for loss in losses.values()), default=0),
         seconds=seconds,
         device=device,
         settings=settings,
+        by_data=tuple(by_data),
+        residual_std=Trio[ResidualStd](**(residual_std or {})),
+        odd_text=tuple(odd_text),
+        continuations=tuple(continuations),
     )
 
 
@@ -236,9 +253,19 @@ def render(results: Results, console: Console) -> None:
     row("  median token", part("median"), ".4f")
     row("  95 % of tokens below", part("percentile_95"), ".2f")
     row("  99.9 % of tokens below", part("percentile_99_9"), ".2f")
+    if results.by_data:
+        calibrations = {role: getattr(results.by_data[0].calibration, role) for role in ROLES}
+
+        def calibration(name: str) -> Trio[float]:
+            return Trio[float](**{role: getattr(c, name) for role, c in calibrations.items() if c is not None})
+
+        row("calibration error", calibration("expected_calibration_error"), ".4f")
+        row("entropy of the prediction", calibration("entropy"), ".4f")
     row("bits per byte", results.bits_per_byte, ".4f")
     row("accuracy (%)", _percent(results.accuracy), ".2f", _percent(results.accuracy_standard_error))
     console.print(table)
+    for more in _further_tables(results, shown):
+        console.print(more)
     settings = results.settings
     notes = [f"{results.tokens:,} tokens of {settings.data}, context {settings.context}, {settings.precision}"]
     if settings.questions:
@@ -248,6 +275,60 @@ def render(results: Results, console: Console) -> None:
         notes.append(f"gap (LN-free - control): {results.gap:+.4f} nats per token")
     for note in notes:
         console.print(note, markup=False, highlight=False)
+    for data in results.by_data:
+        for one in data.differences:
+            console.print(
+                f"{data.data}: {TITLES[one.model]} - {TITLES[one.than]} {one.mean:+.4f}, {100 * one.confidence:.0f} % "
+                f"interval {one.low:+.4f} to {one.high:+.4f} ({one.units} {one.unit})",
+                markup=False,
+                highlight=False,
+            )
+        for sample in data.worst[:WORST_SHOWN]:
+            losses = ", ".join(
+                f"{TITLES[role]} {value:.2f}" for role in shown if (value := getattr(sample.loss, role)) is not None
+            )
+            text = (
+                repr(sample.before[-60:])[1:-1]
+                + " >>"
+                + repr(sample.token)[1:-1]
+                + "<< "
+                + repr(sample.after[:20])[1:-1]
+            )
+            console.print(f"{data.data}: worst window, {losses}: {text}", markup=False, highlight=False)
+    for written in results.continuations:
+        for role in shown:
+            if (text := getattr(written.texts, role)) is not None:
+                console.print(f"--- {TITLES[role]}\n{written.prompt}{text}", markup=False, highlight=False)
+
+
+def _further_tables(results: Results, shown: Sequence[str]) -> Iterator[Table]:
+    """By data set where there are several, and on odd text."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    def cells(values: Trio[float], form: str) -> list[str]:
+        return ["-" if (value := getattr(values, role)) is None else format(value, form) for role in shown]
+
+    def begun(title: str) -> Table:
+        table = Table(title=title, title_justify="left")
+        table.add_column("")
+        for role in shown:
+            table.add_column(TITLES[role], justify="right")
+        return table
+
+    if len(results.by_data) > 1:
+        table = begun("Cross-entropy by data set")
+        for data in results.by_data:
+            table.add_row(escape(data.data), *cells(data.cross_entropy, ".4f"))
+            highest = {role: spread.percentile_99_9 for role in shown if (spread := getattr(data.loss_spread, role))}
+            table.add_row("  99.9 % of tokens below", *cells(Trio[float](**highest), ".2f"))
+        yield table
+    if results.odd_text:
+        table = begun(f"Odd text: mean loss and worst of {results.odd_text[0].sequences} sequences")
+        for odd in results.odd_text:
+            pairs = zip(cells(odd.loss, ".3f"), cells(odd.worst, ".3f"), strict=True)
+            table.add_row(odd.kind, *(f"{mean} / {worst}" for mean, worst in pairs))
+        yield table
 
 
 def _percent(values: Trio[float]) -> Trio[float]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,19 +18,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ToScore:
-    """What `scoring.score` needs: models by role, data, window and limit."""
+    """What `scoring.score` needs: models by role, data (`also`: further data by name), window and limit."""
 
     models: dict[str, str]
     data: TokenDataset
     data_name: str
     context: int
     max_tokens: int | None
+    also: dict[str, TokenDataset] = field(default_factory=dict)
 
 
 def models_to_score(
     source: str,
     *,
-    tokens: Path | None = None,
+    tokens: Sequence[Path] = (),
+    corpora: Sequence[str] = (),
+    workplace: Path | None = None,
     original: str | None = None,
     control: str | None = None,
     context: int | None = None,
@@ -39,6 +43,14 @@ def models_to_score(
 
     A run brings its original, its control if it has one, its LN-free model, its tokens, context and limit. A model inside a
     run brings itself and the run's tokens, context and limit. What is given explicitly wins.
+
+    Args:
+        source: a run, a model inside one, or any model.
+        tokens: directories of prepared tokens, in place of the run's.
+        corpora: corpora or files, in place of the run's tokens or after those given; their held-out text is prepared.
+        workplace: an empty directory for the tokens of `corpora`.
+        original, control: models to set beside it.
+        context, max_tokens: in place of the run's.
 
     Raises:
         UserError: there is no such model, no tokens can be found, or the directory is neither a run nor a model.
@@ -68,20 +80,40 @@ def models_to_score(
         models["original"] = original
     if control is not None:
         models["control"] = control
-    directory = tokens or (run / "tokens" if run is not None else None)
-    if directory is None:
-        raise UserError(
-            f"{source} is not part of a run, so there are no tokens to score it on; prepare some with ln-prepare and pass "
-            "--tokens DIR"
-        )
-    data = TokenDataset.open(directory)
-    own = recipe if tokens is None else None
+    ordered: dict[str, str] = {role: models[role] for role in ("original", "control", "ln_free") if role in models}
+    chosen = bool(tokens or corpora)
+    own = None if chosen else recipe
     if context is None:
         context = recipe.data.context if recipe is not None else min(map(_positions, models.values()))
     limit = max_tokens or (own.data.validation_tokens if own is not None else None)
-    name = own.data.corpus if own is not None else data.corpus_name
-    ordered: dict[str, str] = {role: models[role] for role in ("original", "control", "ln_free") if role in models}
-    return ToScore(ordered, data, f"{name}, validation split", context, limit)
+    if not chosen and run is None:
+        raise UserError(
+            f"{source} is not part of a run, so there are no tokens to score it on; prepare some with ln-prepare and pass "
+            "--tokens DIR, or name text with --corpus"
+        )
+    data_sets: dict[str, TokenDataset] = {}
+    for directory in tokens if chosen else [run / "tokens"] if run is not None else []:
+        data = TokenDataset.open(directory)
+        name = own.data.corpus if own is not None else data.corpus_name
+        _add(data_sets, f"{name}, validation split", data, where=str(directory))
+    for number, name in enumerate(corpora):
+        assert workplace is not None, "corpora need a place for their tokens"
+        data = _held_out(name, next(iter(ordered.values())), workplace / str(number), limit)
+        _add(data_sets, f"{name}, held out" if not Path(name).exists() else name, data, where=name)
+    first, *_ = data_sets
+    return ToScore(ordered, data_sets.pop(first), first, context, limit, data_sets)
+
+
+def _add(data_sets: dict[str, TokenDataset], name: str, data: TokenDataset, *, where: str) -> None:
+    """Under its name, or under a longer one where that is taken."""
+    data_sets[name if name not in data_sets else f"{name} ({where}, {len(data_sets) + 1})"] = data
+
+
+def _held_out(name: str, model: str, directory: Path, max_tokens: int | None) -> TokenDataset:
+    from ln_removal.evaluation.held_out import held_out_tokens
+    from ln_removal.models import load_tokenizer
+
+    return held_out_tokens(name, load_tokenizer(model), directory, tokenizer_name=model, max_tokens=max_tokens)
 
 
 def run_of(path: Path) -> Path | None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ln_removal.errors import UserError
 from ln_removal.evaluation.questions import Question
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 COMPLETIONS = "completions"
 HELLASWAG = "hellaswag"
+
+ODD_SEQUENCES = 16
+"""Sequences of each kind of odd text that `ln-evaluate --odd-text` scores."""
 
 
 @dataclass(frozen=True)
@@ -64,23 +67,33 @@ def score(
     data_name: str,
     context: int,
     max_tokens: int | None = None,
+    also: Mapping[str, TokenDataset] | None = None,
+    stride: int | None = None,
     questions: QuestionSet | None = None,
     limit: int | None = None,
+    odd_sequences_each: int = 0,
+    prompts: Sequence[str] = (),
+    seed: int = 0,
     device: str = "cpu",
     precision: Precision = "float32",
     progress: bool = False,
     seconds_before: float = 0.0,
 ) -> Results:
-    """Load each model in turn and measure its cross-entropy on the validation split and its accuracy on the questions.
+    """Load each model in turn and measure its losses on the validation splits and its accuracy on the questions.
 
     Args:
         models: names or directories, by role: `original`, `control`, `ln_free`.
         data: prepared tokens; every model must have the tokenizer that made them.
         data_name: the corpus in words, for the results.
         context: tokens in a window.
-        max_tokens: score about this many validation tokens; None scores the whole split.
+        max_tokens: score about this many validation tokens of each data set; None scores whole splits.
+        also: further data sets by name, scored in the same way.
+        stride: tokens between the beginnings of two windows; None: the context.
         questions: None asks none.
         limit: ask only so many.
+        odd_sequences_each: also score so many sequences of every kind of odd text.
+        prompts: let each model continue them.
+        seed: of the bootstrap, the odd text and the continuations.
         device: "cpu" or "cuda".
         precision: of the forward passes.
         progress: show progress bars.
@@ -90,27 +103,49 @@ def score(
         UserError: a model does not load, its tokenizer is not the one that made the tokens, or its context is too short.
             What can be known about any of the models is found out before the first one is scored.
     """
+    from ln_removal.evaluation.continuations import TEMPERATURE, encode_prompt, sample_continuation
+    from ln_removal.evaluation.data_scores import Continuation, ResidualStd, Trio
     from ln_removal.evaluation.hellaswag import evaluate_choices
-    from ln_removal.evaluation.loss import cross_entropy
+    from ln_removal.evaluation.odd_text import compare_odd_text, odd_losses, odd_sequences
+    from ln_removal.evaluation.residual_std import residual_std
     from ln_removal.evaluation.results import Settings, collect
-    from ln_removal.models import load_model
+    from ln_removal.evaluation.side_by_side import SideBySide
+    from ln_removal.models import load_config, load_model, load_tokenizer
 
     began = time.perf_counter()
+    data_sets = {data_name: data, **(also or {})}
     for name in models.values():
-        _check_model(name, data, context)
-    split = data.split("validation")
+        for one in data_sets.values():
+            _check_model(name, one, context)
+    tokenizer = load_tokenizer(next(iter(models.values())))
+    if stride is not None and stride > context:
+        raise UserError(f"the stride of {stride} tokens is longer than the context of {context}; lower it")
+    for prompt in prompts:
+        encode_prompt(tokenizer, prompt, min(int(load_config(name).n_positions) for name in models.values()))
+    readings = [
+        SideBySide(name, one, context=context, stride=stride, max_tokens=max_tokens) for name, one in data_sets.items()
+    ]
+    odd = (
+        odd_sequences(tokenizer, context=context + 1, count=odd_sequences_each, seed=seed) if odd_sequences_each else {}
+    )
     losses: dict[str, LossResult] = {}
     choices: dict[str, ChoiceResult] = {}
+    stds: dict[str, ResidualStd] = {}
+    odd_found: dict[str, dict[str, Any]] = {}
+    written: dict[str, list[str]] = {}
     for role, name in models.items():
         loaded = load_model(name, device=device)
-        losses[role] = cross_entropy(
-            loaded.model,
-            split,
-            context=context,
-            max_tokens=max_tokens,
-            precision=precision,
-            progress=f"{role}: loss" if progress else False,
+        for reading in readings:
+            label = role if len(readings) == 1 else f"{role}, {reading.name}"
+            found = reading.add(
+                role, loaded.model, precision=precision, progress=f"{label}: loss" if progress else False
+            )
+            losses.setdefault(role, found)
+        std = residual_std(
+            loaded.model, data.split("validation"), context=context, eot_token_id=data.eot_token_id, precision=precision
         )
+        if std is not None:
+            stds[role] = std
         if questions is not None:
             choices[role] = evaluate_choices(
                 loaded.model,
@@ -121,6 +156,9 @@ def score(
                 precision=precision,
                 progress=f"{role}: questions" if progress else False,
             )
+        if odd:
+            odd_found[role] = odd_losses(loaded.model, odd, precision=precision)
+        written[role] = [sample_continuation(loaded.model, loaded.tokenizer, prompt, seed=seed) for prompt in prompts]
         del loaded
     asked = next(iter(choices.values())).questions if choices else 0
     settings = Settings(
@@ -131,8 +169,27 @@ def score(
         question_set=questions.name if questions and asked else "",
         protocol=questions.protocol if questions and asked else "",
     )
-    seconds = seconds_before + time.perf_counter() - began
-    return collect(losses, choices, models=models, settings=settings, seconds=seconds, device=device_name(device))
+    by_data = [reading.scores(tokenizer, seed=seed) for reading in readings]
+    return collect(
+        losses,
+        choices,
+        models=models,
+        settings=settings,
+        seconds=seconds_before + time.perf_counter() - began,
+        device=device_name(device),
+        by_data=by_data,
+        residual_std=stds,
+        odd_text=compare_odd_text(tokenizer, odd, odd_found) if odd else (),
+        continuations=[
+            Continuation(
+                prompt=prompt,
+                temperature=TEMPERATURE,
+                seed=seed,
+                texts=Trio[str](**{role: texts[number] for role, texts in written.items()}),
+            )
+            for number, prompt in enumerate(prompts)
+        ],
+    )
 
 
 def _check_model(name: str, data: TokenDataset, context: int) -> None:

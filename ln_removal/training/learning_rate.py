@@ -1,4 +1,7 @@
-"""The learning rate at a step. Pure Python: a run that resumes asks for any step and gets the same number."""
+"""What changes from step to step besides the norms: the learning rate, the teacher's share.
+
+Pure Python: a run that resumes asks for any step and gets the same number.
+"""
 
 from __future__ import annotations
 
@@ -58,3 +61,12 @@ def rewarm_factor(step: int, begins: Sequence[int], length: int) -> float:
     if newest is None:
         return 1.0
     return min(1.0, (step - newest + 1) / (length + 1))
+
+
+def distillation_at(step: int, spec: TrainingSpec) -> float:
+    """The share of the loss that comes from the teacher: linear from `distillation` to `distillation_end` over the run.
+
+    Early on the teacher says what freezing has destroyed; later the text can teach what the teacher never knew.
+    """
+    end = spec.distillation if spec.distillation_end is None else spec.distillation_end
+    return spec.distillation + (end - spec.distillation) * step / max(1, spec.steps - 1)

@@ -22,7 +22,7 @@ from ln_removal.adaptive_schedule import AdaptiveSchedule
 from ln_removal.data.read_ahead import read_ahead
 from ln_removal.data.sampler import WindowSampler
 from ln_removal.errors import UserError
-from ln_removal.training.learning_rate import learning_rate_at, rewarm_factor
+from ln_removal.training.learning_rate import distillation_at, learning_rate_at, rewarm_factor
 from ln_removal.training.optimizers import build_optimizers, set_learning_rate, step_unless_bad
 from ln_removal.training.setup import autocast
 from ln_removal.training.state import TrainerState, load_newest, save_checkpoint
@@ -129,6 +129,8 @@ def train(
             if removal is not None:
                 rate *= rewarm_factor(step, removal.schedule.begins_of_kinds(), spec.rewarm_steps)
             set_learning_rate(optimizers, rate)
+            if objective.soft:
+                objective.set_share(distillation_at(step, spec))
             loss, norm = _forward_backward(model, batches, accelerator, parameters, spec)
             bad = pending.add(loss, norm, rate)
             step_unless_bad(optimizers, bad)
