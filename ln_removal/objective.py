@@ -157,7 +157,9 @@ class Objective(nn.Module):
             self.set_share(distillation.share)
             _check_same_layout(model, self.teacher)
         _switch_dropout_off(model)
-        # Filled by hooks during a forward pass and emptied at its end: what each norm read, and what each block wrote.
+        # Filled by hooks during a forward pass of this module, and of no other (the model is evaluated by itself), and
+        # emptied at its end: what each norm read, and what each block wrote.
+        self._listening = False
         self._read: list[tuple[nn.Module, Tensor]] = []
         self._written: list[Tensor] = []
         self._taught: list[Tensor] = []
@@ -176,13 +178,16 @@ class Objective(nn.Module):
         self.share.fill_(share)
 
     def _keep_read(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self._read.append((module, args[0]))
+        if self._listening:
+            self._read.append((module, args[0]))
 
     def _keep_written(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._written.append(output[0] if isinstance(output, tuple) else output)
+        if self._listening:
+            self._written.append(output[0] if isinstance(output, tuple) else output)
 
     def _keep_taught(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._taught.append(output[0] if isinstance(output, tuple) else output)
+        if self._listening:
+            self._taught.append(output[0] if isinstance(output, tuple) else output)
 
     def train(self, mode: bool = True) -> Objective:
         """As nn.Module.train, but the teacher stays in evaluation mode."""
@@ -198,6 +203,7 @@ class Objective(nn.Module):
             tokens: (B, T + 1).
         """
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
+        self._listening = True
         taught = self._teach(inputs)
         hidden = self.model.transformer(input_ids=inputs, use_cache=False).last_hidden_state
         soft = taught is not None and self.soft
@@ -215,6 +221,7 @@ class Objective(nn.Module):
             total = total + self.matching * sum(residual_matching_loss(*pair) for pair in pairs) / len(pairs)
         if self.auxiliary is not None:
             total = total + self.auxiliary.weight * self._auxiliary_loss(inputs)
+        self._listening = False
         self._read, self._written, self._taught = [], [], []
         return StepLoss(total, loss.cross_entropy)
 

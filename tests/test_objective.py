@@ -205,3 +205,16 @@ def test_a_teacher_of_another_shape_is_refused(tiny_gpt2: GPT2LMHeadModel) -> No
     config.n_layer += 1
     with pytest.raises(UserError, match="n_layer"):
         Objective(tiny_gpt2, eot_token_id=EOT, distillation=Distillation(type(tiny_gpt2)(config), share=0.5))
+
+
+def test_what_the_model_does_by_itself_is_not_part_of_the_loss(tiny_gpt2: GPT2LMHeadModel, token_ids: Tensor) -> None:
+    teacher = as_teacher(copy.deepcopy(tiny_gpt2), "float32")
+    install(tiny_gpt2, eot_token_id=EOT)
+    auxiliary = Auxiliary(0.1, sites="all")
+    objective = Objective(
+        tiny_gpt2, eot_token_id=EOT, auxiliary=auxiliary, distillation=Distillation(teacher, 0.5, matching=0.1)
+    )
+    expected = objective(token_ids).total
+    for model in (tiny_gpt2, teacher):  # an evaluation, with batches of another shape
+        model(token_ids[:1, :5])
+    assert torch.equal(objective(token_ids).total, expected)
