@@ -40,7 +40,9 @@ def harder(questions: list[Question]) -> list[Question]:
             added = question.ctx_a + HARD_TEXT[0]
             question = dataclasses.replace(question, ctx_a=added, ctx=f"{added} {question.ctx_b}".strip())
         if number % 7 == 0:
-            question = dataclasses.replace(question, endings=(question.endings[0] + HARD_TEXT[1], *question.endings[1:]))
+            question = dataclasses.replace(
+                question, endings=(question.endings[0] + HARD_TEXT[1], *question.endings[1:])
+            )
         changed.append(question)
     return changed
 
@@ -93,7 +95,9 @@ def compare(model: Path, data: Path, options: argparse.Namespace) -> tuple[dict[
     theirs = run("lm-eval", {**settings, "batch_size": 16}, options)
     differing = sum(a != b for a, b in zip(ours["choices"], theirs["choices"], strict=True))
     gaps = [
-        abs(a - b) for own, other in zip(ours["log_probs"], theirs["log_probs"], strict=True) for a, b in zip(own, other, strict=True)
+        abs(a - b)
+        for own, other in zip(ours["log_probs"], theirs["log_probs"], strict=True)
+        for a, b in zip(own, other, strict=True)
     ]
     agreement = {
         "questions": len(ours["choices"]),

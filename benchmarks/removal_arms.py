@@ -133,6 +133,11 @@ ARMS: dict[str, Arm] = {
     "short-std-fading": Arm(
         "the same, from the teacher alone to the text alone", together(taper=0.1, special=0.25), {**STD, **FADING}
     ),
+    "short-std-faded": Arm(
+        "the same, with the teacher gone at half time",
+        together(taper=0.1, special=0.25),
+        {**STD, **FADING, "distillation_until": 0.5},
+    ),
     "short-teacher": Arm("without the std loss", together(taper=0.1, special=0.25), KL_ONLY),
     "at-once-std-teacher": Arm("the same, everything in step 1", together(), {**STD, **KL_ONLY}),
     "std-then-taper": Arm("the std loss alone for a fifth, then taper", together(start=0.2, taper=0.2), {**STD, **KL}),

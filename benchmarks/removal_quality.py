@@ -56,16 +56,16 @@ def recipe_of(arm: str, model: str, seed: int, steps: int, n_layer: int) -> Reci
     return load_recipe("tiny", changed)
 
 
-def run_arm(recipe: Recipe, tokens: Path, work: Path, *, control: bool) -> dict[str, Any]:
+def run_arm(recipe: Recipe, tokens: Path, work: Path, *, control: bool, device: str) -> dict[str, Any]:
     """Train one arm; the control is the run's own control, trained without a removal."""
     began = time.perf_counter()
     if work.exists():
         shutil.rmtree(work)
     if control:
-        train_control(recipe, tokens, work)
+        train_control(recipe, tokens, work, device)
         rows = read_rows(work / "control" / "metrics.jsonl")
     else:
-        remove(recipe, work, tokens=tokens, questions=None, device="cpu", progress=False)
+        remove(recipe, work, tokens=tokens, questions=None, device=device, progress=False)
         rows = read_rows(work / "metrics.jsonl")
     evaluations = [(row["step"], row["cross_entropy"]) for row in rows if row["kind"] == "evaluation"]
     training = [row["loss"] for row in rows if row["kind"] == "train"]
@@ -79,14 +79,14 @@ def run_arm(recipe: Recipe, tokens: Path, work: Path, *, control: bool) -> dict[
     }
 
 
-def train_control(recipe: Recipe, tokens: Path, work: Path) -> None:
+def train_control(recipe: Recipe, tokens: Path, work: Path, device: str) -> None:
     """The vanilla control alone."""
     from ln_removal.data.tokens import TokenDataset
     from ln_removal.removal import train_vanilla_control
     from ln_removal.training.setup import build_accelerator
 
     train_vanilla_control(
-        recipe, work, data=TokenDataset.open(tokens), accelerator=build_accelerator("cpu"), progress=False
+        recipe, work, data=TokenDataset.open(tokens), accelerator=build_accelerator(device), progress=False
     )
 
 
@@ -187,6 +187,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=[CONTROL, *ARMS], choices=[CONTROL, *ARMS])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the shared recipe")
     parser.add_argument("--json", type=Path, help="also write the whole table with every run here")
     given = parser.parse_args()
@@ -206,7 +207,7 @@ def main() -> None:
                 continue
             recipe = recipe_of(arm, given.model, seed, given.steps, n_layer)
             try:
-                result = run_arm(recipe, given.tokens, place / "work", control=arm == CONTROL)
+                result = run_arm(recipe, given.tokens, place / "work", control=arm == CONTROL, device=given.device)
             except ValueError as error:  # a run that diverged is a result
                 result = {"failed": str(error)}
             file.write_text(json.dumps(result, indent=1))
@@ -225,7 +226,7 @@ def main() -> None:
             "testbed": given.name,
             "steps": given.steps,
             "base": BASE,
-            "machine": machine("cpu"),
+            "machine": machine(given.device),
             "original": original,
         }
         arms = {arm: ARMS[arm].about for arm in results if arm in ARMS}

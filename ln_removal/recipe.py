@@ -113,7 +113,8 @@ class TrainingSpec(_Spec):
     auxiliary_target: Literal["batch", "constants"] = "batch"
     auxiliary_sites: Literal["ln_f", "all"] = "ln_f"
     distillation: Annotated[float, Field(ge=0, le=1)] = 0.0  # share of the loss that is KL from the original model
-    distillation_end: Annotated[float, Field(ge=0, le=1)] | None = None  # that share in the last step; None: the same
+    distillation_end: Annotated[float, Field(ge=0, le=1)] | None = None  # that share in the end; None: the same
+    distillation_until: Annotated[float, Field(gt=0, le=1)] = 1.0  # share of the run after which it is reached
     residual_matching: NonNegativeFloat = 0.0  # weight of the distance to the original's residual stream
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     compile: bool | Literal["auto"] = "auto"

@@ -119,5 +119,6 @@ def test_the_teachers_share_goes_from_one_value_to_the_other() -> None:
         return [distillation_at(step, spec) for step in range(5)]
 
     assert shares(distillation=1.0, distillation_end=0.0) == pytest.approx([1, 0.75, 0.5, 0.25, 0])
+    assert shares(distillation=1.0, distillation_end=0.0, distillation_until=0.5) == pytest.approx([1, 0.5, 0, 0, 0])
     assert shares(distillation=0.5) == [0.5] * 5
     assert shares() == [0.0] * 5

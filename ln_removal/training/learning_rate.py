@@ -64,9 +64,12 @@ def rewarm_factor(step: int, begins: Sequence[int], length: int) -> float:
 
 
 def distillation_at(step: int, spec: TrainingSpec) -> float:
-    """The share of the loss that comes from the teacher: linear from `distillation` to `distillation_end` over the run.
+    """The share of the loss that comes from the teacher: linear from `distillation` to `distillation_end`.
+
+    It gets there after `distillation_until` of the run, in the last step by default.
 
     Early on the teacher says what freezing has destroyed; later the text can teach what the teacher never knew.
     """
     end = spec.distillation if spec.distillation_end is None else spec.distillation_end
-    return spec.distillation + (end - spec.distillation) * step / max(1, spec.steps - 1)
+    progress = min(1.0, step / max(1.0, (spec.steps - 1) * spec.distillation_until))
+    return spec.distillation + (end - spec.distillation) * progress
