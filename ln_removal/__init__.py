@@ -5,7 +5,7 @@ transformers know the LN-free model class, so that after `import ln_removal`,
 
     AutoModelForCausalLM.from_pretrained("path/to/an/ln-free/model")
 
-works, whichever package was imported first.
+works, whichever package was imported first, and so does TransformerLens' TransformerBridge.boot_transformers.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from ln_removal.export.registration import watch_imports
 
 if TYPE_CHECKING:
     from ln_removal.architectures import Site
+    from ln_removal.bridge import to_bridge
     from ln_removal.errors import UserError
     from ln_removal.export.normfree_gpt2 import NormFreeGPT2Config, NormFreeGPT2LMHeadModel
+    from ln_removal.export.published import from_disarmed
     from ln_removal.export.stock import to_stock
     from ln_removal.export.verify import verify_export
     from ln_removal.recipe import Recipe, load_recipe
@@ -36,9 +38,11 @@ __all__ = [
     "Site",
     "UserError",
     "fold",
+    "from_disarmed",
     "install",
     "load_recipe",
     "remove",
+    "to_bridge",
     "to_stock",
     "verify_export",
 ]
@@ -52,9 +56,11 @@ _MODULES = {
     "Site": "ln_removal.architectures",
     "UserError": "ln_removal.errors",
     "fold": "ln_removal.surgery",
+    "from_disarmed": "ln_removal.export.published",
     "install": "ln_removal.surgery",
     "load_recipe": "ln_removal.recipe",
     "remove": "ln_removal.removal",
+    "to_bridge": "ln_removal.bridge",
     "to_stock": "ln_removal.export.stock",
     "verify_export": "ln_removal.export.verify",
 }

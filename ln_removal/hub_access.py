@@ -1,4 +1,4 @@
-"""Asking the Hugging Face Hub: a first answer in bounded time, and failures in one line that says what to do."""
+"""Asking the Hugging Face Hub, and telling it: a first answer in bounded time, and failures in one line that says what to do."""
 
 from __future__ import annotations
 
@@ -93,3 +93,69 @@ def hub_error(error: BaseException, what: str, repo_id: str, advice: str) -> Use
 def one_line(error: BaseException) -> str:
     """An error's message as one short line, or its type when it has none."""
     return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+PASSING_STATUSES = (408, 409, 412, 425, 429, 500, 502, 503, 504)
+"""Answers that another attempt may change: busy, overloaded, or somebody else's commit came first."""
+
+
+def is_passing(error: BaseException | None) -> bool:
+    """Whether another attempt at publishing may succeed where this one failed: a lost connection, a Hub that is busy."""
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        if isinstance(error, OfflineModeIsEnabled):
+            return False
+        if isinstance(error, HfHubHTTPError):
+            return error.response.status_code in PASSING_STATUSES
+        if is_unreachable(error):
+            return True
+        seen.append(error)
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def publish_error(error: BaseException, repo_id: str, *, attempts: int = 1) -> UserError:
+    """The one-line message for a failure to publish; the token is in none of them.
+
+    Args:
+        error: what the Hub client raised.
+        repo_id: the repository to be published to.
+        attempts: how often it was tried.
+    """
+    from huggingface_hub import constants, errors
+
+    host = constants.ENDPOINT.partition("://")[2]
+    tokens = f"{constants.ENDPOINT}/settings/tokens"
+    refused = error
+    while not isinstance(refused, errors.HfHubHTTPError) and (refused.__cause__ or refused.__context__):
+        refused = refused.__cause__ or refused.__context__ or refused
+    status = refused.response.status_code if isinstance(refused, errors.HfHubHTTPError) else None
+    tried = f" after {attempts} attempts" if attempts > 1 else ""
+    if status == 401:
+        return UserError(
+            f"{host} does not accept the token; make one that may write at {tokens} and log in with `hf auth login`, or set "
+            "HF_TOKEN (which wins)"
+        )
+    if status == 403:
+        return UserError(
+            f"the token may not write to {repo_id}; check the spelling, or make a token that may write at {tokens}"
+        )
+    if status is None and is_unreachable(error):
+        reason = "HF_HUB_OFFLINE is set" if isinstance(error, errors.OfflineModeIsEnabled) else _short(error)
+        return UserError(f"cannot reach {host} to publish {repo_id}{tried} ({reason}); check the network")
+    reason = f"{host} answered {status}: {_short(refused)}" if status else _short(error)
+    return UserError(f"{repo_id} could not be published{tried}: {reason}")
+
+
+def without_token(text: str) -> str:
+    """A text with the user's token taken out, which some errors of HTTP libraries quote."""
+    from huggingface_hub import get_token
+
+    token = get_token()
+    return text.replace(token, "(token)") if token else text
+
+
+def _short(error: BaseException) -> str:
+    return without_token(one_line(error))

@@ -27,9 +27,15 @@ MODEL_TYPES = ("gpt2", "normfree_gpt2")
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json")
+SIZES = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
+ADAPTER = "adapter_config.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 logger = logging.getLogger(__name__)
+
+
+class NoTokenizerError(UserError):
+    """A model without a tokenizer beside it."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +47,16 @@ class LoadedModel:
     name: str
 
 
-def load_model(name: str, *, device: str = "cpu", dtype: torch.dtype | None = None) -> LoadedModel:
+def load_model(
+    name: str, *, device: str = "cpu", dtype: torch.dtype | None = None, tokenizer_from: str | None = None
+) -> LoadedModel:
     """Load a GPT-2-architecture model (with LayerNorm, or a norm-free export of this project) and its tokenizer.
 
     Args:
         name: `tiny`, a directory in Hugging Face format, or a Hub id.
         device: where to put the weights, such as `cpu` or `cuda`.
         dtype: floating-point type of the weights; float32 by default, whatever the file holds.
+        tokenizer_from: a model to take the tokenizer from, for one that has none of its own.
 
     Raises:
         UserError: when there is no such model, the Hub is out of reach, a file is missing or damaged, the weights are
@@ -59,10 +68,10 @@ def load_model(name: str, *, device: str = "cpu", dtype: torch.dtype | None = No
 
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"device {device!r} asked for, but PyTorch sees no CUDA GPU; pass --device cpu")
-    directory = _directory(name, weights=True, tokenizer=True)
+    directory = _directory(name, weights=True, tokenizer=tokenizer_from is None)
     config = _read_config(directory)
     _check_weight_files(directory)
-    tokenizer = _read_tokenizer(directory)
+    tokenizer = _read_tokenizer(directory) if tokenizer_from is None else load_tokenizer(tokenizer_from)
     check_tokenizer(config, tokenizer)
     loader: Any = transformers.AutoModelForCausalLM
     try:
@@ -90,11 +99,23 @@ def load_model(name: str, *, device: str = "cpu", dtype: torch.dtype | None = No
             f"{directory}: the weights lack {len(missing)} tensors of a {config.n_layer}-layer GPT-2, such as "
             f"{missing[0]}; save the model again with save_pretrained"
         )
+    _check_finite(model, directory)
     if unexpected := sorted(report["unexpected_keys"]):
         logger.warning(
             "%s: left out %d tensors unknown to GPT-2, such as %s", directory, len(unexpected), unexpected[0]
         )
     return LoadedModel(model.to(device).eval(), tokenizer, name)
+
+
+def _check_finite(model: PreTrainedModel, directory: Path) -> None:
+    """Raises UserError when a weight is NaN or infinite: every figure would be, after hours."""
+    for name, weight in model.named_parameters():
+        broken = weight.numel() - int(weight.isfinite().sum())
+        if broken:
+            raise UserError(
+                f"{directory}: {broken:,} of the {weight.numel():,} weights in {name} are NaN or infinite; save the model again "
+                "from a sound checkpoint"
+            )
 
 
 def load_config(name: str) -> PretrainedConfig:
@@ -226,9 +247,20 @@ def _read_config(directory: Path) -> PretrainedConfig:
             f"{fields.get('architectures')}; ln-removal works on GPT2LMHeadModel checkpoints"
         )
     try:
-        return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise UserError(f"{path} is not a valid GPT-2 configuration: {one_line(error)}") from error
+    sizes = {name: getattr(config, name, None) for name in SIZES}
+    if wrong := {name: size for name, size in sizes.items() if type(size) is not int or size < 1}:
+        name, size = next(iter(wrong.items()))
+        raise UserError(
+            f"{path} is not a valid GPT-2 configuration: {name} is {size!r}; it must be a whole number above 0"
+        )
+    if config.n_embd % config.n_head:
+        raise UserError(
+            f"{path} is not a valid GPT-2 configuration: n_embd {config.n_embd} is no multiple of n_head {config.n_head}"
+        )
+    return config
 
 
 def _read_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
@@ -249,6 +281,8 @@ def _check_weight_files(directory: Path) -> None:
     from safetensors import SafetensorError, safe_open
 
     names = _names(directory)
+    if ADAPTER in names:  # with the package peft installed, transformers would load the model that it names instead
+        raise UserError(f"{directory} holds an adapter ({ADAPTER}), not a model; merge it into its model and save that")
     sharded = WEIGHTS not in names and WEIGHTS_INDEX in names
     for file in _shards(directory / WEIGHTS_INDEX) if sharded else [_required(WEIGHTS, names, str(directory))]:
         path = directory / file
@@ -261,11 +295,15 @@ def _check_weight_files(directory: Path) -> None:
 
 
 def _shards(index: Path) -> list[str]:
-    weight_map = _read_json(index).get("weight_map")
-    names = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
-    if not names or any(Path(name).name != name for name in names):
+    """The weight files that an index names: files beside it, wherever else it may point."""
+    raw = _read_json(index)
+    weight_map = raw.get("weight_map") if isinstance(raw, dict) else None
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if not names or not all(isinstance(name, str) for name in names):
         raise UserError(f"{index} names no weight files; copy or download it again")
-    return names
+    if outside := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
+        raise UserError(f"{index} names {outside[0]!r}, no safetensors file beside it; do not use this model")
+    return sorted(set(names))
 
 
 def _names(directory: Path) -> set[str]:
@@ -290,7 +328,7 @@ def _required(name: str, files: set[str], where: str) -> str:
 
 def _require_tokenizer(files: set[str], where: str) -> None:
     if "tokenizer.json" not in files and not {"vocab.json", "merges.txt"} <= files:
-        raise UserError(
+        raise NoTokenizerError(
             f"{where} has no tokenizer (tokenizer.json, or vocab.json and merges.txt); found: {_listing(files)}; save "
             "one there with tokenizer.save_pretrained"
         )
@@ -304,7 +342,7 @@ def _listing(files: set[str], limit: int = 6) -> str:
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not readable JSON ({one_line(error)}); copy or download it again") from error
 
 

@@ -188,7 +188,7 @@ def load_recipe(name_or_path: str, overrides: Mapping[str, object] | None = None
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read the recipe {path}: {error.strerror}; give a readable TOML file") from error
-    except ValueError as error:  # TOMLDecodeError and UnicodeDecodeError
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError, UnicodeDecodeError, brackets by the thousand
         raise UserError(f"the recipe {path} is not TOML: {error}; mend that line") from error
     document.setdefault("name", path.stem)
     for key, value in (overrides or {}).items():

@@ -1,8 +1,10 @@
-"""The directory of a run: claimed before anything is written, and given back when nothing came of the run."""
+"""The directory of a run: locked and claimed before anything is written, and given back when nothing came of the run."""
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import logging
 import os
 import shutil
 import tomllib
@@ -18,8 +20,12 @@ if TYPE_CHECKING:
 
 RECIPE_FILE = "recipe.toml"
 METRICS_FILE = "metrics.jsonl"
+LOCK_FILE = ".lock"
+"""Locked while a process works on the run. The system lets go of the lock when that process ends, however it ends."""
 
 _DIFFERENCES_SHOWN = 4
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -37,19 +43,26 @@ def run_directory(out: Path, recipe_toml: str, *, resume: bool, is_main: bool = 
         is_main: False does nothing: of several ranks only the main one claims.
 
     Raises:
-        UserError: `out` cannot be written, holds something already (without `resume`), or holds a run of another recipe.
+        UserError: `out` cannot be written, another process is at work there, or it holds something already (without
+            `resume`) or a run of another recipe.
     """
     if not is_main:
         yield
         return
     made = [path for path in (out, *out.parents) if not path.exists()]
-    is_new = _claim(out, recipe_toml, resume=resume)
-    try:
-        yield
-    except BaseException:
-        if is_new and not _is_worth_keeping(out):
-            _clear(out, made)
-        raise
+    with _locked(out, resume=resume):
+        try:
+            is_new = _claim(out, recipe_toml, resume=resume)
+        except UserError:
+            if {path.name for path in out.iterdir()} <= {LOCK_FILE, f".{RECIPE_FILE}.tmp"}:
+                _clear(out, made)
+            raise
+        try:
+            yield
+        except BaseException:
+            if is_new and not _is_worth_keeping(out):
+                _clear(out, made)
+            raise
 
 
 def has_trained(out: Path) -> bool:
@@ -107,17 +120,49 @@ def remove_unfinished_tokens(directory: Path) -> None:
         directory.rmdir()
 
 
+@contextmanager
+def _locked(out: Path, *, resume: bool) -> Iterator[None]:
+    """Keep other processes off a run's directory, which is made if it is not there."""
+    lock = out / LOCK_FILE
+    try:
+        if not lock.exists():  # a lock is only put where a run may be
+            _check_free(out, resume=resume)
+            out.mkdir(parents=True, exist_ok=True)
+        file = lock.open("a")
+    except OSError as error:
+        raise _unwritable(out, error) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another process is at work on the run in {out}; wait for it or stop it, or choose another --out"
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                raise _unwritable(out, error) from error
+            logger.warning("the file system of %s has no locks: see to it that no other process uses it", out)
+        yield
+
+
+def _check_free(out: Path, *, resume: bool) -> bool:
+    """Whether there is something in `out`, which is then a run to resume; raises UserError when it is anything else."""
+    used = out.is_dir() and any(path.name != LOCK_FILE for path in out.iterdir())
+    file = out / RECIPE_FILE
+    if used and not resume:
+        if file.exists():
+            raise UserError(f"{out} already holds a run; continue it with --resume, or choose another --out")
+        raise UserError(f"{out} already holds files that are not a run of ours; choose another --out")
+    if used and not file.exists():
+        raise UserError(f"{out} holds no {RECIPE_FILE}, so there is no run to resume; choose another --out")
+    return used
+
+
 def _claim(out: Path, recipe_toml: str, *, resume: bool) -> bool:
     """Whether the run is new."""
     file = out / RECIPE_FILE
     try:
-        used = out.is_dir() and any(out.iterdir())
-        if used and not resume:
-            if file.exists():
-                raise UserError(f"{out} already holds a run; continue it with --resume, or choose another --out")
-            raise UserError(f"{out} already holds files that are not a run of ours; choose another --out")
-        if used and not file.exists():
-            raise UserError(f"{out} holds no {RECIPE_FILE}, so there is no run to resume; choose another --out")
+        used = _check_free(out, resume=resume)
         if used:
             changed = _differences(file.read_bytes(), recipe_toml)
             if changed and has_trained(out):
@@ -134,7 +179,11 @@ def _claim(out: Path, recipe_toml: str, *, resume: bool) -> bool:
         os.replace(temporary, file)
         return not used
     except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror or error}; choose another --out") from error
+        raise _unwritable(out, error) from error
+
+
+def _unwritable(out: Path, error: OSError) -> UserError:
+    return UserError(f"cannot write {out}: {error.strerror or error}; choose another --out")
 
 
 def _differences(before: bytes, now: str) -> str:
@@ -171,7 +220,7 @@ def _holds_tokens(directory: Path) -> bool:
 
 def _clear(out: Path, made: list[Path]) -> None:
     """Remove what an unsuccessful run left in a directory that was empty before it, and the directories made for it."""
-    for name in (RECIPE_FILE, METRICS_FILE):
+    for name in (RECIPE_FILE, f".{RECIPE_FILE}.tmp", METRICS_FILE, LOCK_FILE):
         (out / name).unlink(missing_ok=True)
     for name in ("tokens", "tokenizer", ".tokenizer.tmp", "state"):
         path = out / name

@@ -231,10 +231,11 @@ class RemovalSchedule:
 def expand(spec: ScheduleSpec, n_layer: int, steps: int) -> RemovalSchedule:
     """Expand a recipe's [schedule] for a model of n_layer layers and a run of `steps` optimizer steps.
 
-    ln_2.i freezes at ln_2_start + i * ln_2_gap (with `layers` = "last to first" it is ln_2 of the i-th layer from the
-    end). The queries' and keys' sites start where the last ln_2 gap ends, at ln_2_start + n_layer * ln_2_gap; the values' sites, then ln_f, follow in the same way, unless the recipe gives
-    their starts. The end-of-text constant is dropped eot_after steps after ln_f, that of position 0 first_after steps
-    after that. Order and chaining: Heimersheim 2024 (arXiv 2409.13710), Baroni et al. 2025 (arXiv 2507.02559); the
+    ln_2.i freezes at ln_2_start + i * ln_2_gap (with `layers` = "last to first", ln_2 of the i-th layer from the end).
+    The queries' and keys' sites start where the last ln_2 gap ends, at ln_2_start + n_layer * ln_2_gap; the values'
+    sites, then ln_f, follow in the same way, unless the recipe gives their starts. The end-of-text constant is dropped
+    eot_after steps after ln_f, that of position 0 first_after steps after that. Order and chaining: Heimersheim 2024
+    (arXiv 2409.13710), Baroni et al. 2025 (arXiv 2507.02559); the
     tapers are ours.
 
     Raises:

@@ -1,4 +1,5 @@
-"""A small Hugging Face Hub on localhost: the part of its HTTP API that loading models and streaming data sets uses.
+"""A small Hugging Face Hub on localhost: the part of its HTTP API that loading models and streaming data sets uses, and,
+with fake_hub_uploads.py, what publishing a model uses.
 
 The real clients (huggingface_hub, transformers, datasets) are pointed at it with HF_ENDPOINT, which they read when they
 are imported; so whatever uses it runs in a process of its own (`run_client`).
@@ -10,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -20,27 +22,39 @@ from types import TracebackType
 from typing import Any, Self
 from urllib.parse import unquote, urlsplit
 
+from fake_hub_uploads import Account, Refused, Uploads
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass
 class FakeRepo:
-    """A repository: its files by revision, and whether it is gated."""
+    """A repository: its files by branch, its older commits, its tags, and who may see it."""
 
     kind: str  # "models" or "datasets"
     name: str
     revisions: dict[str, dict[str, bytes]] = field(default_factory=dict)
     gated: bool = False
+    private: bool = False
+    tags: dict[str, str] = field(default_factory=dict)
+    history: dict[str, dict[str, bytes]] = field(default_factory=dict)  # files by commit, of commits that were replaced
 
     def commit(self, revision: str) -> str:
-        return hashlib.sha1(f"{self.kind}/{self.name}@{revision}".encode()).hexdigest()
+        return hashlib.sha1(f"{self.kind}/{self.name}@{revision}#{len(self.history)}".encode()).hexdigest()
+
+    def advance(self, branch: str, files: dict[str, bytes]) -> str:
+        """Make a new commit of these files; its hash."""
+        self.history[self.commit(branch)] = self.revisions[branch]
+        self.revisions[branch] = files
+        return self.commit(branch)
 
     def files(self, revision: str) -> tuple[str, dict[str, bytes]] | None:
-        """(commit, files) of a branch name or a commit hash."""
+        """(commit, files) of a branch name, a tag or a commit hash."""
+        revision = self.tags.get(revision, revision)
         for branch, files in self.revisions.items():
             if revision in (branch, self.commit(branch)):
                 return self.commit(branch), files
-        return None
+        return (revision, self.history[revision]) if revision in self.history else None
 
 
 def read_folder(folder: Path) -> dict[str, bytes]:
@@ -57,6 +71,10 @@ class FakeHub:
         self.repos: dict[tuple[str, str], FakeRepo] = {}
         self.requests: list[tuple[str, str, int]] = []
         self.cut_path: str | None = None  # requests for this path get no answer: the connection is closed
+        self.cuts: dict[str, int] = {}  # by part of a path: how many requests lose their connection in mid-body
+        self.lost_answers: dict[str, int] = {}  # the same, but what was asked is done and only the answer is lost
+        self.ignored: set[str] = set()  # paths that a .gitignore in every repository leaves out of commits
+        self.uploads = Uploads(self)
         hub = self
 
         class Handler(_Handler):
@@ -73,6 +91,11 @@ class FakeHub:
         repo.revisions[revision] = files
         repo.gated = gated
         return repo
+
+    def add_account(self, token: str, name: str, **details: Any) -> Account:
+        """Somebody who may publish with this token."""
+        self.uploads.accounts[token] = Account(name, **details)
+        return self.uploads.accounts[token]
 
     def __enter__(self) -> Self:
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
@@ -98,16 +121,37 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self._answer()
 
+    def do_PUT(self) -> None:
+        self._answer()
+
     def log_message(self, format: str, *arguments: Any) -> None:
         pass
 
     def _answer(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         hub = self.owner
+        if cut := next((part for part, times in hub.cuts.items() if times > 0 and part in self.path), None):
+            hub.cuts[cut] -= 1
+            self._body(share=0.5)
+            self.connection.shutdown(socket.SHUT_RDWR)
+            self.close_connection = True
+            return
+        body = self._body()
         if hub.cut_path is not None and hub.cut_path in self.path:
             self.close_connection = True
             return
         path = unquote(urlsplit(self.path).path).strip("/")
+        try:
+            written = hub.uploads.answer(self.command, path, body, self.headers.get("Authorization", ""))
+        except Refused as refused:
+            self._error(refused.status, refused.code, refused.message, body=refused.body)
+            return
+        if lost := next((part for part, times in hub.lost_answers.items() if times > 0 and part in self.path), None):
+            hub.lost_answers[lost] -= 1
+            self.close_connection = True
+            return
+        if written is not None:
+            self._json(written)
+            return
         if match := re.fullmatch(
             r"api/(models|datasets)/([^/]+/[^/]+|[^/]+)/(revision|tree|paths-info|auth-check)(?:/(.+))?", path
         ):
@@ -119,8 +163,29 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._error(404, "RepoNotFound", "nothing here")
 
-    def _api(self, kind: str, name: str, what: str, rest: str, body: bytes) -> None:
+    def _body(self, share: float = 1.0) -> bytes:
+        """The request's body, or the first part of it."""
+        if self.headers.get("Transfer-Encoding", "") != "chunked":
+            return self.rfile.read(int(share * int(self.headers.get("Content-Length") or 0)))
+        chunks: list[bytes] = []
+        while size := int(self.rfile.readline(), 16):
+            chunks.append(self.rfile.read(size))
+            self.rfile.readline()
+            if share < 1:
+                return chunks[0]
+        self.rfile.readline()
+        return b"".join(chunks)
+
+    def _readable(self, kind: str, name: str) -> FakeRepo | None:
+        """The repository; a private one only for a token whose account may write to it."""
         repo = self.owner.repos.get((kind, name))
+        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        account = self.owner.uploads.accounts.get(token)
+        hidden = repo is not None and repo.private and not (account is not None and account.may_write(name))
+        return None if hidden else repo
+
+    def _api(self, kind: str, name: str, what: str, rest: str, body: bytes) -> None:
+        repo = self._readable(kind, name)
         if repo is None:
             self._error(404, "RepoNotFound", "Repository not found")
             return
@@ -141,7 +206,7 @@ class _Handler(BaseHTTPRequestHandler):
                     "sha": commit,
                     "siblings": siblings,
                     "gated": "auto" if repo.gated else False,
-                    "private": False,
+                    "private": repo.private,
                 }
             )
         elif what == "tree":
@@ -169,7 +234,7 @@ class _Handler(BaseHTTPRequestHandler):
     @staticmethod
     def _split_revision(repo: FakeRepo, rest: str) -> tuple[str, str, str]:
         """Branch names may hold slashes: (revision, "/", path below it)."""
-        for revision in sorted(repo.revisions, key=len, reverse=True):
+        for revision in sorted([*repo.revisions, *repo.tags], key=len, reverse=True):
             if rest == revision or rest.startswith(revision + "/"):
                 return revision, "/", rest[len(revision) + 1 :]
         return rest.partition("/")
@@ -191,7 +256,7 @@ class _Handler(BaseHTTPRequestHandler):
         return list(entries.values())
 
     def _resolve(self, kind: str, name: str, rest: str) -> None:
-        repo = self.owner.repos.get((kind, name))
+        repo = self._readable(kind, name)
         if repo is None:
             self._error(404, "RepoNotFound", "Repository not found")
             return
@@ -227,13 +292,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(200)
         self._send(json.dumps(value).encode(), "application/json")
 
-    def _error(self, status: int, code: str, message: str, commit: str | None = None) -> None:
+    def _error(self, status: int, code: str, message: str, commit: str | None = None, body: Any = None) -> None:
         self.send_response(status)
-        self.send_header("X-Error-Code", code)
+        if code:
+            self.send_header("X-Error-Code", code)
         self.send_header("X-Error-Message", message)
         if commit is not None:
             self.send_header("X-Repo-Commit", commit)
-        self._send(json.dumps({"error": message}).encode(), "application/json")
+        self._send(json.dumps({"error": message} if body is None else body).encode(), "application/json")
 
     def _send(self, data: bytes, content_type: str) -> None:
         self.send_header("Content-Type", content_type)

@@ -159,6 +159,16 @@ class TestStock:
         found = to_stock(folded).generate(prompt, attention_mask=mask, **options)
         assert torch.equal(found, folded.generate(prompt, attention_mask=mask, **options))
 
+    def test_a_model_trained_without_norms_has_no_stock_form(self) -> None:
+        config = NormFreeGPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=101, bos_token_id=1, eos_token_id=1)
+        with pytest.raises(UserError, match=r"reads the mean of its residual stream .* use --format normfree"):
+            to_stock(NormFreeGPT2LMHeadModel(config))
+
+    def test_a_folded_model_rounded_to_bfloat16_has_one(self, pair: Pair, token_ids: Tensor) -> None:
+        _, folded = pair
+        rounded = copy.deepcopy(folded).to(torch.bfloat16).float()
+        assert relative_error(logits(to_stock(rounded), token_ids), logits(rounded, token_ids)) < 1e-3
+
     def test_the_folded_model_is_left_alone(self, pair: Pair) -> None:
         _, folded = pair
         before = copy.deepcopy(folded.state_dict())

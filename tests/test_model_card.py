@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 
 from ln_removal.errors import UserError
 from ln_removal.evaluation.results import LossSpread, Results, Settings, Trio
-from ln_removal.export.model_card import write_base_model_card, write_model_card
+from ln_removal.export.model_card import converted_model_card, model_card, write_base_model_card, write_model_card
 from ln_removal.recipe import Recipe, load_recipe, validate_recipe
 
 
@@ -124,6 +124,46 @@ def test_stock_form_is_only_offered_when_it_was_written(tmp_path: Path) -> None:
     text = card_of(tmp_path).text
     assert "THIS-DIRECTORY/../stock" not in text
     assert "ln-export THIS-DIRECTORY --format stock" in text
+
+
+def test_license_is_that_of_the_base_model(tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "README.md").write_text("---\ntags: [x]\nlicense: cc-by-4.0\n---\n# mine\n", encoding="utf-8")
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for model, license_id in (
+        ("gpt2", "mit"),
+        ("distilgpt2", "apache-2.0"),
+        ("openai-community/gpt2-xl", "mit"),
+        (str(mine), "cc-by-4.0"),
+        (str(bare), "unknown"),
+    ):
+        card = ModelCard(model_card(load_recipe("gpt2", {"model": model}), None))
+        assert card.data.license == license_id, model
+    assert ModelCard(model_card(load_recipe("gpt2"), None, license_id="bsd")).data.license == "bsd"
+
+
+def test_a_model_that_was_not_scored_has_a_card_without_scores() -> None:
+    card = ModelCard(model_card(load_recipe("gpt2"), None))
+    assert card.data.eval_results is None and "## Scores" not in card.text and "## Use" in card.text
+
+
+def test_card_of_a_repository_says_how_to_load_from_there() -> None:
+    text = ModelCard(model_card(load_recipe("gpt2"), results(), repo_id="alice/free", has_code=True)).text
+    assert 'AutoModelForCausalLM.from_pretrained("alice/free")' in text
+    assert 'AutoModelForCausalLM.from_pretrained("alice/free", trust_remote_code=True)' in text
+    assert 'GPT2LMHeadModel.from_pretrained("alice/free", subfolder="stock")' in text
+    assert "THIS-DIRECTORY" not in text and ".." not in text.partition("## Scores")[0].replace("...", "")
+    stock = ModelCard(model_card(load_recipe("gpt2"), results(), repo_id="alice/free", form="stock")).text
+    assert 'GPT2LMHeadModel.from_pretrained("alice/free")' in stock and "import ln_removal" not in stock
+
+
+def test_card_of_a_converted_model() -> None:
+    card = ModelCard(converted_model_card("apollo-research/gpt2_noLN", repo_id="alice/free"))
+    assert card.data.base_model == "apollo-research/gpt2_noLN" and card.data.license == "unknown"
+    assert card.data.eval_results is None
+    assert 'from_pretrained("alice/free")' in card.text and "huggingface.co/apollo-research/gpt2_noLN" in card.text
 
 
 def test_base_model_card(tmp_path: Path) -> None:

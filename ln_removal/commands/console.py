@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 a bug of ours, 2 something the user can mend, 130 stopped 
 
 from __future__ import annotations
 
+import errno
 import functools
 import sys
 import traceback
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
     from ln_removal.recipe import Recipe
 
 P = ParamSpec("P")
+
+PATH_FAULTS = {
+    getattr(errno, name) for name in ("EACCES", "EPERM", "EROFS", "ENAMETOOLONG", "ELOOP", "ENOSPC", "EDQUOT")
+}
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -56,6 +61,20 @@ TokensOption = Annotated[
 WandbOption = Annotated[
     str | None, typer.Option(metavar="PROJECT", help="Also log to this Weights & Biases project.", show_default=False)
 ]
+PushOption = Annotated[
+    str | None,
+    typer.Option(
+        "--push-to-hub",
+        metavar="USER/REPO",
+        help="Publish on the Hugging Face Hub, with a card and the scores; the token is that of `hf auth login`.",
+        show_default=False,
+    ),
+]
+PrivateOption = Annotated[bool, typer.Option("--private", help="With --push-to-hub: make a new repository private.")]
+TagOption = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="With --push-to-hub: also tag the commit, to pin it.", show_default=False),
+]
 VersionOption = Annotated[
     bool, typer.Option("--version", help="Print the version and stop.", callback=_print_version, is_eager=True)
 ]
@@ -86,7 +105,7 @@ class _Command(typer.core.TyperCommand):
 
 
 def guard(command: Callable[P, None]) -> Callable[P, None]:
-    """Turn a UserError into one line on standard error and exit code 2, and Ctrl-C into exit code 130."""
+    """Turn a UserError, or a fault of the file system, into one line and exit code 2, and Ctrl-C into exit code 130."""
 
     @functools.wraps(command)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -96,6 +115,14 @@ def guard(command: Callable[P, None]) -> Callable[P, None]:
             if kwargs.get("debug"):
                 traceback.print_exc()
             fail(str(error))
+        except OSError as error:  # what any use of a path can meet; an expected one has been put into words before
+            if error.errno not in PATH_FAULTS:
+                raise
+            if kwargs.get("debug"):
+                traceback.print_exc()
+            path = str(error.filename or "the file system")
+            shown = path if len(path) < 100 else f"{path[:60]}...{path[-30:]}"
+            fail(f"{shown}: {error.strerror}; check the path, its permissions and the free space")
         except KeyboardInterrupt:
             if kwargs.get("debug"):
                 traceback.print_exc()

@@ -52,6 +52,9 @@ def remove(
         bool, typer.Option("--dry-run", help="Print recipe, schedule and estimates; do nothing.")
     ] = False,
     wandb: console.WandbOption = None,
+    push_to_hub: console.PushOption = None,
+    private: console.PrivateOption = False,
+    tag: console.TagOption = None,
     device: console.DeviceOption = "auto",
     as_json: console.JsonOption = False,
     debug: console.DebugOption = False,
@@ -66,9 +69,11 @@ def remove(
       ln-remove --model gpt2 --control --out checkpoints/gpt2
       ln-remove --recipe gpt2-fast --set seed=1 --set data.corpus=texts/ --out checkpoints/mine
       ln-remove --control --out checkpoints/gpt2 --resume
+      ln-remove --model gpt2 --control --out checkpoints/gpt2 --push-to-hub alice/gpt2-without-layernorm
     """
     import sys
 
+    from ln_removal.export.hub_target import named_target
     from ln_removal.recipe import parse_overrides
     from ln_removal.recipe_scaling import resolve_recipe
 
@@ -77,6 +82,7 @@ def remove(
             raise UserError(f"{out} holds no recipe.toml, so there is no run to resume; name the run's own directory")
         recipe = str(out / "recipe.toml")
     resolved = resolve_recipe(model=model, recipe=recipe, overrides=parse_overrides(settings or []), steps=steps)
+    target = named_target(push_to_hub, private=private, tag=tag)
     if dry_run:
         console.print_plan(resolved, control=control, device=device, as_json=as_json)
         return
@@ -85,8 +91,11 @@ def remove(
     place = out or Path("checkpoints") / (own or resolved.name)
 
     from ln_removal.evaluation.results import render
+    from ln_removal.export.hub_target import check_target
     from ln_removal.removal import remove as run_removal
 
+    if target is not None:
+        check_target(target)  # now, not after hours of training
     results = run_removal(
         resolved,
         place,
@@ -100,9 +109,17 @@ def remove(
     )
     if as_json:
         typer.echo(results.model_dump_json(indent=2))
-        return
-    render(results, console.wide_console())
-    typer.echo(f"LN-free model: {place / 'model'}   scores: {place / 'results.json'}")
+    else:
+        render(results, console.wide_console())
+        typer.echo(f"LN-free model: {place / 'model'}   scores: {place / 'results.json'}")
+    if target is not None:
+        from accelerate import PartialState
+
+        from ln_removal.export.publishing import publish_run
+
+        if PartialState().is_main_process:
+            published = publish_run(place, target, progress=sys.stderr.isatty())
+            typer.echo(published.line, err=as_json)
 
 
 app = console.build(remove)

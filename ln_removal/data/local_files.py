@@ -199,6 +199,8 @@ class LocalFiles:
                     raise UserError(
                         f"{file}, line {number}: not JSON ({error.msg} at column {error.colno}); mend the line"
                     ) from None
+                except (ValueError, RecursionError) as error:  # a number of thousands of digits, or too many brackets
+                    raise UserError(f"{file}, line {number}: cannot be read as JSON ({error}); mend the line") from None
                 text = row.get(self.field) if isinstance(row, dict) else None
                 if not isinstance(text, str):
                     found = ", ".join(map(str, islice(row, 8))) if isinstance(row, dict) else type(row).__name__

@@ -195,7 +195,7 @@ def read_index(path: Path) -> TokenIndex:
         return parse_index(raw)
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}); delete its directory and run ln-prepare again") from error
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import json
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -70,7 +71,7 @@ def load_questions(path: Path | str) -> list[Question]:
         with openers.get(path.suffix, open)(path, "rt", encoding="utf-8") as file:
             # Not splitlines: a text may hold other characters that it would break at.
             lines = file.read().split("\n")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise UserError(f"cannot read questions from {path}: {error}; give a jsonl or six-line text file") from error
     while lines and not lines[-1].strip():
         lines.pop()
@@ -130,8 +131,9 @@ def _parse_jsonl(lines: list[str], path: Path) -> Iterator[Question]:
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number}: not JSON ({error.msg}); expected one question a line") from error
+        except (ValueError, RecursionError) as error:
+            reason = getattr(error, "msg", None) or error
+            raise UserError(f"{path}, line {number}: not JSON ({reason}); expected one question a line") from error
         yield _question(record, f"{path}, line {number}", number - 1)
 
 
@@ -166,9 +168,15 @@ def _question(record: Any, where: str, number: int) -> Question:
             "the test split is published without labels, use the validation split" if not label else "expected 0 to 3"
         )
         raise UserError(f"{where}: the label is {label!r}; {hint}")
+    index = record.get("ind", number)
+    if type(index) is not int:
+        raise UserError(f"{where}: ind is {index!r}; expected a whole number")
+    texts = [*endings, *(str(record.get(key, "")) for key in ("ctx", "ctx_a", "ctx_b", "activity_label"))]
+    if any("\ud800" <= character <= "\udfff" for character in "".join(texts)):
+        raise UserError(f"{where}: the text holds half of a surrogate pair, which is no character; mend the file")
     first, second, third, fourth = endings
     return Question(
-        ind=int(record.get("ind", number)),
+        ind=index,
         activity_label=str(record.get("activity_label", "")),
         ctx_a=str(record.get("ctx_a", record["ctx"])),
         ctx_b=str(record.get("ctx_b", "")),

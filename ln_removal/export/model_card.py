@@ -1,16 +1,17 @@
 """README.md beside a saved model: what it is, how to load it, what was measured, how it was made, where it ends.
 
-The front matter follows the Hugging Face Hub's model card metadata, so a directory can be uploaded as it is.
+The front matter follows the Hugging Face Hub's model card metadata, so a directory can be uploaded as it is. A card that
+is published names its repository where the one on disk says THIS-DIRECTORY.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
 from ln_removal.errors import UserError
+from ln_removal.export.card_metadata import TAGS, front_matter, hub_datasets, hub_id, license_of, metric_entries, slug
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -18,22 +19,13 @@ if TYPE_CHECKING:
     from ln_removal.evaluation.results import Results
     from ln_removal.recipe import Recipe
 
-REPOSITORIES = {
-    "gpt2": "openai-community/gpt2",
-    "gpt2-medium": "openai-community/gpt2-medium",
-    "gpt2-large": "openai-community/gpt2-large",
-    "gpt2-xl": "openai-community/gpt2-xl",
-    "distilgpt2": "distilbert/distilgpt2",
-}
-"""Where the Hub keeps the models that are usually named without an owner."""
-
-TAGS = ["gpt2", "layernorm-free", "mechanistic-interpretability"]
+Form = Literal["normfree", "stock"]
 
 _TITLES = {"original": "original", "control": "control", "ln_free": "LN-free"}
 
 
 def write_model_card(directory: Path, recipe: Recipe, results: Results) -> None:
-    """Write README.md for an LN-free model.
+    """Write README.md for an LN-free model, as it lies in its run.
 
     Args:
         directory: of the saved model.
@@ -43,22 +35,78 @@ def write_model_card(directory: Path, recipe: Recipe, results: Results) -> None:
     Raises:
         UserError: the file cannot be written.
     """
+    _write(directory, model_card(recipe, results))
+
+
+def model_card(
+    recipe: Recipe,
+    results: Results | None,
+    *,
+    repo_id: str | None = None,
+    form: Form = "normfree",
+    has_stock: bool | None = None,
+    has_code: bool = False,
+    license_id: str | None = None,
+) -> str:
+    """The card of an LN-free model that a run has made.
+
+    Args:
+        recipe: the removal that made it.
+        results: its scores, beside those of the original and of the control; None when it was not scored.
+        repo_id: the Hub repository it is written for; None for a directory.
+        form: what the model itself is: without norms, or the stock form.
+        has_stock: whether the stock form lies beside it (in a repository: in the folder `stock`). Default: as the
+            recipe's export.formats say.
+        has_code: whether the modelling file lies beside it.
+        license_id: of the model it was made from; default: `license_of`.
+    """
     title = f"{_base_name(recipe.model)} without LayerNorm"
-    front = _front_matter(
+    front = front_matter(
         title,
-        base_model=_hub_id(recipe.model),
-        datasets=_hub_datasets(recipe.data.corpus),
+        base_model=hub_id(recipe.model),
+        datasets=hub_datasets(recipe.data.corpus),
         tags=TAGS,
-        measured=_measured(results, recipe),
+        license_id=license_id or license_of(recipe.model),
+        measured=[] if results is None else _measured(results, recipe),
     )
+    stock = form == "normfree" and ("stock" in recipe.export.formats if has_stock is None else has_stock)
     sections = [
         f"# {title}\n\n{_about(recipe)}",
-        f"## Use\n\n{_loading(recipe)}",
-        f"## Scores\n\n{_scores(results)}",
+        f"## Use\n\n{_loading(repo_id, form=form, has_stock=stock, has_code=has_code)}",
+        *([] if results is None else [f"## Scores\n\n{_scores(results)}"]),
         f"## How it was made\n\n{_making(recipe)}",
         f"## Limits\n\n{_limits(recipe)}",
     ]
-    _write(directory, front, sections)
+    return _card(front, sections)
+
+
+def converted_model_card(
+    source: str,
+    *,
+    repo_id: str | None = None,
+    form: Form = "normfree",
+    has_code: bool = False,
+    license_id: str | None = None,
+) -> str:
+    """The card of an LN-free model that was converted to another form, with no run of ours to tell how it was made.
+
+    Args:
+        source: the model it was converted from: a Hub id or a directory.
+        repo_id, form, has_code, license_id: as for `model_card`.
+    """
+    name, base = _base_name(source), hub_id(source)
+    front = front_matter(
+        name, base_model=base, datasets=[], tags=TAGS, license_id=license_id or license_of(source), measured=[]
+    )
+    about = (
+        f"[{base}](https://huggingface.co/{base})" if base else f"`{name}`"
+    ) + ", a GPT-2 that needs no LayerNorm, in another form. It computes the same function as the original."
+    sections = [
+        f"# {name}\n\n{about}",
+        f"## Use\n\n{_loading(repo_id, form=form, has_stock=False, has_code=has_code)}",
+        "## How it was made\n\nConverted with `ln-export` of ln-removal; the weights were folded, not trained.",
+    ]
+    return _card(front, sections)
 
 
 def write_base_model_card(
@@ -86,15 +134,20 @@ def write_base_model_card(
 
     shape = recipe.architecture
     assert shape is not None, "a pretraining recipe has an [architecture]"
-    measured = _entries(
+    measured = metric_entries(
         {
             "cross_entropy": ("cross-entropy (nats per token)", cross_entropy),
             "bits_per_byte": ("bits per byte", bits_per_byte),
         },
-        dataset=(_slug(recipe.data.corpus), f"{recipe.data.corpus}, validation split"),
+        dataset=(slug(recipe.data.corpus), f"{recipe.data.corpus}, validation split"),
     )
-    front = _front_matter(
-        recipe.name, base_model=None, datasets=_hub_datasets(recipe.data.corpus), tags=["gpt2"], measured=measured
+    front = front_matter(
+        recipe.name,
+        base_model=None,
+        datasets=hub_datasets(recipe.data.corpus),
+        tags=["gpt2"],
+        license_id="mit",
+        measured=measured,
     )
     rows = [
         ("parameters", f"{count_parameters(shape):,}"),
@@ -129,7 +182,7 @@ tokenizer = AutoTokenizer.from_pretrained("THIS-DIRECTORY")
         "## Limits\n\nA model of this size writes code that looks like code and seldom works. It is for experiments on "
         "normalization, not for writing programs.",
     ]
-    _write(directory, front, sections)
+    _write(directory, _card(front, sections))
 
 
 def _about(recipe: Recipe) -> str:
@@ -141,32 +194,55 @@ def _about(recipe: Recipe) -> str:
     )
 
 
-def _loading(recipe: Recipe) -> str:
+def _loading(repo_id: str | None, *, form: Form, has_stock: bool, has_code: bool) -> str:
+    place = repo_id or "THIS-DIRECTORY"
+    if form == "stock":
+        return "\n\n".join(
+            (
+                "A plain `GPT2LMHeadModel`, whose norms are still there and do nothing. It needs transformers alone:",
+                _snippet("from transformers import AutoTokenizer, GPT2LMHeadModel", "GPT2LMHeadModel", place),
+            )
+        )
+    imports = "import ln_removal  # makes transformers know the class\nfrom transformers import AutoModelForCausalLM, AutoTokenizer"
     parts = [
         "The model class comes with the Python package ln-removal; no remote code is run.",
-        """\
-```python
-import ln_removal  # makes transformers know the class
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("THIS-DIRECTORY")
-tokenizer = AutoTokenizer.from_pretrained("THIS-DIRECTORY")
-```""",
+        _snippet(imports, "AutoModelForCausalLM", place),
     ]
-    if "stock" in recipe.export.formats:
+    if has_code:
         parts += [
-            "The folder `stock` that was written beside this one holds the same model as a plain `GPT2LMHeadModel`, "
-            "whose norms are still there and do nothing. It needs transformers alone:",
-            """\
+            "The class lies here too, in a file of its own, for those who would rather trust that file than install the "
+            "package:",
+            f"""\
+```python
+model = AutoModelForCausalLM.from_pretrained("{place}", trust_remote_code=True)
+```""",
+        ]
+    if has_stock:
+        where = "The folder `stock` that was written beside this one" if repo_id is None else "The folder `stock`"
+        stock = f'"{place}/../stock"' if repo_id is None else f'"{place}", subfolder="stock"'
+        parts += [
+            f"{where} holds the same model as a plain `GPT2LMHeadModel`, whose norms are still there and do nothing. It needs "
+            "transformers alone:",
+            f"""\
 ```python
 from transformers import GPT2LMHeadModel
 
-model = GPT2LMHeadModel.from_pretrained("THIS-DIRECTORY/../stock")
+model = GPT2LMHeadModel.from_pretrained({stock})
 ```""",
         ]
     else:
-        parts.append("`ln-export THIS-DIRECTORY --format stock --out stock` writes a plain `GPT2LMHeadModel`.")
+        parts.append(f"`ln-export {place} --format stock --out stock` writes a plain `GPT2LMHeadModel`.")
     return "\n\n".join(parts)
+
+
+def _snippet(imports: str, model_class: str, place: str) -> str:
+    return f"""\
+```python
+{imports}
+
+model = {model_class}.from_pretrained("{place}")
+tokenizer = AutoTokenizer.from_pretrained("{place}")
+```"""
 
 
 def _scores(results: Results) -> str:
@@ -233,82 +309,20 @@ def _measured(results: Results, recipe: Recipe) -> list[EvalResult]:
     """The LN-free model's figures for the model index."""
     settings = results.settings
     hellaswag = "hellaswag" in settings.question_set.lower()
-    return _entries(
+    return metric_entries(
         {
             "cross_entropy": ("cross-entropy (nats per token)", results.cross_entropy.ln_free),
             "bits_per_byte": ("bits per byte", results.bits_per_byte.ln_free),
         },
-        dataset=(_slug(recipe.data.corpus), settings.data),
-    ) + _entries(
+        dataset=(slug(recipe.data.corpus), settings.data),
+    ) + metric_entries(
         {"accuracy": (f"accuracy ({settings.protocol}, length-normalised)", results.accuracy.ln_free)},
-        dataset=("Rowan/hellaswag" if hellaswag else _slug(settings.question_set), settings.question_set),
+        dataset=("Rowan/hellaswag" if hellaswag else slug(settings.question_set), settings.question_set),
     )
-
-
-def _entries(metrics: dict[str, tuple[str, float | None]], *, dataset: tuple[str, str]) -> list[EvalResult]:
-    """Model index entries of metrics (type: name, value) on a data set (type, name); without those not measured."""
-    from huggingface_hub import EvalResult
-
-    kind, name = dataset
-    return [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type=kind,
-            dataset_name=name,
-            metric_type=metric,
-            metric_name=title,
-            metric_value=round(value, 6),
-        )
-        for metric, (title, value) in metrics.items()
-        if value is not None and math.isfinite(value)
-    ]
-
-
-def _front_matter(
-    name: str, *, base_model: str | None, datasets: list[str], tags: list[str], measured: list[EvalResult]
-) -> str:
-    from huggingface_hub import ModelCardData
-
-    optional: dict[str, Any] = {"base_model": base_model, "datasets": datasets, "eval_results": measured}
-    if base_model is not None:
-        optional["base_model_relation"] = "finetune"
-    data = ModelCardData(
-        model_name=name,
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        license="mit",
-        tags=tags,
-        **{key: value for key, value in optional.items() if value},
-    )
-    return f"---\n{data.to_yaml()}\n---"
-
-
-def _hub_id(model: str) -> str | None:
-    """The Hub repository of a recipe's model; None for the embedded model and for local directories."""
-    if model in REPOSITORIES:
-        return REPOSITORIES[model]
-    owner, slash, name = model.partition("/")
-    looks_like_an_id = bool(slash and owner and name) and "/" not in name and not model.startswith((".", "~"))
-    return model if looks_like_an_id and not Path(model).exists() else None
 
 
 def _base_name(model: str) -> str:
     return "tiny-gpt2" if model == "tiny" else Path(model).name
-
-
-def _hub_datasets(corpus: str) -> list[str]:
-    """Hub ids of a corpus; empty for local text."""
-    from ln_removal.data.hub_corpora import KNOWN_CORPORA
-
-    if corpus.startswith("hub:"):
-        return [corpus.split(":")[1]]
-    known = KNOWN_CORPORA.get(corpus)
-    return [] if known is None else sorted({part.dataset for part in known.parts})
-
-
-def _slug(text: str) -> str:
-    words = "".join(character if character.isalnum() else " " for character in Path(text).name.lower()).split()
-    return "-".join(words) or "text"
 
 
 def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
@@ -316,11 +330,15 @@ def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, align, *rows))
 
 
-def _write(directory: Path, front: str, sections: list[str]) -> None:
+def _card(front: str, sections: list[str]) -> str:
+    return "\n\n".join([front, *sections]) + "\n"
+
+
+def _write(directory: Path, text: str) -> None:
     path = directory / "README.md"
     temporary = path.with_name(".README.md.tmp")
     try:
-        temporary.write_text("\n\n".join([front, *sections]) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
         raise UserError(

@@ -4,6 +4,9 @@ Nothing in it looks at a token's own statistics: ln_1, ln_2 and ln_f are identit
 weights behind them, and the unembedding is a matrix of its own with a bias. Everything else (attention, generation,
 key-value cache, saving) is transformers' GPT-2.
 
+This file needs PyTorch and transformers and nothing else: `ln-export --with-code` puts it beside a model's weights, for
+users who load the model with trust_remote_code=True.
+
 Shapes: D model width, V vocabulary, L layers.
 """
 
@@ -16,8 +19,6 @@ import torch
 from torch import Tensor, nn
 from transformers.models.gpt2.configuration_gpt2 import GPT2Config
 from transformers.models.gpt2.modeling_gpt2 import GPT2LMHeadModel
-
-from ln_removal.export.registration import register_classes
 
 _NOT_INHERITED = ("model_type", "architectures", "auto_map", "transformers_version", "tie_word_embeddings", "dtype")
 """Entries of a GPT-2 configuration that say which class it is for, and so are not taken over."""
@@ -36,7 +37,8 @@ class NormFreeGPT2Config(GPT2Config):
     @classmethod
     def from_gpt2(cls, config: GPT2Config) -> NormFreeGPT2Config:
         """The configuration of the LN-free model folded from a model with configuration `config`."""
-        return cls(**without_identity(config))
+        # Filled in by saving too, but some tools ask a model that was never saved.
+        return cls(**without_identity(config), architectures=["NormFreeGPT2LMHeadModel"])
 
 
 class NormFreeGPT2LMHeadModel(GPT2LMHeadModel):
@@ -77,6 +79,3 @@ def from_folded(config: GPT2Config, state: Mapping[str, Tensor]) -> NormFreeGPT2
 def without_identity(config: GPT2Config) -> dict[str, Any]:
     """A GPT-2 configuration as a dictionary, without what ties it to one model class."""
     return {key: value for key, value in config.to_dict().items() if key not in _NOT_INHERITED}
-
-
-register_classes(NormFreeGPT2Config, NormFreeGPT2LMHeadModel)

@@ -1,37 +1,34 @@
-"""Make transformers' Auto classes know the LN-free model, whichever of the two packages is imported first.
+"""Make transformers' Auto classes and TransformerLens know the LN-free model, whichever package is imported first.
 
-`ln_removal/__init__` calls `watch_imports`, which loads neither torch nor transformers: it leaves a hook that runs when
-AutoConfig is imported. That can happen in the middle of transformers' own imports (importing GPT-2's model code loads
-the Auto classes before GPT-2's classes exist), when a subclass of GPT-2 cannot be defined yet. So the hook registers a
-stand-in, and the classes themselves take its place when they are first needed.
+`ln_removal/__init__` calls `watch_imports`, which loads neither torch nor transformers: it leaves hooks that run when
+a module is imported.
+
+- AutoConfig: that can happen in the middle of transformers' own imports (importing GPT-2's model code loads the Auto
+  classes before GPT-2's classes exist), when a subclass of GPT-2 cannot be defined yet. So the hook registers a
+  stand-in.
+- The model's own module: its classes take the stand-in's place.
+- TransformerLens' table of architectures: a function that builds the adapter is entered.
 """
 
 from __future__ import annotations
 
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import wrapt
-
-if TYPE_CHECKING:
-    from transformers import GPT2LMHeadModel, PretrainedConfig
 
 MODEL_TYPE = "normfree_gpt2"
 """model_type in the config.json of an LN-free model."""
 
+ARCHITECTURE = "NormFreeGPT2LMHeadModel"
+"""Its entry in the list of architectures."""
+
 
 def watch_imports() -> None:
-    """Register the stand-in when transformers' AutoConfig is imported; at once if it already is."""
+    """Leave the hooks; where a module is imported already, its hook runs at once."""
     wrapt.when_imported("transformers.models.auto.configuration_auto")(_register_stand_in)
-
-
-def register_classes(config: type[PretrainedConfig], model: type[GPT2LMHeadModel]) -> None:
-    """Make AutoConfig give `config` for its model_type, and AutoModelForCausalLM `model` for such a configuration."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    assert config.model_type == MODEL_TYPE, config.model_type
-    AutoConfig.register(MODEL_TYPE, config, exist_ok=True)
-    AutoModelForCausalLM.register(config, model, exist_ok=True)
+    wrapt.when_imported("ln_removal.export.normfree_gpt2")(_register_classes)
+    wrapt.when_imported("transformer_lens.factories.architecture_adapter_factory")(_register_adapter)
 
 
 def _register_stand_in(configuration_auto: ModuleType) -> None:
@@ -53,3 +50,27 @@ def _register_stand_in(configuration_auto: ModuleType) -> None:
             return NormFreeGPT2Config(*args, **kwargs)
 
     configuration_auto.AutoConfig.register(MODEL_TYPE, StandIn)
+
+
+def _register_classes(normfree_gpt2: ModuleType) -> None:
+    """Make AutoConfig give our configuration for its model_type, and AutoModelForCausalLM our model for it."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = normfree_gpt2.NormFreeGPT2Config
+    assert config.model_type == MODEL_TYPE, config.model_type
+    AutoConfig.register(MODEL_TYPE, config, exist_ok=True)
+    AutoModelForCausalLM.register(config, normfree_gpt2.NormFreeGPT2LMHeadModel, exist_ok=True)
+
+
+def _register_adapter(architecture_adapter_factory: ModuleType) -> None:
+    """Make TransformerBridge.boot_transformers take directories of LN-free models."""
+
+    def adapter(cfg: Any) -> Any:
+        """Builds a NormFreeGPT2Adapter; its class cannot be defined while TransformerLens is still being imported."""
+        from ln_removal.bridge import NormFreeGPT2Adapter
+
+        return NormFreeGPT2Adapter(cfg)
+
+    architecture_adapter_factory.ArchitectureAdapterFactory.register_adapter(ARCHITECTURE, adapter)
+    # boot_transformers reads this table, which register_adapter leaves as it is.
+    architecture_adapter_factory.SUPPORTED_ARCHITECTURES[ARCHITECTURE] = adapter

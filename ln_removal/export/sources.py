@@ -1,4 +1,8 @@
-"""What can be exported: a finished run, a run whose checkpoint is fully frozen, or the directory of an LN-free model."""
+"""What can be exported: a run of ln-remove, an LN-free model's directory, or a published LN-free model.
+
+A run that was not exported yet is folded from its newest checkpoint; a published model (disarmed LayerNorms, here or on
+the Hub) is converted to one without norms.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from ln_removal.errors import UserError
 from ln_removal.export.normfree_gpt2 import NormFreeGPT2LMHeadModel, from_folded
+from ln_removal.export.published import check_conversion, from_disarmed, has_disarmed_norms
 from ln_removal.export.verify import logits_error, verify_export
 from ln_removal.export.writing import Format, write_format
 
@@ -22,56 +28,99 @@ CHECK_TOKENS = 256
 """Positions of the random token sequences on which the written form is compared with its source."""
 
 
-def export_model(source: Path, out: Path, *, form: Format, dtype: str = "float32") -> float:
+def export_model(
+    source: Path | str,
+    out: Path,
+    *,
+    form: Format,
+    dtype: str = "float32",
+    tokenizer: str | None = None,
+    with_code: bool = False,
+) -> float:
     """Write `source` to `out` in a format, and load it back to compare.
 
     Args:
-        source: a run of `ln-remove`, or an LN-free model's directory.
+        source: a run of `ln-remove`, an LN-free model's directory, or a published LN-free model: its directory or Hub id.
         out: a directory that does not exist yet, or is empty.
         form: "normfree" or "stock".
         dtype: precision of the weights written.
+        tokenizer: a model to take the tokenizer from; default: the source's own.
+        with_code: put the modelling file beside a normfree model, for users without ln-removal.
 
     Returns:
         The largest relative difference between the logits of what was written and of the source in float32.
 
     Raises:
-        UserError: `source` is neither, its sites are not all frozen, or `out` is in use.
+        UserError: `source` is none of these, its sites are not all frozen, it has no tokenizer, or `out` is in use.
     """
     from ln_removal.models import load_model
 
+    if with_code and form != "normfree":
+        raise UserError("the stock form needs no code of its own; leave out --with-code, or use --format normfree")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is already in use; choose another --out")
-    model, tokenizer = open_source(source)
-    generator = torch.Generator().manual_seed(0)
-    length = min(CHECK_TOKENS, model.config.n_positions)
-    tokens = torch.randint(model.config.vocab_size, (4, length), generator=generator)
+    model, own_tokenizer = open_source(source, tokenizer=tokenizer)
+    tokens = _check_tokens(model, rows=4)
     reference = from_folded(model.config, model.state_dict()).float()
-    write_format(model, tokenizer, out, form=form, tokens=tokens, dtype=dtype)
+    write_format(model, own_tokenizer, out, form=form, tokens=tokens, dtype=dtype, with_code=with_code)
     return logits_error(reference, load_model(str(out)).model, tokens)
 
 
-def open_source(source: Path) -> tuple[NormFreeGPT2LMHeadModel, PreTrainedTokenizerBase]:
-    """The LN-free model of a run or a directory, with its tokenizer.
+def open_source(
+    source: Path | str, *, tokenizer: str | None = None
+) -> tuple[NormFreeGPT2LMHeadModel, PreTrainedTokenizerBase]:
+    """The LN-free model of a run, a directory or a Hub id, with its tokenizer.
+
+    Args:
+        source: as for `export_model`.
+        tokenizer: a model to take the tokenizer from; default: the source's own.
 
     Raises:
         UserError: there is none: not a run, not an LN-free model, or a run that is not frozen yet.
     """
-    from ln_removal.models import EMBEDDED_MODEL, load_model
+    from ln_removal.models import EMBEDDED_MODEL, NoTokenizerError, load_model, load_tokenizer
     from ln_removal.run_directory import RECIPE_FILE
 
-    if not source.is_dir() and str(source) != EMBEDDED_MODEL:
-        raise UserError(f"no such directory: {source}; give a run of ln-remove, or the directory of an LN-free model")
-    if (source / RECIPE_FILE).is_file():
-        if (source / "model" / "config.json").is_file():
-            return open_source(source / "model")
-        return _fold_checkpoint(source)
-    loaded = load_model(str(source))
-    if not isinstance(loaded.model, NormFreeGPT2LMHeadModel):
+    name, path = str(source), Path(source)
+    if not path.is_dir() and name != EMBEDDED_MODEL and not _looks_like_a_hub_id(name):
         raise UserError(
-            f"{source} is a {loaded.model.config.model_type} model with its LayerNorms, not an LN-free one; remove them first "
-            f"with ln-remove --model {source}"
+            f"no such directory: {name}; give a run of ln-remove, the directory of an LN-free model, or the Hub id "
+            "(OWNER/NAME) of a published one"
         )
-    return loaded.model, loaded.tokenizer
+    if (path / RECIPE_FILE).is_file():
+        if (path / "model" / "config.json").is_file():
+            return open_source(path / "model", tokenizer=tokenizer)
+        folded, own = _fold_checkpoint(path)
+        return folded, own if tokenizer is None else load_tokenizer(tokenizer)
+    try:
+        loaded = load_model(name, tokenizer_from=tokenizer)
+    except NoTokenizerError as error:
+        raise UserError(f"{error}, or name a model that has the same with --tokenizer (such as gpt2)") from error
+    if isinstance(loaded.model, NormFreeGPT2LMHeadModel):
+        # A configuration of our own, without a modelling file's entries.
+        return from_folded(loaded.model.config, loaded.model.state_dict()), loaded.tokenizer
+    if not has_disarmed_norms(loaded.model):
+        raise UserError(
+            f"{name} is a {loaded.model.config.model_type} model with its LayerNorms, not an LN-free one; remove them first "
+            f"with ln-remove --model {name}"
+        )
+    try:
+        converted = from_disarmed(loaded.model)
+        check_conversion(loaded.model, converted, _check_tokens(converted, rows=32, length=16))
+    except UserError as error:
+        raise type(error)(f"{name}: {error}") from error
+    return converted, loaded.tokenizer
+
+
+def _looks_like_a_hub_id(name: str) -> bool:
+    owner, _, model = name.partition("/")
+    return bool(owner and model) and "/" not in model and not name.startswith((".", "~")) and not Path(owner).is_dir()
+
+
+def _check_tokens(model: NormFreeGPT2LMHeadModel, *, rows: int, length: int = CHECK_TOKENS) -> Tensor:
+    """(rows, T) random tokens, T as asked for or the model's context."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(model.config.vocab_size, (rows, min(length, model.config.n_positions)), generator=generator)
 
 
 def _fold_checkpoint(run: Path) -> tuple[NormFreeGPT2LMHeadModel, PreTrainedTokenizerBase]:
@@ -92,9 +141,5 @@ def _fold_checkpoint(run: Path) -> tuple[NormFreeGPT2LMHeadModel, PreTrainedToke
         logger.warning("passed over: %s", fault)
     loaded.model.eval()
     folded = from_folded(loaded.model.config, fold(loaded.model))
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(
-        folded.config.vocab_size, (2, min(CHECK_TOKENS, folded.config.n_positions)), generator=generator
-    )
-    verify_export(loaded.model, folded, tokens)
+    verify_export(loaded.model, folded, _check_tokens(folded, rows=2))
     return folded, loaded.tokenizer

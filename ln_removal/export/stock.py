@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ln_removal.errors import UserError
 from ln_removal.export.normfree_gpt2 import without_identity
 
 if TYPE_CHECKING:
@@ -41,6 +42,12 @@ NORM_WEIGHT = 2.0**14
 READER_SCALE = 2.0**6
 """Factor on the weights behind each norm: sqrt(EPSILON) / NORM_WEIGHT."""
 
+DISARMING_EPSILON = 1e6
+"""Least layer_norm_epsilon that is taken to disarm a LayerNorm: the usual one is 1e-5, the published models have 1e12."""
+
+LARGEST_MEAN = 0.005
+"""Mean of a folded weight's columns relative to the weights that rounding, to bfloat16 at most, can leave."""
+
 # Both ends, and b / (t D) with them, are far from the limits of float16.
 _SMALLEST_CARRIER, _LARGEST_CARRIER = 2.0**-10, 2.0**4
 
@@ -49,7 +56,7 @@ _READERS = ("attn.c_attn", "mlp.c_fc")
 
 def is_disarmed(config: PretrainedConfig) -> bool:
     """Whether a GPT-2 configuration is of a stock form, ours or a published one: its epsilon disarms LayerNorm."""
-    return bool(getattr(config, "layer_norm_epsilon", 0.0) >= 1e6)
+    return bool(getattr(config, "layer_norm_epsilon", 0.0) >= DISARMING_EPSILON)
 
 
 @torch.no_grad()
@@ -62,8 +69,17 @@ def to_stock(model: NormFreeGPT2LMHeadModel) -> GPT2LMHeadModel:
     Returns:
         A GPT-2 with new weights in the model's dtype, on its device. Save it in float32: users can then load it in
         float32, bfloat16 or float16.
+
+    Raises:
+        UserError: what reads the residual stream does not ignore its mean, as in a model trained without norms.
     """
     from transformers import GPT2Config, GPT2LMHeadModel
+
+    if (share := _share_of_mean(model)) > LARGEST_MEAN:
+        raise UserError(
+            f"the model reads the mean of its residual stream (means are {share:.1%} of its weights, at most {LARGEST_MEAN:.1%} "
+            "after a fold), which a stock GPT-2's LayerNorm subtracts: it was trained without norms; use --format normfree"
+        )
 
     settings = without_identity(model.config) | {"layer_norm_epsilon": EPSILON, "tie_word_embeddings": False}
     with torch.device("meta"):
@@ -85,6 +101,18 @@ def to_stock(model: NormFreeGPT2LMHeadModel) -> GPT2LMHeadModel:
     state["lm_head.weight"] = (weight + (bias / (carrier * width)).unsqueeze(1)).to(like.dtype)
     stock.load_state_dict({name: nn.Parameter(value) for name, value in state.items()}, strict=True, assign=True)
     return stock.eval()
+
+
+def _share_of_mean(model: NormFreeGPT2LMHeadModel) -> float:
+    """Over all readers, the largest root mean square of the columns' means relative to that of the weights."""
+    blocks = [
+        model.get_submodule(f"transformer.h.{i}.{name}") for i in range(model.config.n_layer) for name in _READERS
+    ]
+    # (in, out) each; nn.Linear keeps its weight output-first (V, D)
+    weights = [*(block.get_parameter("weight") for block in blocks), model.lm_head.weight.T]
+    return max(
+        float(weight.float().mean(dim=0).norm() * weight.shape[0] ** 0.5 / weight.float().norm()) for weight in weights
+    )
 
 
 def _carrier(weight: Tensor, bias: Tensor) -> float:

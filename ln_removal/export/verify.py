@@ -94,6 +94,16 @@ def verify_export(
     return VerifyReport(max_relative_error=error, no_norm_modules=True, affine_error=affine)
 
 
+def readers(model: GPT2LMHeadModel) -> dict[str, tuple[nn.Module, nn.Module]]:
+    """By name, each norm slot with the linear map that reads it."""
+    found: dict[str, tuple[nn.Module, nn.Module]] = {}
+    for i, block in enumerate(model.transformer.h):
+        found[f"transformer.h.{i}.attn.c_attn"] = (block.ln_1, block.attn.c_attn)
+        found[f"transformer.h.{i}.mlp.c_fc"] = (block.ln_2, block.mlp.c_fc)
+    found["lm_head"] = (model.transformer.ln_f, model.lm_head)
+    return found
+
+
 def _blame_rounding_or_raise(frozen: GPT2LMHeadModel, folded: GPT2LMHeadModel, input_ids: Tensor, error: float) -> None:
     """Decide in float64 whether a difference in float32 is a wrong fold or only rounding.
 
@@ -145,6 +155,23 @@ def logits_error(reference: GPT2LMHeadModel, candidate: GPT2LMHeadModel, input_i
         return _logits_error(reference, candidate, input_ids)
 
 
+@torch.no_grad()
+def position_errors(reference: GPT2LMHeadModel, candidate: GPT2LMHeadModel, input_ids: Tensor) -> Tensor:
+    """(B, T) as `logits_error`, but for each position by itself, relative to its own largest logit.
+
+    Args:
+        reference, candidate: models over the same vocabulary.
+        input_ids: (B, T) tokens.
+    """
+    rows: list[Tensor] = []
+    with _exact_evaluation(reference, candidate):
+        for row in input_ids.split(1):  # one at a time: (1, T, V) is large enough
+            expected = _wide(reference(row.to(reference.device), use_cache=False).logits)
+            found = _wide(candidate(row.to(candidate.device), use_cache=False).logits).to(expected.device)
+            rows.append((found - expected).abs().amax(dim=-1) / expected.abs().amax(dim=-1))
+    return torch.cat(rows)
+
+
 def norm_modules(model: nn.Module) -> list[str]:
     """Paths, with type, of all modules that are a norm by their class or by its name."""
     return [
@@ -175,11 +202,11 @@ def _affine_error(model: GPT2LMHeadModel, input_ids: Tensor, seed: int) -> tuple
     A reader f (norm slot and the map behind it) is affine if f(a x + (1 - a) z) = a f(x) + (1 - a) f(z) for any
     residual streams x, z and any number a. LayerNorm fails by far: it maps x and 2x to the same.
     """
-    readers = _readers(model)
-    streams = _residual_streams(model, {name: slot for name, (slot, _) in readers.items()}, input_ids)
+    read_by = readers(model)
+    streams = _residual_streams(model, {name: slot for name, (slot, _) in read_by.items()}, input_ids)
     generator = torch.Generator().manual_seed(seed)
-    worst, where = 0.0, next(iter(readers))
-    for name, (slot, behind) in readers.items():
+    worst, where = 0.0, next(iter(read_by))
+    for name, (slot, behind) in read_by.items():
         x = streams[name]  # (N, D)
         n = x.shape[0]
         # Shifting a random order by one pairs each position with another one.
@@ -203,16 +230,6 @@ def _affine_error(model: GPT2LMHeadModel, input_ids: Tensor, seed: int) -> tuple
             if error != error:
                 break
     return worst, where
-
-
-def _readers(model: GPT2LMHeadModel) -> dict[str, tuple[nn.Module, nn.Module]]:
-    """By name, each norm slot with the linear map that reads it."""
-    readers: dict[str, tuple[nn.Module, nn.Module]] = {}
-    for i, block in enumerate(model.transformer.h):
-        readers[f"transformer.h.{i}.attn.c_attn"] = (block.ln_1, block.attn.c_attn)
-        readers[f"transformer.h.{i}.mlp.c_fc"] = (block.ln_2, block.mlp.c_fc)
-    readers["lm_head"] = (model.transformer.ln_f, model.lm_head)
-    return readers
 
 
 def _residual_streams(model: GPT2LMHeadModel, slots: dict[str, nn.Module], input_ids: Tensor) -> dict[str, Tensor]:

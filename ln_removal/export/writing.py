@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from ln_removal.errors import UserError
+from ln_removal.export.modelling_file import add_modelling_file
 from ln_removal.export.normfree_gpt2 import NormFreeGPT2LMHeadModel, from_folded
 from ln_removal.export.stock import to_stock
 from ln_removal.export.verify import TOLERANCE, ExportError, logits_error, verify_export
@@ -67,15 +68,19 @@ def write_format(
     form: Format,
     tokens: torch.Tensor,
     dtype: str = "float32",
+    with_code: bool = False,
 ) -> None:
     """Write an LN-free model in one format; the stock form is compared with it first.
+
+    Args:
+        with_code: put the modelling file beside a normfree model; the stock form needs none.
 
     Raises:
         ExportError: the stock form's logits differ.
         UserError: the directory cannot be written.
     """
     if form == "normfree":
-        save_model(folded, tokenizer, directory, dtype=dtype)
+        save_model(folded, tokenizer, directory, dtype=dtype, with_code=with_code)
         return
     stock = to_stock(folded)
     error = logits_error(folded, stock, tokens)
@@ -85,16 +90,24 @@ def write_format(
         error = logits_error(wide, to_stock(wide), tokens)
     if not error <= TOLERANCE:
         raise ExportError(
-            f"the stock form's logits differ from the LN-free model's by {error:.2e} relative, more than {TOLERANCE:.0e}; use "
-            "--format normfree, and please report this model"
+            f"the stock form's logits differ from the LN-free model's by {error:.2e} relative, more than {TOLERANCE:.0e}; if the "
+            "model was trained further after its norms were folded, it has no stock form; use --format normfree"
         )
     save_model(stock, tokenizer, directory, dtype=dtype)
 
 
 def save_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path, *, dtype: str = "float32"
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    *,
+    dtype: str = "float32",
+    with_code: bool = False,
 ) -> None:
     """Save in Hugging Face format: into a temporary directory beside the target, then renamed over it.
+
+    Args:
+        with_code: also save the modelling file; for an LN-free model.
 
     Raises:
         UserError: the disk is full or the directory cannot be written.
@@ -109,6 +122,8 @@ def save_model(
         with quiet_transformers():
             written.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+        if with_code:
+            add_modelling_file(temporary)
         shutil.rmtree(directory, ignore_errors=True)
         os.replace(temporary, directory)
     except (OSError, SafetensorError) as error:

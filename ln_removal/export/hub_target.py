@@ -1,0 +1,162 @@
+"""Where a model is published, and whether that will be allowed: asked before hours of training, not after them.
+
+The token is found by the Hub's own client in its usual places (HF_TOKEN, `hf auth login`); it is never read into ours
+beyond asking whether there is one.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ln_removal.errors import UserError
+from ln_removal.hub_access import first_answer, publish_error
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+WRITING_ROLES = ("write", "admin", "contributor")
+"""Roles in an organisation that may make a repository there."""
+
+
+REPOSITORY = re.compile(r"\w([\w.-]*\w)?/\w([\w.-]{0,94}\w)?", re.ASCII)
+"""What the Hub accepts as OWNER/NAME, apart from two hyphens or dots in a row and the ending .git."""
+
+
+@dataclass(frozen=True)
+class HubTarget:
+    """A model repository on the Hub.
+
+    Attributes:
+        repo_id: OWNER/NAME, the owner being a user or an organisation.
+        private: make a new repository private; an existing one has to be so already.
+        tag: also give the commit this name, so that users can pin it as a revision.
+    """
+
+    repo_id: str
+    private: bool = False
+    tag: str | None = None
+
+    @property
+    def options(self) -> str:
+        """The options that name this target on the command line."""
+        tag = f" --tag {self.tag}" if self.tag else ""
+        return f"--push-to-hub {self.repo_id}{' --private' if self.private else ''}{tag}"
+
+
+def named_target(repo_id: str | None, *, private: bool = False, tag: str | None = None) -> HubTarget | None:
+    """The target that the options name; None when there is none. Nothing is asked of the network.
+
+    Raises:
+        UserError: the id or the tag is malformed, or there are options for a target and none is named.
+    """
+    if repo_id is None:
+        if private or tag is not None:
+            raise UserError(f"{'--private' if private else '--tag'} says how to publish; add --push-to-hub USER/REPO")
+        return None
+    if not REPOSITORY.fullmatch(repo_id) or "--" in repo_id or ".." in repo_id or repo_id.endswith(".git"):
+        raise UserError(
+            f"--push-to-hub {repo_id!r} is no repository; give USER/REPO of letters, digits, '-', '_' and '.', such as "
+            "alice/gpt2-without-layernorm"
+        )
+    if tag is not None and (
+        not re.fullmatch(r"\w[\w.+-]*", tag, re.ASCII) or tag.endswith((".", ".lock")) or ".." in tag
+    ):
+        raise UserError(
+            f"--tag {tag!r} is no name for a revision; give letters, digits, '-', '_' and '.', such as v1.0"
+        )
+    return HubTarget(repo_id, private, tag)
+
+
+def check_target(target: HubTarget) -> None:
+    """Find out whether publishing to the target will be allowed; writes nothing.
+
+    Raises:
+        UserError: there is no token, the Hub does not accept it, it may not write there, the repository is public and
+            the target private, the tag is taken, or the Hub is out of reach.
+    """
+    from huggingface_hub import HfApi, constants, get_token
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    if first_answer(get_token) is None:
+        raise UserError(
+            f"no token for {_host()} was found; log in with `hf auth login`, or set HF_TOKEN, to a token that may write "
+            f"(made at {constants.ENDPOINT}/settings/tokens)"
+        )
+    api = HfApi()
+    try:
+        who = first_answer(api.whoami)
+        try:
+            info = first_answer(lambda: api.model_info(target.repo_id))
+        except RepositoryNotFoundError:
+            _check_may_create(who, target)
+            return
+        _check_may_write(api, who, target)
+    except UserError:
+        raise
+    except Exception as error:  # noqa: BLE001 (the client raises what its transports raise)
+        raise publish_error(error, target.repo_id) from None
+    if target.private and not info.private:
+        raise UserError(
+            f"{target.repo_id} exists and is public; leave out --private, or choose another name, or make it private at "
+            f"{constants.ENDPOINT}/{target.repo_id}/settings"
+        )
+    taken = None if target.tag is None else tagged_commit(api, target)
+    if taken is not None and taken != info.sha:  # of the newest commit: publishing the same again is no mistake
+        raise UserError(f"{target.repo_id} has the tag {target.tag} already, on {taken[:7]}; choose another --tag")
+
+
+def tagged_commit(api: HfApi, target: HubTarget) -> str | None:
+    """The commit that the target's tag names already, or None."""
+    refs = api.list_repo_refs(target.repo_id)
+    return next((ref.target_commit for ref in refs.tags if ref.name == target.tag), None)
+
+
+def _check_may_create(who: dict[str, Any], target: HubTarget) -> None:
+    """Whether the account and its token may make the repository, as far as the Hub says who they are."""
+    _check_token_writes(who, target)
+    owner = target.repo_id.partition("/")[0]
+    orgs = {org.get("name"): org.get("roleInOrg") for org in who.get("orgs") or ()}
+    if owner == who.get("name"):
+        return
+    if owner not in orgs:
+        others = ", ".join([str(who.get("name")), *(str(name) for name in orgs)])
+        raise UserError(f"your account may not publish as {owner}; it may as {others}; give one of these as USER/REPO")
+    if orgs[owner] is not None and orgs[owner] not in WRITING_ROLES:
+        raise UserError(
+            f"your role in {owner} is {orgs[owner]!r}, which may not publish; ask its administrators, or choose your own name"
+        )
+
+
+def _check_may_write(api: HfApi, who: dict[str, Any], target: HubTarget) -> None:
+    """Ask where a small file would go, which the Hub answers only to those who may write; nothing is uploaded."""
+    from huggingface_hub import CommitOperationAdd
+
+    _check_token_writes(who, target)
+    probe = CommitOperationAdd(path_in_repo="README.md", path_or_fileobj=b"may I?")
+    first_answer(lambda: api.preupload_lfs_files(target.repo_id, additions=[probe]))
+
+
+def _check_token_writes(who: dict[str, Any], target: HubTarget) -> None:
+    """What the token is for: reading, writing, or single permissions (then: on the owner or the repository)."""
+    from huggingface_hub import constants
+
+    token = (who.get("auth") or {}).get("accessToken") or {}
+    scopes = (token.get("fineGrained") or {}).get("scoped")
+    names = (target.repo_id, target.repo_id.partition("/")[0])
+    may = token.get("role") != "read"
+    if token.get("role") == "fineGrained" and scopes is not None:
+        allowed = [scope for scope in scopes if (scope.get("entity") or {}).get("name") in names]
+        may = any("repo.write" in (scope.get("permissions") or ()) for scope in allowed)
+    if not may:
+        raise UserError(
+            f"the token may not write to {target.repo_id}; make one that may at {constants.ENDPOINT}/settings/tokens and log in "
+            "with `hf auth login`"
+        )
+
+
+def _host() -> str:
+    from huggingface_hub import constants
+
+    return constants.ENDPOINT.partition("://")[2]
