@@ -102,14 +102,19 @@ class RemovalSchedule:
         return found
 
     def stage(self, step: int) -> str:
-        """A label for the progress bar: "real", "ln_2 3/12", "ln_1_qk 1/12", "ln_f", "special" or "recovery"."""
+        """A label for the progress bar: "real", "ln_2 3/12", "ln_1_qk 1/12", "ln_f", "special" or "recovery".
+
+        "freezing 35 %" where the special constants go while the sites still do.
+        """
         if step > self.complete_at:
             return "recovery"
         started = [event for event in self.events if event.step <= step]
         if not started:
             return "real"
         if any(event.action == "drop_special" for event in started):
-            return "special"
+            mixes = self.freeze_values(step)
+            share = sum(mixes.values()) / len(mixes)
+            return "special" if share == 1 else f"freezing {int(100 * share)} %"
         counts = Counter(_kind(event) for event in started)
         latest = max(counts, key=SITE_KINDS.index)
         return latest if latest == "ln_f" else f"{latest} {counts[latest]}/{self.n_layer}"

@@ -187,7 +187,7 @@ def test_models_that_cannot_be_planned(tmp_path: Path) -> None:
 
 def test_an_impossible_schedule_is_refused() -> None:
     with pytest.raises(UserError, match="not complete by the last step"):
-        plan(load_recipe("gpt2", {"training.steps": 500}))
+        plan(load_recipe("gpt2-apollo", {"training.steps": 500}))
 
 
 def test_json_is_plain_and_complete() -> None:

@@ -262,3 +262,9 @@ def test_special_constants_are_not_dropped_before_the_last_freeze() -> None:
 def test_a_model_without_layers_is_refused() -> None:
     with pytest.raises(UserError, match="n_layer = 0"):
         expand(spec(), 0, 100)
+
+
+def test_the_stage_of_a_schedule_that_freezes_everything_together() -> None:
+    schedule = expand(load_recipe("gpt2").schedule, 12, 1000)  # type: ignore[arg-type]
+    stages = [schedule.stage(step) for step in (0, 1, 50, 100, 200, 251)]
+    assert stages == ["real", "freezing 1 %", "freezing 50 %", "special", "special", "recovery"]
