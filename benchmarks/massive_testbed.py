@@ -53,6 +53,8 @@ class MassiveObjective(Objective):
             block.register_forward_hook(self._keep_std)
 
     def _keep_std(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not self._listening:  # an evaluation between two steps
+            return
         residual = output[0] if isinstance(output, tuple) else output
         self._stds.append(residual.float().std(dim=-1))
 

@@ -20,7 +20,7 @@ TEXT_MEGABYTES = 100
 
 
 def main() -> None:
-    """Prepare each size once, write benchmarks/results/prepare_memory-<cores>.json."""
+    """Prepare each size once, write benchmarks/results/prepare_memory-cpu-<processes>-processes.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, nargs="+", default=[100, 1000])
     parser.add_argument("--processes", type=int, default=cores())
@@ -41,7 +41,7 @@ def main() -> None:
                 flush=True,
             )
     result = {"machine": machine("cpu"), "processes": options.processes, "memory": found}
-    write_result(f"prepare_memory-cpu-{cores()}-cores", result, options.out)
+    write_result(f"prepare_memory-cpu-{options.processes}-processes", result, options.out)
 
 
 if __name__ == "__main__":

@@ -138,6 +138,7 @@ ARMS: dict[str, Arm] = {
         together(taper=0.1, special=0.25),
         {**STD, **FADING, "distillation_until": 0.5},
     ),
+    "quick-std-fading": Arm("the same, tapered twice as fast", together(taper=0.05, special=0.12), {**STD, **FADING}),
     "short-teacher": Arm("without the std loss", together(taper=0.1, special=0.25), KL_ONLY),
     "at-once-std-teacher": Arm("the same, everything in step 1", together(), {**STD, **KL_ONLY}),
     "std-then-taper": Arm("the std loss alone for a fifth, then taper", together(start=0.2, taper=0.2), {**STD, **KL}),

@@ -5,7 +5,8 @@
 
 Each (arm, seed) is one run of `ln_removal.remove`, written to OUT/NAME/ARM-SEED.json when it is done; what is there already is
 not trained again. The table has, for each arm, mean and standard error over seeds of the held-out cross-entropy, of the gap
-(minus the control's with the same seed), of the tokens until the gap is at most 0.05, and the worst training loss.
+(minus the control's with the same seed); the tokens until the held-out loss is within 0.05 of the control's, and until it is that
+of the best published arm at its end (medians); the worst training loss and the worst loss on odd text.
 """
 
 from __future__ import annotations
@@ -136,14 +137,9 @@ def table(results: dict[str, dict[int, dict[str, Any]]], tokens_per_step: int) -
         if not seeds:
             continue
         gaps = [by_seed[seed]["cross_entropy"] - controls[seed]["cross_entropy"] for seed in seeds]
-        reached = []
-        for seed in seeds:
-            goal = controls[seed]["evaluations"][-1][1] + CLOSE
-            below = [step for step, loss in by_seed[seed]["evaluations"] if loss <= goal]
-            # LayerNorms still in place would count as a gap of 0: only what stays below to the end.
-            last_above = max((step for step, loss in by_seed[seed]["evaluations"] if loss > goal), default=0)
-            after = [step for step in below if step > last_above]
-            reached.append(after[0] * tokens_per_step if after else math.inf)
+        reached = [stays_below(by_seed[seed], controls[seed]["evaluations"][-1][1] + CLOSE) for seed in seeds]
+        published = [best_published(results, seed) for seed in seeds]
+        caught_up = [stays_below(by_seed[seed], loss) for seed, loss in zip(seeds, published, strict=True)]
         odd = [max(by_seed[seed]["odd_text"].values()) for seed in seeds]
         rows.append(
             {
@@ -151,13 +147,33 @@ def table(results: dict[str, dict[int, dict[str, Any]]], tokens_per_step: int) -
                 "seeds": len(seeds),
                 "cross_entropy": mean_and_error([by_seed[seed]["cross_entropy"] for seed in seeds]),
                 "gap": mean_and_error(gaps),
-                "tokens_to_close": statistics.median(reached),
+                "tokens_to_close": tokens_per_step * statistics.median(reached),
+                "tokens_to_published": tokens_per_step * statistics.median(caught_up),
                 "worst_training_loss": max(by_seed[seed]["worst_training_loss"] for seed in seeds),
                 "worst_odd_loss": max(odd),
                 "tokens_per_second": statistics.median(by_seed[seed]["tokens_per_second"] for seed in seeds),
             }
         )
     return sorted(rows, key=lambda row: row["gap"][0])
+
+
+def stays_below(result: dict[str, Any], goal: float) -> float:
+    """The first evaluated step from which on the held-out loss is at most `goal`; infinite when it is not in the end.
+
+    A model that still has its LayerNorms is below any goal, so it has to stay there.
+    """
+    last_above = max((step for step, loss in result["evaluations"] if loss > goal), default=0)
+    return min((step for step, _ in result["evaluations"] if step > last_above), default=math.inf)
+
+
+def best_published(results: dict[str, dict[int, dict[str, Any]]], seed: int) -> float:
+    """The lowest final held-out loss of the published schedules with this seed; NaN when there is none."""
+    final = [
+        by_seed[seed]["evaluations"][-1][1]
+        for arm, by_seed in results.items()
+        if arm.startswith("paper-") and seed in by_seed
+    ]
+    return min(final, default=math.nan)
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:
@@ -167,14 +183,34 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
 
 
 def show(rows: list[dict[str, Any]]) -> str:
-    lines = ["| arm | seeds | cross-entropy | gap | tokens to a gap of 0.05 | worst training loss | worst odd text |"]
-    lines.append("|---|---|---|---|---|---|---|")
+    columns = (
+        "arm",
+        "seeds",
+        "cross-entropy",
+        "gap",
+        "tokens to 0.05",
+        "tokens to the published",
+        "worst training",
+        "worst odd text",
+    )
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+
+    def tokens(count: float) -> str:
+        return f"{count:,.0f}" if math.isfinite(count) else "-"
+
     for row in rows:
-        close = "-" if math.isinf(row["tokens_to_close"]) else f"{row['tokens_to_close']:,.0f}"
-        lines.append(
-            f"| {row['arm']} | {row['seeds']} | {row['cross_entropy'][0]:.4f} | {row['gap'][0]:+.4f} ± {row['gap'][1]:.4f} "
-            f"| {close} | {row['worst_training_loss']:.2f} | {row['worst_odd_loss']:.2f} |"
+        error = row["gap"][1]
+        cells = (
+            row["arm"],
+            str(row["seeds"]),
+            f"{row['cross_entropy'][0]:.4f}",
+            f"{row['gap'][0]:+.4f}" + (f" ± {error:.4f}" if math.isfinite(error) else ""),
+            tokens(row["tokens_to_close"]),
+            tokens(row["tokens_to_published"]),
+            f"{row['worst_training_loss']:,.2f}",
+            f"{row['worst_odd_loss']:.2f}",
         )
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
