@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable
 from typing import TypeVar
@@ -91,8 +92,25 @@ def hub_error(error: BaseException, what: str, repo_id: str, advice: str) -> Use
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message as one short line, or its type when it has none."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    """An error's message as one short line without secrets, or its type when it has none."""
+    # Cut last: half a token would no longer be known as one.
+    return without_secrets(" ".join(str(error).split()))[:300] or type(error).__name__
+
+
+_BEARER = re.compile(r"Bearer [^\s'\"]+")
+_QUERY = re.compile(r"(https?://[^\s'\"?]+)\?[^\s'\"]+")
+
+
+def without_secrets(text: str) -> str:
+    """A text without the user's token and without the signatures of upload addresses, which errors of HTTP libraries quote.
+
+    A token that no header can hold is quoted with its odd characters escaped, so what follows `Bearer` goes as a whole.
+    """
+    from huggingface_hub import get_token
+
+    token = get_token()
+    shown = _BEARER.sub("Bearer (token)", _QUERY.sub(r"\1?...", text))
+    return shown.replace(token, "(token)") if token else shown
 
 
 PASSING_STATUSES = (408, 409, 412, 425, 429, 500, 502, 503, 504)
@@ -143,19 +161,7 @@ def publish_error(error: BaseException, repo_id: str, *, attempts: int = 1) -> U
             f"the token may not write to {repo_id}; check the spelling, or make a token that may write at {tokens}"
         )
     if status is None and is_unreachable(error):
-        reason = "HF_HUB_OFFLINE is set" if isinstance(error, errors.OfflineModeIsEnabled) else _short(error)
+        reason = "HF_HUB_OFFLINE is set" if isinstance(error, errors.OfflineModeIsEnabled) else one_line(error)
         return UserError(f"cannot reach {host} to publish {repo_id}{tried} ({reason}); check the network")
-    reason = f"{host} answered {status}: {_short(refused)}" if status else _short(error)
+    reason = f"{host} answered {status}: {one_line(refused)}" if status else one_line(error)
     return UserError(f"{repo_id} could not be published{tried}: {reason}")
-
-
-def without_token(text: str) -> str:
-    """A text with the user's token taken out, which some errors of HTTP libraries quote."""
-    from huggingface_hub import get_token
-
-    token = get_token()
-    return text.replace(token, "(token)") if token else text
-
-
-def _short(error: BaseException) -> str:
-    return without_token(one_line(error))

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ln_removal.errors import UserError
 from ln_removal.hub_access import HUB_SECONDS, first_answer, hub_error, is_unreachable, one_line
+from ln_removal.run_directory import RECIPE_FILE
 
 if TYPE_CHECKING:
     import torch
@@ -238,6 +239,8 @@ def _fetch(repo_id: str, *, config: bool, weights: bool, tokenizer: bool) -> Pat
 def _read_config(directory: Path) -> PretrainedConfig:
     from transformers import AutoConfig
 
+    if (directory / RECIPE_FILE).is_file() and (directory / "model" / "config.json").is_file():
+        raise UserError(f"{directory} is a run, not a model; its model is {directory / 'model'}")
     path = directory / _required("config.json", _names(directory), str(directory))
     raw = _read_json(path)
     if not isinstance(raw, dict) or raw.get("model_type") not in MODEL_TYPES:

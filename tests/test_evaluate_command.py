@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from ln_removal.commands.evaluate import app
 from ln_removal.data.corpora import Document, TokenDocument
+from ln_removal.data.hub_corpora import KNOWN_CORPORA, HubCorpus
 from ln_removal.errors import UserError
 from ln_removal.evaluation.held_out import HeldOutText, held_out_tokens
 from ln_removal.evaluation.odd_text import KINDS
@@ -70,6 +71,8 @@ def test_odd_text_prompts_and_stride(place: Path) -> None:
     assert (found["by_data"][0]["stride"], found["by_data"][0]["context"]) == (8, 32)
     again = scored(*arguments, "--stride", "8")
     assert {**again, "seconds": 0} == {**found, "seconds": 0}, "seeded"
+    overlapping = runner.invoke(app, [*arguments, "--stride", "8", "--device", "cpu"]).stdout
+    assert "context 32, stride 8, " in " ".join(overlapping.split())
     table = runner.invoke(app, [*arguments, "--device", "cpu"]).stdout
     for shown in ("Odd text", "form feeds", "worst window", "calibration error", "--- original", "def f"):
         assert shown in table, shown
@@ -116,6 +119,22 @@ def test_only_held_out_text_is_taken_and_no_more_than_needed() -> None:
     assert sum(len(text) for text in texts) >= 8 * 200 > sum(len(text) for text in texts[:-1])
     resumed = list(HeldOutText(Stream(), max_tokens=200).documents(skip=4))
     assert resumed == [first, *rest][4:]
+
+
+def test_a_data_set_with_a_held_out_part_is_not_read_beyond_it() -> None:
+    class Downloaded(HubCorpus):
+        def documents(self, skip: int = 0) -> Any:
+            for number in range(8):
+                held_out = number < 3 or (number == 6 and self.source.nanogpt_split)
+                assert number < 4 or self.source.nanogpt_split, "read on into the training split"
+                yield Document(f"{number}", "validation" if held_out else "train", "s")
+
+    def texts(name: str) -> list[str]:
+        found = HeldOutText(Downloaded(KNOWN_CORPORA[name])).documents()
+        return [document.text for document in found if isinstance(document, Document)]
+
+    assert texts("wikitext") == texts("the-pile") == ["", "0", "1", "2"]
+    assert texts("openwebtext") == ["", "0", "1", "2", "6"], "scattered over the whole data set"
 
 
 def test_held_out_rows_of_tokens(place: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""evaluate-hellaswag against answers that lm-evaluation-harness gave to the same questions, recorded by benchmarks/hellaswag_parity.py."""
+"""evaluate-hellaswag against lm-evaluation-harness's answers to the same questions, recorded by benchmarks/hellaswag_parity.py."""
 
 from __future__ import annotations
 

@@ -65,6 +65,14 @@ def test_model_index_holds_the_measured_figures(tmp_path: Path) -> None:
     }
 
 
+def test_figures_of_another_data_set_are_not_given_as_the_corpus(tmp_path: Path) -> None:
+    measured = results()
+    settings = measured.settings.model_copy(update={"data": "wikitext, held out"})
+    write_model_card(tmp_path, load_recipe("gpt2"), measured.model_copy(update={"settings": settings}))
+    found = {result.metric_type: result.dataset_type for result in card_of(tmp_path).data.eval_results}
+    assert found["cross_entropy"] == "wikitext"
+
+
 def test_table_has_the_three_models_side_by_side(tmp_path: Path) -> None:
     write_model_card(tmp_path, load_recipe("gpt2"), results())
     text = card_of(tmp_path).text

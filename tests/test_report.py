@@ -126,6 +126,24 @@ def test_events_and_curves_from_metrics(run: Path) -> None:
     assert wide.count('<polyline class="faint') == 4
 
 
+def test_a_damaged_line_leaves_steps_and_losses_in_step(tmp_path: Path) -> None:
+    lines = ['{"kind": "train", "step": 1, "loss": 2.5}', '{"kind": "train", "step": "x", "loss": 9}']
+    lines += ['{"kind": "train", "step": Infinity, "loss": 9}', '{"kind": "train", "step": 2, "loss": 2.0}']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    curve = read_curve(tmp_path / "metrics.jsonl")
+    assert (curve.steps, curve.losses) == ([1, 2], [2.5, 2.0])
+
+
+def test_overlapping_windows_and_lost_accuracy_are_told(run: Path) -> None:
+    found = results_file.read(run / "results.json")
+    overlapping = found.by_data[0].model_copy(update={"stride": 128})
+    results_file.write(found.model_copy(update={"by_data": (overlapping,)}), run / "results.json")
+    assert ", stride 128, " in page_of(run)[0]
+    results_file.write(found.model_copy(update={"by_data": ()}), run / "results.json")
+    html = page_of(run)[0]
+    assert ", stride" not in html and "ln-evaluate RUN --questions completions" in html
+
+
 def test_frozen_constants_from_the_newest_checkpoint(run: Path) -> None:
     found = read_constants(run / "state")
     assert [constant.site for constant in found[:LAYERS]] == ["ln_2.0", "ln_2.1", "ln_2.2"]

@@ -45,7 +45,9 @@ def evaluate(
     max_tokens: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Score at most about this many tokens of each data set. Default: the run's.", show_default=False
+            min=1,
+            help="Score at most about this many tokens of each data set. Default: the run's limit on its own tokens, else all.",
+            show_default=False,
         ),
     ] = None,
     stride: Annotated[

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ln_removal.data.corpora import Corpus, Document, TokenDocument
+from ln_removal.data.hub_corpora import HubCorpus
 from ln_removal.data.local_files import SOURCE, LocalFiles
 from ln_removal.data.open_corpus import open_corpus
 from ln_removal.errors import UserError
@@ -60,9 +61,16 @@ class HeldOutText:
         if isinstance(self.corpus, LocalFiles):
             yield from _WholeFiles(self.corpus.path).documents()
             return
-        for document in self.corpus.documents():
+        comes_first = False  # the held-out part, as a whole: nothing after it is worth downloading
+        for number, document in enumerate(self.corpus.documents()):
             if document.split == "validation":
+                # Where a hash decides, the first document is for training (`hash_split`).
+                comes_first |= (
+                    number == 0 and isinstance(self.corpus, HubCorpus) and not self.corpus.source.nanogpt_split
+                )
                 yield document
+            elif comes_first:
+                return
 
 
 class _WholeFiles(LocalFiles):

@@ -117,6 +117,12 @@ class Results(Schema):
     continuations: tuple[Continuation, ...] = ()
     versions: dict[str, str] = Field(default_factory=lambda: versions())
 
+    @property
+    def stride_note(self) -> str:
+        """`, stride 512` where windows overlapped, which lowers the loss; empty where they did not."""
+        first = self.by_data[0] if self.by_data else None
+        return f", stride {first.stride:,}" if first is not None and first.stride < first.context else ""
+
     @model_validator(mode="after")
     def _gap_is_the_difference(self) -> Results:
         difference = _minus(self.cross_entropy.ln_free, self.cross_entropy.control)
@@ -267,7 +273,8 @@ def render(results: Results, console: Console) -> None:
     for more in _further_tables(results, shown):
         console.print(more)
     settings = results.settings
-    notes = [f"{results.tokens:,} tokens of {settings.data}, context {settings.context}, {settings.precision}"]
+    window = f"context {settings.context}{results.stride_note}"
+    notes = [f"{results.tokens:,} tokens of {settings.data}, {window}, {settings.precision}"]
     if settings.questions:
         notes.append(f"{settings.questions:,} questions of {settings.question_set}, protocol {settings.protocol}")
     notes.append(f"{results.seconds:.0f} s on {results.device}")

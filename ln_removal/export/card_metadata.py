@@ -122,3 +122,13 @@ def is_public_corpus(corpus: str) -> bool:
     from ln_removal.data.hub_corpora import KNOWN_CORPORA
 
     return corpus in KNOWN_CORPORA
+
+
+def is_public_data(name: str) -> bool:
+    """Whether a data set in results.json is sure to be one that anybody can read: a known corpus, and not a path."""
+    return is_public_corpus(corpus_of(name))
+
+
+def corpus_of(data_name: str) -> str:
+    """The corpus that a data set in results.json comes from: what its name says before the split."""
+    return data_name.removesuffix(", validation split").removesuffix(", held out")

@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from ln_removal.errors import UserError
-from ln_removal.export.card_metadata import TAGS, front_matter, hub_datasets, hub_id, license_of, metric_entries, slug
+from ln_removal.export.card_metadata import (
+    TAGS,
+    corpus_of,
+    front_matter,
+    hub_datasets,
+    hub_id,
+    license_of,
+    metric_entries,
+    slug,
+)
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -67,7 +76,7 @@ def model_card(
         datasets=hub_datasets(recipe.data.corpus),
         tags=TAGS,
         license_id=license_id or license_of(recipe.model),
-        measured=[] if results is None else _measured(results, recipe),
+        measured=[] if results is None else _measured(results),
     )
     stock = form == "normfree" and ("stock" in recipe.export.formats if has_stock is None else has_stock)
     sections = [
@@ -268,7 +277,8 @@ def _scores(results: Results) -> str:
     row("bits per byte", of("bits_per_byte"), ".4f")
     row("accuracy (%)", of("accuracy", 100), ".2f")
     settings = results.settings
-    notes = [f"{results.tokens:,} tokens of {settings.data}, windows of {settings.context}, {settings.precision}."]
+    window = f"windows of {settings.context}{results.stride_note}"
+    notes = [f"{results.tokens:,} tokens of {settings.data}, {window}, {settings.precision}."]
     if settings.questions:
         notes.append(
             f"Accuracy is length-normalised, on {settings.questions:,} questions of {settings.question_set} under the "
@@ -305,7 +315,7 @@ def _limits(recipe: Recipe) -> str:
     )
 
 
-def _measured(results: Results, recipe: Recipe) -> list[EvalResult]:
+def _measured(results: Results) -> list[EvalResult]:
     """The LN-free model's figures for the model index."""
     settings = results.settings
     hellaswag = "hellaswag" in settings.question_set.lower()
@@ -314,7 +324,7 @@ def _measured(results: Results, recipe: Recipe) -> list[EvalResult]:
             "cross_entropy": ("cross-entropy (nats per token)", results.cross_entropy.ln_free),
             "bits_per_byte": ("bits per byte", results.bits_per_byte.ln_free),
         },
-        dataset=(slug(recipe.data.corpus), settings.data),
+        dataset=(slug(corpus_of(settings.data)), settings.data),
     ) + metric_entries(
         {"accuracy": (f"accuracy ({settings.protocol}, length-normalised)", results.accuracy.ln_free)},
         dataset=("Rowan/hellaswag" if hellaswag else slug(settings.question_set), settings.question_set),

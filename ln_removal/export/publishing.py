@@ -12,14 +12,14 @@ import shlex
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ln_removal.errors import UserError
 from ln_removal.export.hub_target import HubTarget, tagged_commit
-from ln_removal.hub_access import is_passing, one_line, publish_error, without_token
+from ln_removal.hub_access import is_passing, one_line, publish_error
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
@@ -85,7 +85,9 @@ def publish_export(directory: Path, source: str, target: HubTarget, *, form: For
     try:
         return publish(files, target, message=f"{form} form of {Path(source).name}", progress=progress)
     except UserError as error:
-        raise UserError(f"{error}; the exported model is in {directory}") from None
+        raise UserError(
+            f"{error}; the exported model is in {directory}; to publish it later, give the same command another --out"
+        ) from None
 
 
 def run_files(run: Path, target: HubTarget) -> Files:
@@ -145,8 +147,7 @@ def publish(files: Files, target: HubTarget, *, message: str, progress: bool = F
                 if wait is None:
                     raise publish_error(error, target.repo_id, attempts=attempt) from None
                 attempt += 1
-                reason = without_token(one_line(error))
-                logger.warning("publishing was interrupted (%s); trying again in %.0f seconds", reason, wait)
+                logger.warning("publishing was interrupted (%s); trying again in %.0f seconds", one_line(error), wait)
                 time.sleep(wait)
 
 
@@ -157,7 +158,7 @@ def _attempt(files: Files, target: HubTarget, message: str, *, over_http: bool) 
     _make_repository(api, target)
     before = api.model_info(target.repo_id)
     there = {sibling.rfilename for sibling in before.siblings or ()}
-    stale = [path for path in sorted(there - set(files)) if any(fnmatch(path, pattern) for pattern in OURS)]
+    stale = [path for path in sorted(there - set(files)) if _is_ours(path)]
     with _additions(files, over_http=over_http) as additions:
         done = api.create_commit(
             target.repo_id,
@@ -173,6 +174,11 @@ def _attempt(files: Files, target: HubTarget, message: str, *, over_http: bool) 
     if target.tag is not None:
         _tag(api, target, done.oid)
     return Published(f"{api.endpoint}/{target.repo_id}", done.oid, is_new=done.oid != before.sha)
+
+
+def _is_ours(path: str) -> bool:
+    """Whether `OURS` names it; fnmatch's * also matches the slash of a user's own folders."""
+    return any(fnmatch(path, pattern) and path.count("/") == pattern.count("/") for pattern in OURS)
 
 
 def _make_repository(api: HfApi, target: HubTarget) -> None:
@@ -232,40 +238,32 @@ def _model_files(directory: Path, *, prefix: str = "") -> dict[str, Path | bytes
 def _beside(run: Path) -> dict[str, Path | bytes]:
     """Scores, report and plots of a run, as far as it has them.
 
-    Text of a corpus that is not public stays here: the report, which quotes it, and the samples in results.json.
+    Text of data that is not public stays here: where there is any, samples and continuations are left out of both. The
+    report is written anew, because the one on disk may be older than the scores.
     """
     from ln_removal.evaluation.run_models import recipe_of
-    from ln_removal.export.card_metadata import is_public_corpus
+    from ln_removal.export.card_metadata import is_public_corpus, is_public_data
+    from ln_removal.report.page import render_page
+    from ln_removal.report.run_record import read_run
 
-    is_public = is_public_corpus(recipe_of(run).data.corpus)
     files: dict[str, Path | bytes] = {
         f"plots/{path.name}": path
         for path in sorted((run / "plots").glob("*"))
         if path.suffix in (".png", ".svg", ".pdf")
     }
-    if (run / "report.html").is_file() and is_public:
-        files["report.html"] = run / "report.html"
-    results = run / "results.json"
-    if results.is_file():
-        files["results.json"] = results if is_public else _without_samples(results)
+    if not (run / "results.json").is_file():
+        return files
+    record = read_run(run)
+    found = record.results
+    names = [found.settings.data, *(data.data for data in found.by_data)]
+    if is_public_corpus(recipe_of(run).data.corpus) and all(map(is_public_data, names)):
+        files["results.json"] = run / "results.json"
+    else:
+        by_data = tuple(data.model_copy(update={"worst": ()}) for data in found.by_data)
+        found = found.model_copy(update={"by_data": by_data, "continuations": (), "odd_text": ()})
+        files["results.json"] = json.dumps(found.model_dump(), indent=1).encode()
+    files["report.html"] = render_page(replace(record, results=found)).encode("utf-8", errors="replace")
     return files
-
-
-def _without_samples(results: Path) -> bytes:
-    """results.json without the samples of text in it."""
-
-    def emptied(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {
-                key: [] if key in ("worst", "continuations", "odd_text") else emptied(item)
-                for key, item in value.items()
-            }
-        return [emptied(item) for item in value] if isinstance(value, list) else value
-
-    try:
-        return json.dumps(emptied(json.loads(results.read_bytes())), indent=2).encode()
-    except ValueError as error:
-        raise UserError(f"{results} is damaged ({one_line(error)}); run ln-evaluate again") from error
 
 
 def _card(files: Files, source: str, run: Path | None, target: HubTarget, *, form: Form) -> bytes:

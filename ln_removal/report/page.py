@@ -122,8 +122,8 @@ def _scores(results: Results) -> str:
     settings = results.settings
     parts = [_headline(results, roles)]
     notes = [
-        f"{results.tokens:,} tokens of {text(settings.data)}, context {settings.context:,}, {settings.precision}, on "
-        f"{text(results.device)}; ± is the standard error over windows."
+        f"{results.tokens:,} tokens of {text(settings.data)}, context {settings.context:,}{results.stride_note}, "
+        f"{settings.precision}, on {text(results.device)}; ± is the standard error over windows."
     ]
     if settings.questions:
         notes.append(
@@ -137,9 +137,10 @@ def _scores(results: Results) -> str:
     if len(results.by_data) > 1:
         parts.append(_data_sets(results, roles))
     if not results.by_data:
+        again = " --questions completions|hellaswag|FILE" if settings.questions else ""  # or accuracy would be lost
         parts.append(
             '<p class="missing">These results were written by a version that did not measure calibration, loss by '
-            "position, residual stds and worst samples. <code>ln-evaluate RUN --out RUN/results.json</code> and then "
+            f"position, residual stds and worst samples. <code>ln-evaluate RUN{again} --out RUN/results.json</code> and then "
             "<code>ln-report RUN</code> add them.</p>"
         )
     return "".join(parts)

@@ -102,13 +102,14 @@ def read_curve(path: Path) -> Curve:
             row = json.loads(line)
             kind, step = row["kind"], row["step"]
             if kind == "train":
-                curve.losses.append(_number(row["loss"]))
-                curve.steps.append(int(step))
+                number, loss = int(step), _number(row["loss"])  # both or neither
+                curve.steps.append(number)
+                curve.losses.append(loss)
             elif kind == "evaluation":
                 curve.evaluations.append((float(step), _number(row["cross_entropy"])))
             elif kind == "event":
                 changes.setdefault(str(row["site"]), []).append(float(step))
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError):
             continue
     for site, steps in changes.items():
         kind = "special" if site in SPECIALS else site.partition(".")[0]
