@@ -6,7 +6,8 @@
 Each (arm, seed) is one run of `ln_removal.remove`, written to OUT/NAME/ARM-SEED.json when it is done; what is there already is
 not trained again. The table has, for each arm, mean and standard error over seeds of the held-out cross-entropy, of the gap
 (minus the control's with the same seed); the tokens until the held-out loss is within 0.05 of the control's, and until it is that
-of the best published arm at its end (medians); the worst training loss and the worst loss on odd text.
+of the best published arm at its end, LayerNorms gone for good in both cases (medians); the worst training loss and the worst loss
+on odd text; runs that diverged are counted.
 """
 
 from __future__ import annotations
@@ -26,13 +27,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from measuring import machine
 from removal_arms import ARMS, CONTROL
 
-from ln_removal.recipe import Recipe, load_recipe, parse_overrides
+from ln_removal.recipe import Recipe, TrainingSpec, load_recipe, parse_overrides
 from ln_removal.removal import remove
+from ln_removal.schedule import expand
 
 CLOSE = 0.05
 """Nats per token: the gap whose tokens are counted."""
 
 BASE: dict[str, Any] = {
+    # The schema's defaults, so that an arm has no term of the tiny recipe but those that it names itself.
+    **{
+        f"training.{name}": field.get_default()
+        for name, field in TrainingSpec.model_fields.items()
+        if not field.is_required()
+    },
+    "data.odd_text": 0.0,
     "data.context": 256,
     "data.validation_tokens": 131_072,
     "training.tokens_per_step": 2_048,
@@ -73,7 +82,8 @@ def run_arm(recipe: Recipe, tokens: Path, work: Path, *, control: bool, device: 
     return {
         "arm": recipe.name,
         "evaluations": evaluations,
-        "worst_training_loss": max((loss if math.isfinite(loss) else math.inf) for loss in training),
+        "complete_at": max((row["step"] for row in rows if row["kind"] == "event"), default=0),
+        "worst_training_loss": max(math.inf if loss is None else loss for loss in training),  # null: it was not finite
         "tokens_per_second": statistics.median(row["tokens_per_second"] for row in rows if row["kind"] == "train"),
         "seconds": round(time.perf_counter() - began, 1),
         **scores(recipe, work / ("control/model" if control else "model"), tokens),
@@ -128,8 +138,16 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def table(results: dict[str, dict[int, dict[str, Any]]], tokens_per_step: int) -> list[dict[str, Any]]:
-    """One row an arm, over the seeds for which arm and control are done."""
+def table(
+    results: dict[str, dict[int, dict[str, Any]]],
+    tokens_per_step: int,
+    complete_at: dict[str, int],
+    diverged: dict[str, int],
+) -> list[dict[str, Any]]:
+    """One row an arm, over the seeds for which arm and control are done.
+
+    `complete_at` is the step from which on an arm is constant, where its run does not say; `diverged` counts failed runs.
+    """
     rows = []
     controls = results.get(CONTROL, {})
     for arm, by_seed in results.items():
@@ -137,14 +155,16 @@ def table(results: dict[str, dict[int, dict[str, Any]]], tokens_per_step: int) -
         if not seeds:
             continue
         gaps = [by_seed[seed]["cross_entropy"] - controls[seed]["cross_entropy"] for seed in seeds]
-        reached = [stays_below(by_seed[seed], controls[seed]["evaluations"][-1][1] + CLOSE) for seed in seeds]
-        published = [best_published(results, seed) for seed in seeds]
-        caught_up = [stays_below(by_seed[seed], loss) for seed, loss in zip(seeds, published, strict=True)]
+        constant = {seed: by_seed[seed].get("complete_at", complete_at.get(arm, 0)) for seed in seeds}
+        close = {seed: controls[seed]["evaluations"][-1][1] + CLOSE for seed in seeds}
+        reached = [stays_below(by_seed[seed], close[seed], constant[seed]) for seed in seeds]
+        caught_up = [stays_below(by_seed[seed], best_published(results, seed), constant[seed]) for seed in seeds]
         odd = [max(by_seed[seed]["odd_text"].values()) for seed in seeds]
         rows.append(
             {
                 "arm": arm,
                 "seeds": len(seeds),
+                "diverged": diverged.get(arm, 0),
                 "cross_entropy": mean_and_error([by_seed[seed]["cross_entropy"] for seed in seeds]),
                 "gap": mean_and_error(gaps),
                 "tokens_to_close": tokens_per_step * statistics.median(reached),
@@ -157,12 +177,14 @@ def table(results: dict[str, dict[int, dict[str, Any]]], tokens_per_step: int) -
     return sorted(rows, key=lambda row: row["gap"][0])
 
 
-def stays_below(result: dict[str, Any], goal: float) -> float:
+def stays_below(result: dict[str, Any], goal: float, complete_at: int) -> float:
     """The first evaluated step from which on the held-out loss is at most `goal`; infinite when it is not in the end.
 
-    A model that still has its LayerNorms is below any goal, so it has to stay there.
+    A model that still has its LayerNorms is below any goal: it counts from the first evaluation that saw none, one after
+    `complete_at`, the step from which on everything is constant.
     """
-    last_above = max((step for step, loss in result["evaluations"] if loss > goal), default=0)
+    not_yet = (step for step, loss in result["evaluations"] if not loss <= goal or step <= complete_at)
+    last_above = max(not_yet, default=0)
     return min((step for step, _ in result["evaluations"] if step > last_above), default=math.inf)
 
 
@@ -202,7 +224,7 @@ def show(rows: list[dict[str, Any]]) -> str:
         error = row["gap"][1]
         cells = (
             row["arm"],
-            str(row["seeds"]),
+            str(row["seeds"]) + (f" + {row['diverged']} diverged" if row["diverged"] else ""),
             f"{row['cross_entropy'][0]:.4f}",
             f"{row['gap'][0]:+.4f}" + (f" ± {error:.4f}" if math.isfinite(error) else ""),
             tokens(row["tokens_to_close"]),
@@ -250,12 +272,22 @@ def main() -> None:
             shown = result.get("cross_entropy", result.get("failed"))
             print(f"{given.name} {arm} seed {seed}: {shown} in {result.get('seconds')} s", flush=True)
     results: dict[str, dict[int, dict[str, Any]]] = {}
+    diverged: dict[str, int] = {}
     for arm in (CONTROL, *ARMS):
         for file in sorted(place.glob(f"{arm}-{given.steps}-*.json")):
-            if (result := json.loads(file.read_text())) and "failed" not in result:
+            if "failed" in (result := json.loads(file.read_text())):
+                diverged[arm] = diverged.get(arm, 0) + 1
+            else:
                 results.setdefault(arm, {})[int(file.stem.rpartition("-")[2])] = result
-    rows = table(results, BASE["training.tokens_per_step"])
+    complete_at = {
+        arm: expand(ARMS[arm].schedule(n_layer, given.steps), n_layer, given.steps).complete_at
+        for arm in results
+        if arm in ARMS
+    }
+    rows = table(results, BASE["training.tokens_per_step"], complete_at, diverged)
     print(show(rows))
+    if gone := [arm for arm in diverged if arm not in results]:
+        print("diverged with every seed:", ", ".join(gone))
     print("worst odd text of the original:", max(original["odd_text"].values()))
     if given.json:
         report = {
@@ -264,9 +296,20 @@ def main() -> None:
             "base": BASE,
             "machine": machine(given.device),
             "original": original,
+            "diverged": diverged,
         }
         arms = {arm: ARMS[arm].about for arm in results if arm in ARMS}
-        given.json.write_text(json.dumps(report | {"arms": arms, "table": rows, "runs": results}, indent=1))
+        report |= {"arms": arms, "table": rows, "runs": results}
+        given.json.write_text(json.dumps(without_infinity(report), indent=1, allow_nan=False))
+
+
+def without_infinity(value: Any) -> Any:
+    """`value` with null where a number is not finite: JSON has none."""
+    if isinstance(value, dict):
+        return {key: without_infinity(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_infinity(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ Pure Python; what it decides depends on the losses alone, so ranks agree and a r
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -92,7 +93,7 @@ class AdaptiveSchedule:
     def observe(self, step: int, loss: float) -> None:
         """Take note of a step's training loss (nats per token) and decide about the next step's events."""
         pace, spec = self.pace, self.spec
-        if loss == loss:  # a step whose loss was not a number changed nothing
+        if math.isfinite(loss):  # else the step changed nothing, and infinity would stay in the mean for good
             smoothing = 0.0 if pace.smoothed is None else spec.smoothing
             pace.smoothed = smoothing * (pace.smoothed or 0.0) + (1 - smoothing) * loss
         waiting = self._current.events[len(pace.begun) :]

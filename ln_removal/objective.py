@@ -202,6 +202,8 @@ class Objective(nn.Module):
         Args:
             tokens: (B, T + 1).
         """
+        # Anew: a pass that ran out of memory has left what it had gathered.
+        self._read, self._written, self._taught = [], [], []
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
         self._listening = True
         taught = self._teach(inputs)
@@ -221,9 +223,13 @@ class Objective(nn.Module):
             total = total + self.matching * sum(residual_matching_loss(*pair) for pair in pairs) / len(pairs)
         if self.auxiliary is not None:
             total = total + self.auxiliary.weight * self._auxiliary_loss(inputs)
+        self.forget()
+        return StepLoss(total, loss.cross_entropy)
+
+    def forget(self) -> None:
+        """Let go of what the hooks have gathered: the end of a forward pass, or of one that was cut short."""
         self._listening = False
         self._read, self._written, self._taught = [], [], []
-        return StepLoss(total, loss.cross_entropy)
 
     def _teach(self, inputs: Tensor) -> Tensor | None:
         """The teacher's final hidden states (B, T, D'), in its own precision; None without a teacher."""
@@ -238,7 +244,10 @@ class Objective(nn.Module):
         """Mean over the norms that are watched."""
         assert self.auxiliary is not None
         if self.auxiliary.target == "constants":
-            losses = [constant_std_loss(residual, _constant_of(norm)) for norm, residual in self._read]
+            losses = []
+            for norm, residual in self._read:
+                constant, known = _constant_of(norm)
+                losses.append(known * constant_std_loss(residual, constant))
         else:
             special = torch.zeros_like(inputs, dtype=torch.bool)
             special[:, 0] = True
@@ -252,12 +261,15 @@ def _head(model: PreTrainedModel) -> Head:
     return Head(model.lm_head.weight, getattr(model.lm_head, "bias", None))
 
 
-def _constant_of(norm: nn.Module) -> Tensor:
-    """What a norm divides ordinary positions by once it is frozen: the constant, or the running std while it is real."""
+def _constant_of(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """What a norm divides ordinary positions by once it is frozen, the constant, or the running std while it is real.
+
+    And whether that is known (a scalar bool): in the first step there are no statistics yet.
+    """
     norm = norm.norm if isinstance(norm, NormedProjection) else norm
     assert isinstance(norm, FreezableNorm)
     frozen = torch.where(norm.mix > 0, norm.frozen_std[:, ORDINARY], norm.running_std[ORDINARY])
-    return frozen.mean().detach()
+    return frozen.mean().detach(), norm.running_initialized[ORDINARY]
 
 
 def _norms_to_watch(model: PreTrainedModel, auxiliary: Auxiliary) -> Sequence[nn.Module]:

@@ -5,9 +5,11 @@ pass: for B sequences of T tokens, L layers of width D and a vocabulary of V,
 
     activations = B T (L c D + 12 D)  +  10 V min(B T, positions of one chunk)        [bytes]
 
-with c measured on this project's model (bytes kept by autograd per layer, token and unit of width, with dropout off and
+(and with a teacher its weights in the run's precision, twice the last term, and 8 B T L D to match the residual streams), with c
+measured on this project's model (bytes kept by autograd per layer, token and unit of width, with dropout off and
 fused attention): 40 compiled and 82 not in bfloat16 autocast, 76 and 140 in float32. Time is estimated as
-tokens * (6 N + 12 L D T) FLOPs (N parameters, the second term for attention) at an assumed share of the device's peak.
+tokens * (6 N + 12 L D T) FLOPs (N parameters, the second term for attention; a third more with a teacher) at an assumed share of
+the device's peak.
 """
 
 from __future__ import annotations
@@ -77,11 +79,12 @@ class Memory:
     gradients: int
     optimizer: int
     activations: int
+    teacher: int = 0
 
     @property
     def total(self) -> int:
         """The sum of all parts, in bytes."""
-        return self.parameters + self.gradients + self.optimizer + self.activations
+        return self.parameters + self.gradients + self.optimizer + self.activations + self.teacher
 
 
 @dataclass(frozen=True)
@@ -186,7 +189,7 @@ class Plan:
             length, start = self.schedule.recovery_steps, self.schedule.complete_at
             lines.append(("recovery", f"{length:,} steps with everything constant, from step {start:,}"))
             lines += self._waiting()
-        parts = ", ".join(f"{name} {_size(size)}" for name, size in asdict(self.memory).items())
+        parts = ", ".join(f"{name} {_size(size)}" for name, size in asdict(self.memory).items() if size)
         lines.append(("memory", f"about {_size(self.memory.total)}: {parts}"))
         time = "measured when it runs" if self.seconds is None else f"about {_duration(self.seconds)}"
         lines.append(("time", f"{time} on {self.device}"))
@@ -245,7 +248,9 @@ def plan(
     micro_batch = _micro_batch(recipe, shape, peak, processes)
     memory = estimate_memory(recipe, shape, micro_batch)
 
-    work = recipe.tokens * flops_per_token(shape, recipe.data.context) * (2 if control else 1)
+    # A teacher's forward pass is a third of forward and backward; the control has none.
+    passes = (4 / 3 if _has_teacher(recipe) else 1) + (1 if control else 0)
+    work = recipe.tokens * flops_per_token(shape, recipe.data.context) * passes
     seconds = None
     assumptions = [_memory_assumption(recipe)]
     if peak is not None and memory.total > peak.memory:
@@ -263,6 +268,8 @@ def plan(
             f"GPU time at {ASSUMED_UTILISATION:.0%} of the {recipe.training.precision} peak, without data preparation, "
             "evaluation and checkpoints"
         )
+    if _has_teacher(recipe):
+        assumptions.append("the original model runs beside the one in training, for a third more arithmetic")
     if control:
         assumptions.append("the time includes a control of the same length")
     return Plan(
@@ -328,10 +335,23 @@ def estimate_memory(recipe: Recipe, shape: ArchitectureSpec, micro_batch: int) -
     kept = ACTIVATION_BYTES[training.precision, training.compile is not False]
     activations = tokens * (shape.n_layer * kept + 12) * shape.n_embd
     # bfloat16 logits, their float32 copy and its gradient, for one chunk at a time.
-    activations += 10 * min(tokens, POSITIONS_IN_A_CHUNK) * shape.vocab_size
+    logits = 10 * min(tokens, POSITIONS_IN_A_CHUNK) * shape.vocab_size
+    activations += logits
+    teacher = 0
+    if _has_teacher(recipe):
+        teacher = (2 if training.precision == "bfloat16" else 4) * count
+        activations += logits if training.distillation > 0 else 0
+        activations += 8 * tokens * shape.n_layer * shape.n_embd if training.residual_matching > 0 else 0
     if training.precision == "bfloat16":
         activations += 2 * matrices  # autocast's copies of the weights
-    return Memory(parameters=4 * count, gradients=4 * count, optimizer=4 * moments, activations=activations)
+    return Memory(
+        parameters=4 * count, gradients=4 * count, optimizer=4 * moments, activations=activations, teacher=teacher
+    )
+
+
+def _has_teacher(recipe: Recipe) -> bool:
+    training = recipe.training
+    return recipe.schedule is not None and (training.distillation > 0 or training.residual_matching > 0)
 
 
 def peak_of(device: str) -> DevicePeak | None:

@@ -89,6 +89,7 @@ def cross_field_faults(value: Callable[[str], Any]) -> list[str]:
     at_most("data.context", "architecture.n_positions")
     faults += _batch_faults(value("training.tokens_per_step"), value("data.context"), value("training.micro_batch"))
     faults += _trapezoid_faults(value)
+    faults += _pretraining_faults(value) if pretraining else _removal_faults(value)
     width, heads = value("architecture.n_embd"), value("architecture.n_head")
     if width is not None and heads is not None and width % heads:
         faults.append(f"architecture.n_embd: must be a multiple of n_head ({heads}), found {width}")
@@ -109,6 +110,57 @@ def _batch_faults(tokens: int | None, context: int | None, micro_batch: int | st
         rule = f"must divide the {sequences} sequences of a step ({tokens} tokens / context {context})"
         return [f"training.micro_batch: {rule}, found {micro_batch}; try {fitting}"]
     return []
+
+
+ONLY_IN_REMOVALS = (
+    "data.odd_text",
+    "training.rewarm_steps",
+    "training.auxiliary_weight",
+    "training.distillation",
+    "training.residual_matching",
+)
+
+
+def _pretraining_faults(value: Callable[[str], Any]) -> list[str]:
+    """What would be ignored where there is no removal."""
+    return [
+        f"{key}: a pretraining recipe, one with [architecture], has none; leave it out"
+        for key in ONLY_IN_REMOVALS
+        if value(key)
+    ]
+
+
+def _removal_faults(value: Callable[[str], Any]) -> list[str]:
+    """Details of something that is switched off, and a schedule that could never wait.
+
+    A weight that is written as 0 is meant: so a recipe can be tried without one of its terms.
+    """
+    faults: list[str] = []
+    training = value("training")
+    written = training.model_fields_set if isinstance(training, BaseModel) else training or ()
+    if value("training.auxiliary_weight") == 0 and "auxiliary_weight" not in written:
+        for key, usual in (("training.auxiliary_target", "batch"), ("training.auxiliary_sites", "ln_f")):
+            if (found := value(key)) not in (None, usual):
+                advice = "give that, or leave this out"
+                faults.append(f"{key}: has no effect without training.auxiliary_weight, found {found!r}; {advice}")
+    share, end = value("training.distillation"), value("training.distillation_end")
+    if share == 0 and end:
+        advice = "set that above 0, or leave this out"
+        faults.append(
+            f"training.distillation_end: has no effect while training.distillation is 0, found {end}; {advice}"
+        )
+    until = value("training.distillation_until")
+    if share and end is None and until is not None and until < 1:
+        advice = "give the share that is reached then"
+        faults.append(f"training.distillation_until: has no effect without training.distillation_end; {advice}")
+    longest = follow(value("schedule.adaptive") or {}, "largest_gap")
+    gaps = {key: value(f"schedule.{key}") for key in ("ln_2_gap", "qk_gap", "v_gap")}
+    shorter = [key for key, gap in gaps.items() if isinstance(longest, int) and gap is not None and gap > longest]
+    if shorter:
+        widest = max(gaps[key] for key in shorter)
+        found = f"found {longest}; raise it, or lower {' and '.join(shorter)}"
+        faults.append(f"schedule.adaptive.largest_gap: must be at least the smallest gaps ({widest}), {found}")
+    return faults
 
 
 def _trapezoid_faults(value: Callable[[str], Any]) -> list[str]:

@@ -109,7 +109,11 @@ def with_steps(recipe: Recipe, steps: int) -> Recipe:
     if steps < least:
         raise UserError(f"a run of {steps} steps is too short for recipe {recipe.name!r}; give at least {least}")
     old = recipe.training.steps
-    changes: dict[str, object] = {"steps": steps, "warmup_steps": recipe.training.warmup_steps * steps // old}
+    changes: dict[str, object] = {
+        "steps": steps,
+        "warmup_steps": recipe.training.warmup_steps * steps // old,
+        "rewarm_steps": recipe.training.rewarm_steps * steps // old,
+    }
     if recipe.training.decay_steps is not None:
         changes["decay_steps"] = max(1, recipe.training.decay_steps * steps // old)
     schedule = recipe.schedule
@@ -129,8 +133,12 @@ def with_layers(recipe: Recipe, *, written_for: int, n_layer: int) -> Recipe:
     """
     if recipe.schedule is None or written_for == n_layer:
         return recipe
-    gaps = {key: getattr(recipe.schedule, key) * written_for // n_layer for key in _GAPS}
-    return recipe.model_copy(update={"schedule": recipe.schedule.model_copy(update=gaps)})
+    changes: dict[str, object] = {key: getattr(recipe.schedule, key) * written_for // n_layer for key in _GAPS}
+    adaptive = recipe.schedule.adaptive
+    if adaptive is not None:
+        longest = max(1, adaptive.largest_gap * written_for // n_layer)
+        changes["adaptive"] = adaptive.model_copy(update={"largest_gap": longest})
+    return recipe.model_copy(update={"schedule": recipe.schedule.model_copy(update=changes)})
 
 
 def _scaled(spec: ScheduleSpec, new: int, old: int) -> ScheduleSpec:

@@ -244,7 +244,8 @@ def expand(spec: ScheduleSpec, n_layer: int, steps: int) -> RemovalSchedule:
     tapers are ours.
 
     Raises:
-        UserError: the schedule does not fit the run (see `RemovalSchedule.validate`).
+        UserError: the schedule does not fit the run (see `RemovalSchedule.validate`), or leaves an adaptive one less than
+            its recovery before anything has waited.
     """
     qk_start = spec.ln_2_start + n_layer * spec.ln_2_gap if spec.qk_start is None else spec.qk_start
     v_start = qk_start + n_layer * spec.qk_gap if spec.v_start is None else spec.v_start
@@ -268,6 +269,12 @@ def expand(spec: ScheduleSpec, n_layer: int, steps: int) -> RemovalSchedule:
     events.append(Event(eot_at + spec.first_after, "first", "drop_special", spec.special_taper))
     schedule = RemovalSchedule(tuple(events), n_layer, steps)
     schedule.validate()
+    if spec.adaptive is not None and steps - 1 - schedule.complete_at < spec.adaptive.recovery:
+        raise UserError(
+            f"schedule.adaptive.recovery is {spec.adaptive.recovery}, but with the smallest gaps everything is constant at "
+            f"step {schedule.complete_at} of {steps}, so nothing could ever wait; lower it to less than "
+            f"{steps - 1 - schedule.complete_at}, or the gaps"
+        )
     return schedule
 
 

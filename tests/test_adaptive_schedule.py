@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ln_removal.adaptive_schedule import AdaptiveSchedule
+from ln_removal.errors import UserError
 from ln_removal.recipe import AdaptiveSpec, ScheduleSpec
 from ln_removal.schedule import RemovalSchedule, expand
 
@@ -75,7 +76,34 @@ def test_the_recovery_is_never_cut_short() -> None:
     assert schedule.latest_complete_at == STEPS - 1 - 60
 
 
-loss_lists = st.lists(st.floats(0, 20) | st.just(math.nan), min_size=STEPS, max_size=STEPS)
+def test_an_infinite_loss_is_forgotten() -> None:
+    for smoothing in (0.0, 0.9):
+        schedule, undisturbed = adaptive(smoothing=smoothing), adaptive(smoothing=smoothing)
+        losses = [3.0] * 3 + [4.0] * 4 + [3.0] * (STEPS - 7)
+        follow(undisturbed, losses)
+        follow(schedule, [math.inf, *losses[1:5], math.inf, *losses[6:]])
+        assert schedule.pace.smoothed == pytest.approx(3.0, abs=0.01)
+        assert schedule.complete_at <= undisturbed.complete_at + 1
+        assert json.loads(json.dumps(schedule.state(), allow_nan=False)) == schedule.state()
+
+
+def test_a_recovery_that_the_plan_itself_cuts_short_is_refused() -> None:
+    spec = ScheduleSpec(
+        ln_2_start=3,
+        ln_2_gap=2,
+        qk_gap=2,
+        v_gap=2,
+        eot_after=2,
+        first_after=2,
+        adaptive=AdaptiveSpec(largest_gap=9, recovery=STEPS - 20),
+    )
+    with pytest.raises(UserError, match=r"adaptive\.recovery is 100, but .* constant at step 25 of 120.* less than 94"):
+        expand(spec, LAYERS, STEPS)
+    spec = spec.model_copy(update={"adaptive": AdaptiveSpec(largest_gap=9, recovery=93)})
+    assert expand(spec, LAYERS, STEPS).complete_at == 25
+
+
+loss_lists = st.lists(st.floats(0, 20) | st.sampled_from([math.nan, math.inf]), min_size=STEPS, max_size=STEPS)
 
 
 @settings(deadline=None, max_examples=60)

@@ -13,6 +13,7 @@ from ln_removal import linear_cross_entropy as linear
 from ln_removal.errors import UserError
 from ln_removal.objective import Auxiliary, Distillation, Objective, as_teacher, residual_std_loss
 from ln_removal.surgery import install
+from ln_removal.training.setup import checkpoint_activations
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
@@ -150,6 +151,52 @@ def test_the_loss_towards_the_constants(
     expected = torch.stack([part.mean() for part in parts]).mean()
     assert found.total.item() == pytest.approx(plain.total.item() + 0.5 * expected.item(), rel=1e-4)
     found.total.backward()
+
+
+def test_before_there_are_statistics_nothing_is_pulled_to_constants(
+    tiny_gpt2: GPT2LMHeadModel, token_ids: Tensor
+) -> None:
+    sites = install(tiny_gpt2, eot_token_id=EOT)
+    plain = Objective(tiny_gpt2, eot_token_id=EOT)
+    pulled = Objective(tiny_gpt2, eot_token_id=EOT, auxiliary=Auxiliary(0.5, "constants", "all")).train()
+    assert pulled(token_ids).total.item() == pytest.approx(plain(token_ids).total.item(), rel=1e-6)
+    sites.update_running(0.9)
+    assert pulled(token_ids).total > plain(token_ids).total + 1e-3
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_pass_that_ran_out_of_memory_leaves_nothing(
+    tiny_gpt2: GPT2LMHeadModel, token_ids: Tensor, checkpointing: bool
+) -> None:
+    teacher = as_teacher(copy.deepcopy(tiny_gpt2), "float32")
+    sites = install(tiny_gpt2, eot_token_id=EOT)
+    auxiliary = Auxiliary(0.1, "constants", sites="all")
+    objective = Objective(
+        tiny_gpt2, eot_token_id=EOT, auxiliary=auxiliary, distillation=Distillation(teacher, 0.5, matching=0.1)
+    ).train()
+    tiny_gpt2(token_ids)
+    sites.update_running(0.9)
+    for norm in sites.norms.values():
+        norm.eval()
+    expected = objective(token_ids).total
+    expected.backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in tiny_gpt2.named_parameters()}
+
+    def too_much(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    hook = tiny_gpt2.transformer.ln_f.register_forward_pre_hook(too_much)
+    with pytest.raises(torch.OutOfMemoryError):
+        objective(token_ids[:1])
+    hook.remove()
+    objective.zero_grad()
+    if checkpointing:  # the hooks run once more in the backward pass
+        checkpoint_activations(tiny_gpt2)
+    found = objective(token_ids).total
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    found.backward()
+    for name, parameter in tiny_gpt2.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-5, atol=1e-6)
 
 
 def test_the_loss_towards_the_constants_needs_norms(tiny_gpt2: GPT2LMHeadModel) -> None:

@@ -118,6 +118,24 @@ def test_memory_follows_the_formula_and_the_settings() -> None:
     assert eager.activations > estimate_memory(recipe_for("gpt2"), small, 8).activations
 
 
+def test_a_teacher_takes_memory_and_time() -> None:
+    small = planning.KNOWN_ARCHITECTURES["gpt2"]
+    alone = recipe_for("gpt2")
+    taught = recipe_for("gpt2", {"training.distillation": 0.5})
+    matched = recipe_for("gpt2", {"training.residual_matching": 0.1, "training.precision": "float32"})
+    one, two, three = (estimate_memory(recipe, small, 8) for recipe in (alone, taught, matched))
+    count = count_parameters(small)
+    assert (one.teacher, two.teacher, three.teacher) == (0, 2 * count, 4 * count)
+    assert two.activations - one.activations == 10 * 8192 * 50257
+    assert two.total - one.total == 2 * count + 10 * 8192 * 50257
+    seconds, with_teacher = (plan(recipe, device="H100").seconds for recipe in (alone, taught))
+    assert seconds is not None and with_teacher == pytest.approx(seconds * 4 / 3)
+    both = plan(taught, device="H100", control=True)
+    assert both.seconds == pytest.approx(seconds * 7 / 3), "the control has no teacher"
+    assert any("original model" in assumption for assumption in both.assumptions)
+    assert plan(taught, device="RTX 3090").micro_batch <= plan(alone, device="RTX 3090").micro_batch
+
+
 def test_constants_shared_with_the_modules_that_need_torch() -> None:
     from ln_removal import linear_cross_entropy
     from ln_removal.training import setup

@@ -272,6 +272,41 @@ def test_all_faults_at_once(tmp_path: Path) -> None:
         ({"schedule.taper": -1}, "schedule.taper: should be greater than or equal to 0, found -1"),
         ({"data.corpus": ""}, "data.corpus: String should have at least 1 character, found ''"),
         ({"training": 3}, "training: should be a table; write [training], found 3"),
+        (
+            {"training.auxiliary_target": "constants"},
+            (
+                "training.auxiliary_target: has no effect without training.auxiliary_weight, found 'constants'; "
+                "give that, or leave this out"
+            ),
+        ),
+        (
+            {"training.auxiliary_sites": "all"},
+            (
+                "training.auxiliary_sites: has no effect without training.auxiliary_weight, found 'all'; "
+                "give that, or leave this out"
+            ),
+        ),
+        (
+            {"training.distillation_end": 0.5},
+            (
+                "training.distillation_end: has no effect while training.distillation is 0, found 0.5; "
+                "set that above 0, or leave this out"
+            ),
+        ),
+        (
+            {"training.distillation": 0.5, "training.distillation_until": 0.5},
+            (
+                "training.distillation_until: has no effect without training.distillation_end; "
+                "give the share that is reached then"
+            ),
+        ),
+        (
+            {"schedule.v_gap": 9, "schedule.qk_gap": 8, "schedule.adaptive": {"largest_gap": 7, "recovery": 0}},
+            (
+                "schedule.adaptive.largest_gap: must be at least the smallest gaps (9), found 7; "
+                "raise it, or lower qk_gap and v_gap"
+            ),
+        ),
         ({"schedule": None}, "schedule: missing; add [schedule] for a removal or [architecture] for pretraining"),
     ],
 )
@@ -292,6 +327,26 @@ def test_a_recipe_either_removes_or_pretrains(tmp_path: Path) -> None:
     recipe = load_recipe(recipe_file(tmp_path, pretraining), {"architecture": shape})
     assert recipe.schedule is None
     assert recipe.architecture == ArchitectureSpec(**shape)
+    unused = {
+        "data.odd_text": 0.1,
+        "training.rewarm_steps": 3,
+        "training.auxiliary_weight": 0.1,
+        "training.distillation": 0.5,
+        "training.residual_matching": 0.1,
+    }
+    faults = faults_of(tmp_path, pretraining, {"architecture": shape} | unused)
+    assert faults == [f"{key}: a pretraining recipe, one with [architecture], has none; leave it out" for key in unused]
+
+
+def test_a_term_can_be_switched_off(tmp_path: Path) -> None:
+    details = {
+        "training.auxiliary_weight": 0.0,
+        "training.auxiliary_target": "constants",
+        "training.distillation": 0.0,
+        "training.distillation_end": 0.0,
+    }
+    training = load_recipe(recipe_file(tmp_path, GOOD), details).training
+    assert (training.auxiliary_weight, training.distillation) == (0.0, 0.0)
 
 
 def test_overriding_below_a_plain_value_is_refused(tmp_path: Path) -> None:
@@ -379,6 +434,21 @@ def test_half_the_steps_freeze_at_half_the_time() -> None:
     assert (half.training.warmup_steps, half.training.decay_steps) == (50, 1000)
     complete = expand(half.schedule, 12, 600).complete_at
     assert 0.44 * 1160 <= complete <= 0.5 * 1160
+
+
+def test_what_a_schedule_waits_and_warms_up_scales_with_it(tmp_path: Path) -> None:
+    details = {
+        "training.rewarm_steps": 9,
+        "schedule.ln_2_gap": 4,
+        "schedule.adaptive": {"largest_gap": 12, "recovery": 20},
+    }
+    recipe = load_recipe(recipe_file(tmp_path, GOOD), details)
+    half = with_steps(recipe, 51)
+    assert half.schedule is not None and half.schedule.adaptive is not None
+    assert (half.training.rewarm_steps, half.schedule.adaptive.largest_gap) == (4, 6)
+    shallow = with_layers(recipe, written_for=12, n_layer=3).schedule
+    assert shallow is not None and shallow.adaptive is not None
+    assert (shallow.ln_2_gap, shallow.adaptive.largest_gap) == (16, 48)
 
 
 def test_too_few_steps() -> None:

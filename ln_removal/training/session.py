@@ -55,9 +55,12 @@ def _odd_text(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Mixture | N
 
     if recipe.data.odd_text == 0:
         return None
-    # Another seed than that of evaluation: what is scored was not trained on.
-    kinds = odd_sequences(tokenizer, context=recipe.data.context + 1, count=ODD_SEQUENCES, seed=recipe.seed + ODD_SEED)
-    return Mixture(np.concatenate(list(kinds.values())), recipe.data.odd_text)
+    # Another seed than that of evaluation, and not the first of a kind, which is the same for all seeds: what is scored was
+    # not trained on.
+    kinds = odd_sequences(
+        tokenizer, context=recipe.data.context + 1, count=ODD_SEQUENCES + 1, seed=recipe.seed + ODD_SEED
+    )
+    return Mixture(np.concatenate([rows[1:] for rows in kinds.values()]), recipe.data.odd_text)
 
 
 def train_model(

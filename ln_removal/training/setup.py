@@ -142,7 +142,8 @@ def _fits(objective: Objective, size: int, recipe: Recipe, accelerator: Accelera
             module.eval()  # keeps the probe out of the running statistics
     try:
         for parameter in objective.parameters():
-            moments += [torch.empty_like(parameter), torch.empty_like(parameter)]
+            if parameter.requires_grad:  # a teacher has no moments
+                moments += [torch.empty_like(parameter), torch.empty_like(parameter)]
         with autocast(accelerator.device, recipe.training.precision):
             loss = objective(tokens).total
         loss.backward()
@@ -151,6 +152,7 @@ def _fits(objective: Objective, size: int, recipe: Recipe, accelerator: Accelera
         return False
     finally:
         moments.clear()
+        objective.forget()
         objective.zero_grad(set_to_none=True)
         objective.train()
         torch.cuda.empty_cache()

@@ -1,0 +1,62 @@
+"""What is tried before the first step: the probe of a micro-batch, and the odd text that training mixes in."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from tiny_training import CONTEXT, EOT, tiny_model
+
+from ln_removal.evaluation.odd_text import odd_sequences
+from ln_removal.objective import Auxiliary, Distillation, Objective, as_teacher
+from ln_removal.recipe import load_recipe
+from ln_removal.surgery import install
+from ln_removal.training import session, setup
+
+
+def test_the_probe_leaves_nothing_and_gives_a_teacher_no_moments(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    teacher = as_teacher(copy.deepcopy(model), "float32")
+    sites = install(model, eot_token_id=EOT)
+    auxiliary, distillation = Auxiliary(0.1, sites="all"), Distillation(teacher, 0.5, matching=0.1)
+    objective = Objective(model, eot_token_id=EOT, auxiliary=auxiliary, distillation=distillation)
+    recipe = load_recipe("tiny", {"data.context": CONTEXT, "training.precision": "float32"})
+    accelerator = setup.build_accelerator("cpu")
+    given: list[int] = []
+    original = torch.empty_like
+
+    def noted(tensor: torch.Tensor, **options: Any) -> torch.Tensor:
+        given.append(id(tensor))
+        return original(tensor, **options)
+
+    monkeypatch.setattr(torch, "empty_like", noted)
+    before = copy.deepcopy(model.state_dict())
+    assert setup._fits(objective, 2, recipe, accelerator)
+    assert all(given.count(id(parameter)) == 2 for parameter in model.parameters())
+    assert not set(given) & set(map(id, teacher.parameters()))
+    hook = model.transformer.ln_f.register_forward_pre_hook(_out_of_memory)
+    assert not setup._fits(objective, 2, recipe, accelerator)
+    hook.remove()
+    assert not (objective._listening or objective._read or objective._written or objective._taught)
+    assert all(torch.equal(found, before[name]) for name, found in model.state_dict().items()), "nor any statistics"
+    assert all(parameter.grad is None for parameter in objective.parameters())
+    assert all(norm.training for norm in sites.norms.values()) and not teacher.training
+
+
+def _out_of_memory(*_: object) -> None:
+    raise torch.OutOfMemoryError
+
+
+def test_the_odd_text_that_is_scored_is_not_trained_on() -> None:
+    from ln_removal.models import load_tokenizer
+
+    tokenizer = load_tokenizer("tiny")
+    recipe = load_recipe("tiny", {"data.context": 256, "data.odd_text": 0.1})
+    mixture = session._odd_text(recipe, tokenizer)
+    assert mixture is not None and mixture.sequences.shape == (5 * session.ODD_SEQUENCES, 257)
+    trained = {tuple(row) for row in mixture.sequences[:, :256].tolist()}
+    scored = odd_sequences(tokenizer, context=256, count=16, seed=0)
+    for kind in ("form feeds", "tabs", "white space", "random tokens"):
+        assert not trained & {tuple(row) for row in scored[kind].tolist()}, kind
