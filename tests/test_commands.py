@@ -176,7 +176,8 @@ def test_a_dry_run_needs_neither_network_nor_weights() -> None:
     schedule = {entry["site"]: entry["step"] for entry in plan["schedule"]}
     assert len(schedule) == 3 * 12 + 1 + 2
     assert all(isinstance(step, int) and 0 < step < plan["steps"] for step in schedule.values())
-    assert schedule["ln_2.0"] < schedule["ln_1_qk.0"] < schedule["ln_1_v.7"] < schedule["ln_f"] < schedule["first"]
+    complete = {entry["site"]: entry["step"] + entry["taper"] for entry in plan["schedule"]}
+    assert complete["ln_2.0"] == complete["ln_1_v.7"] == complete["ln_f"] < complete["eot"] == complete["first"]
     assert plan["tokens"] == pytest.approx(500e6, rel=0.1)
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in shown.stderr.splitlines()}
     assert "pydantic" in imported and not imported & {"torch", "transformers", "huggingface_hub"}
