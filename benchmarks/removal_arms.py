@@ -31,7 +31,9 @@ def published(recipe: str) -> Callable[[int, int], ScheduleSpec]:
     return schedule
 
 
-def together(*, start: float = 0.0, taper: float = 0.0, special: float | None = None, lag: float = 0.0) -> Any:
+def together(
+    *, start: float = 0.0, taper: float = 0.0, special: float | None = None, lag: float = 0.0, constant: Any = "mean"
+) -> Any:
     """Every site from the same step on; lengths are shares of the run.
 
     Args:
@@ -39,6 +41,7 @@ def together(*, start: float = 0.0, taper: float = 0.0, special: float | None = 
         taper: how long the mixes rise.
         special: how long the special constants take to become the ordinary one; None: as `taper`.
         lag: of the special constants behind the sites.
+        constant: which summary of the stds the sites freeze at.
     """
 
     def schedule(n_layer: int, steps: int) -> ScheduleSpec:
@@ -55,6 +58,7 @@ def together(*, start: float = 0.0, taper: float = 0.0, special: float | None = 
             first_after=0,
             taper=max(0, round(taper * steps) - 1),
             special_taper=max(0, round((taper if special is None else special) * steps) - 1),
+            constant=constant,
         )
 
     return schedule
@@ -137,6 +141,14 @@ ARMS: dict[str, Arm] = {
         "the same, with the teacher gone at half time",
         together(taper=0.1, special=0.25),
         {**STD, **FADING, "distillation_until": 0.5},
+    ),
+    "harmonic": Arm(
+        "short-std-fading at harmonic means", together(taper=0.1, special=0.25, constant="harmonic"), {**STD, **FADING}
+    ),
+    "least-squares": Arm(
+        "short-std-fading at least-squares constants",
+        together(taper=0.1, special=0.25, constant="least_squares"),
+        {**STD, **FADING},
     ),
     "quick-std-fading": Arm("the same, tapered twice as fast", together(taper=0.05, special=0.12), {**STD, **FADING}),
     "short-teacher": Arm("without the std loss", together(taper=0.1, special=0.25), KL_ONLY),
