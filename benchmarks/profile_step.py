@@ -51,21 +51,12 @@ def main() -> None:
     torch.set_num_threads(cores())
     shape = SHAPES[options.shape]
     torch.manual_seed(0)
-    config = GPT2Config(
-        n_layer=shape.n_layer,
-        n_head=shape.n_head,
-        n_embd=shape.n_embd,
-        n_positions=shape.context,
-        vocab_size=shape.vocab_size,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    model = GPT2LMHeadModel(config).to(options.device)
-    sites = install(model, eot_token_id=0)
-    objective = Objective(model, eot_token_id=0)
+    model = GPT2LMHeadModel(GPT2Config(**shape.sizes)).to(options.device)
+    sites = install(model, eot_token_id=shape.eot_token_id)
+    objective = Objective(model, eot_token_id=shape.eot_token_id)
     objective.compile(dynamic=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    tokens = torch.randint(1, shape.vocab_size, (options.sequences, shape.context + 1), device=options.device)
+    tokens = torch.randint(0, shape.vocab_size - 1, (options.sequences, shape.context + 1), device=options.device)
 
     def step() -> None:
         with torch.autocast(options.device, dtype=torch.bfloat16):

@@ -114,24 +114,15 @@ def scores(recipe: Recipe, model: Path, tokens: Path) -> dict[str, Any]:
         context=recipe.data.context,
         max_tokens=recipe.data.validation_tokens,
     )
-    return {"cross_entropy": loss.cross_entropy, "odd_text": odd_losses(loaded, recipe.data.context)}
+    return {"cross_entropy": loss.cross_entropy, "odd_text": worst_odd_losses(loaded, recipe.data.context)}
 
 
-def odd_losses(loaded: Any, context: int) -> dict[str, float]:
+def worst_odd_losses(loaded: Any, context: int) -> dict[str, float]:
     """Largest mean loss of a sequence, for each kind of odd text."""
-    import torch
-    import torch.nn.functional as F
+    from ln_removal.evaluation.odd_text import odd_losses, odd_sequences
 
-    from ln_removal.evaluation.odd_text import odd_sequences
-
-    worst: dict[str, float] = {}
-    for kind, sequences in odd_sequences(loaded.tokenizer, context=context, count=16, seed=0).items():
-        ids = torch.from_numpy(sequences)
-        with torch.inference_mode():
-            logits = loaded.model(ids).logits[:, :-1]
-            losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(ids), -1)
-        worst[kind] = float(losses.mean(dim=1).max())
-    return worst
+    sequences = odd_sequences(loaded.tokenizer, context=context, count=16, seed=0)
+    return {kind: float(losses.mean(axis=1).max()) for kind, losses in odd_losses(loaded.model, sequences).items()}
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -255,7 +246,7 @@ def main() -> None:
     loaded = load_model(given.model)
     place = given.out / given.name
     place.mkdir(parents=True, exist_ok=True)
-    original = {"odd_text": odd_losses(loaded, BASE["data.context"])}
+    original = {"odd_text": worst_odd_losses(loaded, BASE["data.context"])}
     n_layer = loaded.model.config.n_layer
     del loaded
     for seed in given.seeds:

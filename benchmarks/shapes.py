@@ -31,6 +31,19 @@ class Shape:
         """GPT-2's end of text; it is the peers' constant too. Shapes with a smaller vocabulary take their last id."""
         return min(50256, self.vocab_size - 1)
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The arguments of a GPT2Config of this shape."""
+        return {
+            "n_layer": self.n_layer,
+            "n_head": self.n_head,
+            "n_embd": self.n_embd,
+            "n_positions": self.context,
+            "vocab_size": self.vocab_size,
+            "bos_token_id": self.eot_token_id,
+            "eos_token_id": self.eot_token_id,
+        }
+
 
 SHAPES = {
     "tiny": Shape(6, 192, 3, 4096, 512, tokens_per_step=4096, peer_micro_batch=8),

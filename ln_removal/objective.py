@@ -202,8 +202,7 @@ class Objective(nn.Module):
         Args:
             tokens: (B, T + 1).
         """
-        # Anew: a pass that ran out of memory has left what it had gathered.
-        self._read, self._written, self._taught = [], [], []
+        self.forget()  # a pass that ran out of memory has left what it had gathered
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
         self._listening = True
         taught = self._teach(inputs)

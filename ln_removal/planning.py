@@ -350,8 +350,7 @@ def estimate_memory(recipe: Recipe, shape: ArchitectureSpec, micro_batch: int) -
 
 
 def _has_teacher(recipe: Recipe) -> bool:
-    training = recipe.training
-    return recipe.schedule is not None and (training.distillation > 0 or training.residual_matching > 0)
+    return recipe.schedule is not None and recipe.training.has_teacher
 
 
 def peak_of(device: str) -> DevicePeak | None:

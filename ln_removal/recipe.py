@@ -123,6 +123,11 @@ class TrainingSpec(_Spec):
     checkpoint_every: PositiveInt = 100
     keep_checkpoints: PositiveInt = 2
 
+    @property
+    def has_teacher(self) -> bool:
+        """Whether a removal with these settings learns from the original model."""
+        return self.distillation > 0 or self.residual_matching > 0
+
 
 class ArchitectureSpec(_Spec):
     """The GPT-2 to pretrain from scratch."""

@@ -289,12 +289,11 @@ def _train_removal(
     from ln_removal.objective import as_teacher
     from ln_removal.surgery import install
     from ln_removal.training.loop import Removal
-    from ln_removal.training.session import needs_teacher
 
     if run.resume and _is_exported(run.out, run.recipe):
         return
     spec = run.recipe.training
-    teacher = as_teacher(copy.deepcopy(model), spec.precision) if needs_teacher(spec) else None
+    teacher = as_teacher(copy.deepcopy(model), spec.precision) if spec.has_teacher else None
     assert run.recipe.schedule is not None
     sites = install(model, eot_token_id=run.data.eot_token_id, constant=run.recipe.schedule.constant)
     result = _train(run, model, tokenizer, run.out, label="removal", removal=Removal(sites, schedule), teacher=teacher)

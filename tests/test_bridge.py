@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from disarmed_model import disarm, faithful
+from fresh_process import run
 from small_model import write_tokenizer
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
@@ -19,7 +17,6 @@ import ln_removal
 from ln_removal import NormFreeGPT2LMHeadModel, UserError, from_disarmed, to_bridge, to_stock
 from ln_removal.models import load_model, load_tokenizer
 
-ROOT = Path(__file__).resolve().parent.parent
 SUMS = {torch.float32: 1e-5, torch.float64: 1e-12}
 
 
@@ -274,7 +271,7 @@ class TestBoot:
             f"{first}\nimport sys\nbridge = TransformerBridge.boot_transformers(sys.argv[1], device='cpu')\n"
             "print(bridge.cfg.architecture, bridge.cfg.normalization_type)"
         )
-        assert _run(code, str(directory)).splitlines()[-1] == "NormFreeGPT2LMHeadModel None"
+        assert run(code, str(directory)).splitlines()[-1] == "NormFreeGPT2LMHeadModel None"
 
 
 def test_the_package_imports_transformer_lens_only_for_a_bridge() -> None:
@@ -282,18 +279,4 @@ def test_the_package_imports_transformer_lens_only_for_a_bridge() -> None:
 import sys, ln_removal
 print("to_bridge" in dir(ln_removal), sorted({"torch", "transformer_lens"} & set(sys.modules)))
 """
-    assert _run(code) == "True []"
-
-
-def _run(code: str, *arguments: str) -> str:
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+    assert run(code) == "True []"

@@ -5,16 +5,12 @@ Each case is a process of its own: what is imported, and in which order, is the 
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from fresh_process import run
 
 from ln_removal.export.normfree_gpt2 import NormFreeGPT2Config, NormFreeGPT2LMHeadModel
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -26,19 +22,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     NormFreeGPT2LMHeadModel(config).save_pretrained(directory)
     return directory
-
-
-def run(code: str, *arguments: str) -> str:
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
 
 
 def test_importing_the_package_loads_neither_torch_nor_transformers() -> None:

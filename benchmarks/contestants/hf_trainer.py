@@ -58,16 +58,10 @@ def main() -> None:
     torch.manual_seed(0)
     dropout = settings.get("dropout", 0.0)
     config = GPT2Config(
-        n_layer=shape.n_layer,
-        n_head=shape.n_head,
-        n_embd=shape.n_embd,
-        n_positions=shape.context,
-        vocab_size=shape.vocab_size,
+        **shape.sizes,
         resid_pdrop=dropout,
         embd_pdrop=dropout,
         attn_pdrop=dropout,
-        bos_token_id=shape.eot_token_id,
-        eos_token_id=shape.eot_token_id,
         attn_implementation="sdpa",
     )
     model = GPT2LMHeadModel(config).to(getattr(torch, settings["weights"]))

@@ -90,7 +90,7 @@ def main() -> None:
     )
     torch.manual_seed(0)
     folded = settings.get("folded", False)
-    model = NormFreeGPT2LMHeadModel(NormFreeGPT2Config(**_sizes(shape))) if folded else _gpt2(shape)
+    model = NormFreeGPT2LMHeadModel(NormFreeGPT2Config(**shape.sizes)) if folded else _gpt2(shape)
     accelerator = build_accelerator(settings["device"])
     data = TokenDataset.open(settings["tokens"])
     removal = None
@@ -124,22 +124,10 @@ def main() -> None:
             pace.close()
 
 
-def _sizes(shape: Shape) -> dict[str, int]:
-    return {
-        "n_layer": shape.n_layer,
-        "n_head": shape.n_head,
-        "n_embd": shape.n_embd,
-        "n_positions": shape.context,
-        "vocab_size": shape.vocab_size,
-        "bos_token_id": shape.eot_token_id,
-        "eos_token_id": shape.eot_token_id,
-    }
-
-
 def _gpt2(shape: Shape) -> Any:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    return GPT2LMHeadModel(GPT2Config(**_sizes(shape)))
+    return GPT2LMHeadModel(GPT2Config(**shape.sizes))
 
 
 if __name__ == "__main__":

@@ -132,11 +132,6 @@ def train_model(
         )
 
 
-def needs_teacher(spec: TrainingSpec) -> bool:
-    """Whether a removal with this [training] learns from the original model."""
-    return spec.distillation > 0 or spec.residual_matching > 0
-
-
 def _objective(
     model: PreTrainedModel,
     spec: TrainingSpec,
@@ -148,7 +143,7 @@ def _objective(
     if removal is None:
         return Objective(model, eot_token_id=eot_token_id)
     distillation = None
-    if needs_teacher(spec):
+    if spec.has_teacher:
         assert teacher is not None, "the caller keeps a copy of the original model"
         distillation = Distillation(teacher.to(model.device), spec.distillation, spec.residual_matching)
     auxiliary = Auxiliary(spec.auxiliary_weight, spec.auxiliary_target, spec.auxiliary_sites)
