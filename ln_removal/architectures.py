@@ -15,7 +15,7 @@ Importing this module needs neither torch nor transformers.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from ln_removal.errors import UserError
 
@@ -90,6 +90,24 @@ def all_sites(n_layer: int) -> list[Site]:
         raise UserError(f"a model has at least one layer, found n_layer = {n_layer}; check the model's config.json")
     blocks = [Site(kind, layer) for kind in SITE_KINDS if kind != "ln_f" for layer in range(n_layer)]
     return [*blocks, Site("ln_f")]
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The transformer blocks of a Hugging Face causal language model of GPT-2's or GPT-NeoX's layout, first to last."""
+    body: Any = model.base_model
+    return list(body.h if hasattr(body, "h") else body.layers)
+
+
+def attention_of(block: nn.Module) -> nn.Module:
+    """The attention module of one of `blocks_of`: its forward returns (output, probabilities or None)."""
+    found: Any = block.attn if hasattr(block, "attn") else block.attention
+    return cast("nn.Module", found)
+
+
+def final_norm_of(model: nn.Module) -> nn.Module:
+    """What stands in front of the unembedding: a LayerNorm, a freezable norm or an identity."""
+    body: Any = model.base_model
+    return cast("nn.Module", body.ln_f if hasattr(body, "ln_f") else body.final_layer_norm)
 
 
 def check_supported(model: nn.Module) -> None:
