@@ -24,11 +24,18 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 EMBEDDED_MODEL = "tiny"
-MODEL_TYPES = ("gpt2", "normfree_gpt2")
+MODEL_TYPES = ("gpt2", "normfree_gpt2", "revival_gpt2", "gpt_neox", "revival_gpt_neox")
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json")
-SIZES = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
+SIZES = {
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_embd": "hidden_size",
+    "n_positions": "max_position_embeddings",
+    "vocab_size": "vocab_size",
+}
+"""A model's sizes as GPT-2 calls them, and as every configuration of transformers does."""
 ADAPTER = "adapter_config.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -97,13 +104,17 @@ def load_model(
         )
     if missing := sorted(report["missing_keys"]):
         raise UserError(
-            f"{directory}: the weights lack {len(missing)} tensors of a {config.n_layer}-layer GPT-2, such as "
-            f"{missing[0]}; save the model again with save_pretrained"
+            f"{directory}: the weights lack {len(missing)} tensors of a {config.num_hidden_layers}-layer {config.model_type}, "
+            f"such as {missing[0]}; save the model again with save_pretrained"
         )
     _check_finite(model, directory)
     if unexpected := sorted(report["unexpected_keys"]):
         logger.warning(
-            "%s: left out %d tensors unknown to GPT-2, such as %s", directory, len(unexpected), unexpected[0]
+            "%s: left out %d tensors unknown to %s, such as %s",
+            directory,
+            len(unexpected),
+            config.model_type,
+            unexpected[0],
         )
     return LoadedModel(model.to(device).eval(), tokenizer, name)
 
@@ -126,6 +137,11 @@ def load_config(name: str) -> PretrainedConfig:
         UserError: as `load_model`.
     """
     return _read_config(_directory(name))
+
+
+def sizes_of(config: PretrainedConfig) -> dict[str, Any]:
+    """Layers, heads, width, positions and vocabulary by GPT-2's names, of a GPT-2 or a GPT-NeoX; None where there is none."""
+    return {ours: getattr(config, theirs, None) for ours, theirs in SIZES.items()}
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -247,21 +263,21 @@ def _read_config(directory: Path) -> PretrainedConfig:
         fields = raw if isinstance(raw, dict) else {}
         raise UserError(
             f"{directory} is not a GPT-2: config.json says model_type {fields.get('model_type')!r}, architectures "
-            f"{fields.get('architectures')}; ln-removal works on GPT2LMHeadModel checkpoints"
+            f"{fields.get('architectures')}; ln-removal works on GPT2LMHeadModel checkpoints (and scores GPT-NeoX ones)"
         )
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise UserError(f"{path} is not a valid GPT-2 configuration: {one_line(error)}") from error
-    sizes = {name: getattr(config, name, None) for name in SIZES}
+    sizes = sizes_of(config)
     if wrong := {name: size for name, size in sizes.items() if type(size) is not int or size < 1}:
         name, size = next(iter(wrong.items()))
         raise UserError(
             f"{path} is not a valid GPT-2 configuration: {name} is {size!r}; it must be a whole number above 0"
         )
-    if config.n_embd % config.n_head:
+    if sizes["n_embd"] % sizes["n_head"]:
         raise UserError(
-            f"{path} is not a valid GPT-2 configuration: n_embd {config.n_embd} is no multiple of n_head {config.n_head}"
+            f"{path} is not a valid GPT-2 configuration: n_embd {sizes['n_embd']} is no multiple of n_head {sizes['n_head']}"
         )
     return config
 

@@ -1,6 +1,7 @@
 """What a training step minimises: next-token cross-entropy, and what a removal may add to it.
 
-    loss = (1 - s) CE + s KL(teacher || model) + w_m matching + w_a auxiliary
+    loss = (1 - s) CE + s KL(teacher || model) + w_m matching + w_a auxiliary          (removal)
+    loss = CE + w_e entropy penalty                                                    (pretraining)
 
 The teacher is the model before the removal. Which of the terms are in is decided once, so a compiled step has no branches.
 
@@ -16,9 +17,12 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ln_removal.architectures import attention_of, blocks_of, final_norm_of
+from ln_removal.attention_entropy import EntropyRegulariser, head_entropy
 from ln_removal.errors import UserError
 from ln_removal.linear_cross_entropy import Head, linear_cross_entropy
 from ln_removal.norm import ORDINARY, FreezableNorm, NormedProjection
+from ln_removal.precision import DTYPES, Precision
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,11 +59,11 @@ class Distillation:
     matching: float = 0.0
 
 
-def as_teacher(model: PreTrainedModel, precision: Literal["float32", "bfloat16"]) -> PreTrainedModel:
+def as_teacher(model: PreTrainedModel, precision: Precision) -> PreTrainedModel:
     """Make `model`, in place, something to be read only: no gradients, no dropout, weights in `precision`."""
     _switch_dropout_off(model)
     teacher: PreTrainedModel = model.requires_grad_(False).eval()
-    return teacher.to(torch.bfloat16) if precision == "bfloat16" else teacher
+    return teacher.to(DTYPES[precision])
 
 
 def residual_std_loss(residual: Tensor, special: Tensor) -> Tensor:
@@ -111,6 +115,19 @@ def residual_matching_loss(residual: Tensor, taught: Tensor) -> Tensor:
     return (distance / wanted.square().sum(-1).clamp(min=1e-6)).mean()
 
 
+@dataclass(frozen=True)
+class EntropyPenalty:
+    """The penalty on attention entropy.
+
+    Attributes:
+        weight: w_e.
+        regulariser: has the thresholds, which are trained with the model.
+    """
+
+    weight: float
+    regulariser: EntropyRegulariser
+
+
 class StepLoss(NamedTuple):
     """`total` is what the backward pass starts from; `cross_entropy` is what is logged. Scalars in float32."""
 
@@ -119,16 +136,17 @@ class StepLoss(NamedTuple):
 
 
 class Objective(nn.Module):
-    """A causal language model of GPT-2's layout together with its loss: what the optimizer steps and DDP wraps.
+    """A causal language model of GPT-2's or GPT-NeoX's layout together with its loss: what the optimizer steps and DDP wraps.
 
     It switches the model's dropout off: a step is then a pure function of weights and batch, so a resumed run goes on as
     if it had never stopped, and removal and control differ in their norms alone.
 
     Args:
-        model: has `transformer` (token ids to final hidden states) and `lm_head`.
+        model: of transformers, with `base_model` (token ids to final hidden states) and `lm_head`.
         eot_token_id: end-of-text, a special position for the residual-std loss; None when the model has none.
         auxiliary: the residual-std loss; None leaves it out.
         distillation: the teacher; None learns from the text alone.
+        entropy: the penalty on attention entropy; the model then needs `attention_entropy.explicit_attention` while it trains.
 
     Raises:
         UserError: the auxiliary loss reads norms of which the model has none, or the teacher has another vocabulary.
@@ -143,9 +161,12 @@ class Objective(nn.Module):
         eot_token_id: int | None,
         auxiliary: Auxiliary | None = None,
         distillation: Distillation | None = None,
+        entropy: EntropyPenalty | None = None,
     ) -> None:
         super().__init__()
         self.model = model
+        self.entropy_weight = 0.0 if entropy is None else entropy.weight
+        self.entropy = None if entropy is None else entropy.regulariser.to(model.device)
         self.eot_token_id = eot_token_id
         self.auxiliary = auxiliary if auxiliary is not None and auxiliary.weight > 0 else None
         self.matching, self.soft = 0.0, False
@@ -163,14 +184,23 @@ class Objective(nn.Module):
         self._read: list[tuple[nn.Module, Tensor]] = []
         self._written: list[Tensor] = []
         self._taught: list[Tensor] = []
+        self._attended: list[Tensor] = []
+        if self.entropy is not None:
+            for block in blocks_of(model):
+                attention_of(block).register_forward_hook(self._keep_attended)
         if self.auxiliary is not None:
             for norm in _norms_to_watch(model, self.auxiliary):
                 norm.register_forward_pre_hook(self._keep_read)
         if self.matching > 0:
             assert self.teacher is not None
-            for block, its_teacher in zip(model.transformer.h, self.teacher.transformer.h, strict=True):
+            for block, its_teacher in zip(blocks_of(model), blocks_of(self.teacher), strict=True):
                 block.register_forward_hook(self._keep_written)
                 its_teacher.register_forward_hook(self._keep_taught)
+
+    @property
+    def trained(self) -> nn.Module:
+        """Everything that has state of its own to keep: the model, with the thresholds of the entropy penalty if it has any."""
+        return self.model if self.entropy is None else nn.ModuleDict({"model": self.model, "entropy": self.entropy})
 
     def set_share(self, share: float) -> None:
         """Change s, the share of the token loss that comes from the teacher; takes effect in the next forward pass."""
@@ -189,6 +219,11 @@ class Objective(nn.Module):
         if self._listening:
             self._taught.append(output[0] if isinstance(output, tuple) else output)
 
+    def _keep_attended(self, module: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:
+        if self._listening:
+            assert output[1] is not None, "the entropy penalty needs explicit attention"
+            self._attended.append(head_entropy(output[1]))
+
     def train(self, mode: bool = True) -> Objective:
         """As nn.Module.train, but the teacher stays in evaluation mode."""
         super().train(mode)
@@ -206,7 +241,7 @@ class Objective(nn.Module):
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
         self._listening = True
         taught = self._teach(inputs)
-        hidden = self.model.transformer(input_ids=inputs, use_cache=False).last_hidden_state
+        hidden = self.model.base_model(input_ids=inputs, use_cache=False).last_hidden_state
         soft = taught is not None and self.soft
         loss = linear_cross_entropy(
             hidden.reshape(-1, hidden.shape[-1]),
@@ -222,13 +257,15 @@ class Objective(nn.Module):
             total = total + self.matching * sum(residual_matching_loss(*pair) for pair in pairs) / len(pairs)
         if self.auxiliary is not None:
             total = total + self.auxiliary.weight * self._auxiliary_loss(inputs)
+        if self.entropy is not None:
+            total = total + self.entropy_weight * self.entropy.penalty(torch.stack(self._attended), inputs.shape[1])
         self.forget()
         return StepLoss(total, loss.cross_entropy)
 
     def forget(self) -> None:
         """Let go of what the hooks have gathered: the end of a forward pass, or of one that was cut short."""
         self._listening = False
-        self._read, self._written, self._taught = [], [], []
+        self._read, self._written, self._taught, self._attended = [], [], [], []
 
     def _teach(self, inputs: Tensor) -> Tensor | None:
         """The teacher's final hidden states (B, T, D'), in its own precision; None without a teacher."""
@@ -236,7 +273,7 @@ class Objective(nn.Module):
             return None
         # Not inference mode: its tensors could not be kept for the backward pass.
         with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
-            taught: Tensor = self.teacher.transformer(input_ids=inputs, use_cache=False).last_hidden_state
+            taught: Tensor = self.teacher.base_model(input_ids=inputs, use_cache=False).last_hidden_state
         return taught
 
     def _auxiliary_loss(self, inputs: Tensor) -> Tensor:
@@ -285,11 +322,11 @@ def _norms_to_watch(model: PreTrainedModel, auxiliary: Auxiliary) -> Sequence[nn
                 "an auxiliary loss at every norm, or towards their constants, needs freezable norms: install them first"
             )
         return freezable if auxiliary.sites == "all" else freezable[-1:]
-    return [model.transformer.ln_f]
+    return [final_norm_of(model)]
 
 
 def _check_same_layout(model: PreTrainedModel, teacher: PreTrainedModel) -> None:
-    for name in ("vocab_size", "n_layer"):
+    for name in ("vocab_size", "num_hidden_layers"):
         ours, theirs = getattr(model.config, name), getattr(teacher.config, name)
         if ours != theirs:
             raise UserError(

@@ -26,22 +26,29 @@ from ln_removal.schedule import RemovalSchedule, expand
 if TYPE_CHECKING:
     from rich.console import Console
 
-_PUBLISHED = {"n_positions": 1024, "vocab_size": 50257}
+
+def _published(n_layer: int, n_head: int, n_embd: int) -> ArchitectureSpec:
+    return ArchitectureSpec(n_layer=n_layer, n_head=n_head, n_embd=n_embd, n_positions=1024, vocab_size=50257)
+
+
 KNOWN_ARCHITECTURES = {
-    "gpt2": ArchitectureSpec(n_layer=12, n_head=12, n_embd=768, **_PUBLISHED),
-    "distilgpt2": ArchitectureSpec(n_layer=6, n_head=12, n_embd=768, **_PUBLISHED),
-    "gpt2-medium": ArchitectureSpec(n_layer=24, n_head=16, n_embd=1024, **_PUBLISHED),
-    "gpt2-large": ArchitectureSpec(n_layer=36, n_head=20, n_embd=1280, **_PUBLISHED),
-    "gpt2-xl": ArchitectureSpec(n_layer=48, n_head=25, n_embd=1600, **_PUBLISHED),
+    "gpt2": _published(12, 12, 768),
+    "distilgpt2": _published(6, 12, 768),
+    "gpt2-medium": _published(24, 16, 1024),
+    "gpt2-large": _published(36, 20, 1280),
+    "gpt2-xl": _published(48, 25, 1600),
 }
 """Published sizes, so that planning them needs neither weights nor network."""
+
+REMOVABLE = ("gpt2", "normfree_gpt2")
+"""Model types that a removal may be planned for; the latter is refused later, with what it is."""
 
 _OWNERS = ("openai-community/", "distilbert/")
 
 
 @dataclass(frozen=True)
 class DevicePeak:
-    """A GPU's dense peak in FLOP/s, for bfloat16 and for float32 inputs (TensorFloat-32), and its memory in bytes."""
+    """A GPU's dense peak in FLOP/s, for bfloat16 or float16 and for float32 inputs (TensorFloat-32), and its memory in bytes."""
 
     bfloat16: float
     float32: float
@@ -307,16 +314,31 @@ def architecture_of_model(name: str) -> ArchitectureSpec:
     # A local directory of that name comes first, as it does when the model is loaded.
     if published in KNOWN_ARCHITECTURES and not Path(name).is_dir():
         return KNOWN_ARCHITECTURES[published]
-    from ln_removal.models import load_config
+    from ln_removal.models import load_config, sizes_of
 
     config = load_config(name)
-    return ArchitectureSpec(**{field: getattr(config, field) for field in ArchitectureSpec.model_fields})
+    if config.model_type not in REMOVABLE:
+        raise UserError(
+            f"{name} is a {config.model_type}; LayerNorm can be removed from a GPT-2 (model_type 'gpt2'), and this kind of model "
+            "scored, observed and pretrained"
+        )
+    return ArchitectureSpec.model_validate(sizes_of(config))
 
 
 def count_parameters(shape: ArchitectureSpec) -> int:
-    """Parameters of a GPT-2 with tied embeddings: V D + P D + L (12 D^2 + 13 D) + 2 D, P positions."""
-    width = shape.n_embd
-    return (shape.vocab_size + shape.n_positions) * width + shape.n_layer * (12 * width + 13) * width + 2 * width
+    """Parameters of a model of this architecture, a tied unembedding counted once.
+
+    GPT-2 as published: V D + P D + L (12 D^2 + 13 D) + 2 D, P positions. Pythia has 2 V D and no P D. Without norms L 4 D
+    and 2 D are missing, with the paper's biases 7 of the 9 D that a layer has.
+    """
+    width, layers = shape.n_embd, shape.n_layer
+    embeddings = 2 * shape.vocab_size if shape.family == "pythia" else shape.vocab_size + shape.n_positions
+    layer = 12 * width * width + (2 if shape.biases == "paper" else 9) * width
+    layer += 4 * width if shape.block_norm == "layernorm" else 0
+    count = embeddings * width + layers * layer + (2 * width if shape.final_norm == "layernorm" else 0)
+    if shape.activation == "learnable_leaky_relu":
+        count += layers if shape.slopes == "layer" else 1
+    return count
 
 
 def flops_per_token(shape: ArchitectureSpec, context: int) -> int:
@@ -332,17 +354,17 @@ def estimate_memory(recipe: Recipe, shape: ArchitectureSpec, micro_batch: int) -
     # AdamW keeps two moments of every parameter, Muon one of the matrices inside the blocks.
     moments = 2 * count - (matrices if training.optimizer == "muon" else 0)
     tokens = micro_batch * recipe.data.context
-    kept = ACTIVATION_BYTES[training.precision, training.compile is not False]
+    kept = ACTIVATION_BYTES["float32" if training.precision == "float32" else "bfloat16", training.compile is not False]
     activations = tokens * (shape.n_layer * kept + 12) * shape.n_embd
     # bfloat16 logits, their float32 copy and its gradient, for one chunk at a time.
     logits = 10 * min(tokens, POSITIONS_IN_A_CHUNK) * shape.vocab_size
     activations += logits
     teacher = 0
     if _has_teacher(recipe):
-        teacher = (2 if training.precision == "bfloat16" else 4) * count
+        teacher = (4 if training.precision == "float32" else 2) * count
         activations += logits if training.distillation > 0 else 0
         activations += 8 * tokens * shape.n_layer * shape.n_embd if training.residual_matching > 0 else 0
-    if training.precision == "bfloat16":
+    if training.precision != "float32":
         activations += 2 * matrices  # autocast's copies of the weights
     return Memory(
         parameters=4 * count, gradients=4 * count, optimizer=4 * moments, activations=activations, teacher=teacher
@@ -378,7 +400,7 @@ def _micro_batch(recipe: Recipe, shape: ArchitectureSpec, peak: DevicePeak | Non
 
 def _rate(peak: DevicePeak, recipe: Recipe) -> float:
     """FLOP/s that a run is assumed to reach on one GPU."""
-    return ASSUMED_UTILISATION * (peak.bfloat16 if recipe.training.precision == "bfloat16" else peak.float32)
+    return ASSUMED_UTILISATION * (peak.float32 if recipe.training.precision == "float32" else peak.bfloat16)
 
 
 def _memory_assumption(recipe: Recipe) -> str:

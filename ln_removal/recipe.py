@@ -116,7 +116,9 @@ class TrainingSpec(_Spec):
     distillation_end: Annotated[float, Field(ge=0, le=1)] | None = None  # that share in the end; None: the same
     distillation_until: Annotated[float, Field(gt=0, le=1)] = 1.0  # share of the run after which it is reached
     residual_matching: NonNegativeFloat = 0.0  # weight of the distance to the original's residual stream
-    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    entropy_weight: NonNegativeFloat = 0.0  # of the attention entropy penalty, see attention_entropy.EntropyRegulariser
+    entropy_tolerance: Annotated[float, Field(ge=0, lt=1)] = 0.2  # gamma: what it lets pass, as a share of log T
+    precision: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     compile: bool | Literal["auto"] = "auto"
     evaluate_every: PositiveInt = 50
     evaluation_tokens: PositiveInt = 1_048_576
@@ -130,13 +132,42 @@ class TrainingSpec(_Spec):
 
 
 class ArchitectureSpec(_Spec):
-    """The GPT-2 to pretrain from scratch."""
+    """The model to pretrain from scratch: a GPT-2, or a Pythia (GPT-NeoX: rotary positions, parallel residual).
 
+    With nothing chosen it is the family's published architecture. `block_norm` is in front of attention and MLP,
+    `final_norm` in front of the unembedding. `biases` "paper" leaves those of queries and keys only (and of norms).
+    `negative_slope` is that of a leaky ReLU, or where a learnable one begins; `slopes` says whether each layer learns its own.
+    """
+
+    family: Literal["gpt2", "pythia"] = "gpt2"
     n_layer: PositiveInt
     n_head: PositiveInt
     n_embd: PositiveInt
     n_positions: PositiveInt
     vocab_size: PositiveInt
+    block_norm: Literal["layernorm", "none"] = "layernorm"
+    final_norm: Literal["layernorm", "none"] = "layernorm"
+    biases: Literal["all", "paper"] = "all"
+    activation: Literal["gelu", "relu", "leaky_relu", "learnable_leaky_relu"] = "gelu"
+    negative_slope: float = 0.01
+    slopes: Literal["layer", "network"] = "layer"
+
+    @property
+    def is_published(self) -> bool:
+        """Whether it is an architecture that transformers has: nothing was chosen."""
+        return (self.block_norm, self.final_norm, self.biases, self.activation) == (
+            "layernorm",
+            "layernorm",
+            "all",
+            "gelu",
+        )
+
+
+class ObservationSpec(_Spec):
+    """Looking at attention, residual stream, gradients and slopes while training; see analysis/observer.py."""
+
+    every: PositiveInt  # steps between two observations; the first and the last step are always observed
+    sequences: PositiveInt = 8  # of held-out text that are read each time
 
 
 class ExportSpec(_Spec):
@@ -157,6 +188,7 @@ class Recipe(_Spec):
     schedule: ScheduleSpec | None = None
     training: TrainingSpec
     architecture: ArchitectureSpec | None = None
+    observation: ObservationSpec | None = None
     export: ExportSpec = Field(default_factory=ExportSpec)
 
     @model_validator(mode="after")
@@ -173,8 +205,11 @@ class Recipe(_Spec):
 
 
 def available_recipes() -> list[str]:
-    """Names of the built-in recipes, sorted."""
-    return sorted(path.stem for path in recipes_directory().glob("*.toml"))
+    """Names of the built-in recipes, sorted, those in a sub-folder as FOLDER/NAME. Grids are not among them."""
+    found = recipes_directory().rglob("*.toml")
+    return sorted(
+        path.relative_to(recipes_directory()).with_suffix("").as_posix() for path in found if not _is_grid(path)
+    )
 
 
 def load_recipe(name_or_path: str, overrides: Mapping[str, object] | None = None) -> Recipe:
@@ -252,18 +287,25 @@ def parse_overrides(assignments: Iterable[str]) -> dict[str, object]:
 
 
 def _find(name_or_path: str) -> Path:
-    """The file of a built-in recipe, or the given path."""
-    looks_like_a_path = name_or_path.endswith(".toml") or Path(name_or_path).name != name_or_path
-    if looks_like_a_path:
-        path = Path(name_or_path)
-        if not path.exists():
-            raise UserError(f"there is no recipe file {path}; give a path that exists or one of: {_names()}")
+    """The given path, or the file of a built-in recipe."""
+    path = Path(name_or_path)
+    if path.suffix == ".toml" and path.exists():
         return path
-    path = recipes_directory() / f"{name_or_path}.toml"
-    if not path.is_file():
-        hint = did_you_mean(name_or_path, available_recipes())
-        raise UserError(f"there is no recipe named {name_or_path!r}{hint}; built in are: {_names()}")
-    return path
+    built_in = recipes_directory() / f"{name_or_path}.toml"
+    if not path.is_absolute() and ".." not in path.parts and built_in.is_file():
+        return built_in
+    looks_like_a_path = path.suffix == ".toml" or path.name != name_or_path
+    if looks_like_a_path and not path.exists():
+        raise UserError(f"there is no recipe file {path}; give a path that exists or one of: {_names()}")
+    if looks_like_a_path:
+        return path
+    hint = did_you_mean(name_or_path, available_recipes())
+    raise UserError(f"there is no recipe named {name_or_path!r}{hint}; built in are: {_names()}")
+
+
+def _is_grid(path: Path) -> bool:
+    """Whether a file names arms: what `ln-pretrain --grid` takes, and no recipe."""
+    return "arms" in tomllib.loads(path.read_text(encoding="utf-8"))
 
 
 def _names() -> str:

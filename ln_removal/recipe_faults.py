@@ -93,6 +93,9 @@ def cross_field_faults(value: Callable[[str], Any]) -> list[str]:
     width, heads = value("architecture.n_embd"), value("architecture.n_head")
     if width is not None and heads is not None and width % heads:
         faults.append(f"architecture.n_embd: must be a multiple of n_head ({heads}), found {width}")
+    elif width is not None and heads is not None and value("architecture.family") == "pythia" and width // heads % 8:
+        rule = f"must be a multiple of 8 n_head ({8 * heads}): a quarter of each head is rotated, in pairs"
+        faults.append(f"architecture.n_embd: {rule}; found {width}")
     return faults
 
 
@@ -122,12 +125,20 @@ ONLY_IN_REMOVALS = (
 
 
 def _pretraining_faults(value: Callable[[str], Any]) -> list[str]:
-    """What would be ignored where there is no removal."""
-    return [
+    """What would be ignored: what only removals have, and choices that another one makes void."""
+    faults = [
         f"{key}: a pretraining recipe, one with [architecture], has none; leave it out"
         for key in ONLY_IN_REMOVALS
         if value(key)
     ]
+    activation = value("architecture.activation")
+    if value("architecture.slopes") == "network" and activation not in (None, "learnable_leaky_relu"):
+        rule = "has no effect unless activation is 'learnable_leaky_relu'"
+        faults.append(f"architecture.slopes: {rule}, found activation {activation!r}; leave it out, or learn the slopes")
+    if value("architecture.negative_slope") not in (None, 0.01) and activation in ("gelu", "relu"):
+        rule = "has no effect unless activation is 'leaky_relu' or 'learnable_leaky_relu'"
+        faults.append(f"architecture.negative_slope: {rule}, found activation {activation!r}; leave it out")
+    return faults
 
 
 def _removal_faults(value: Callable[[str], Any]) -> list[str]:
@@ -143,6 +154,8 @@ def _removal_faults(value: Callable[[str], Any]) -> list[str]:
             if (found := value(key)) not in (None, usual):
                 advice = "give that, or leave this out"
                 faults.append(f"{key}: has no effect without training.auxiliary_weight, found {found!r}; {advice}")
+    if value("training.entropy_weight"):
+        faults.append("training.entropy_weight: a removal, a recipe with [schedule], has none; leave it out")
     share, end = value("training.distillation"), value("training.distillation_end")
     if share == 0 and end:
         advice = "set that above 0, or leave this out"

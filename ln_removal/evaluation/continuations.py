@@ -38,7 +38,7 @@ def sample_continuation(
     Raises:
         UserError: the prompt gives no token, or leaves no room in the model's context.
     """
-    positions = int(model.config.n_positions)
+    positions = int(model.config.max_position_embeddings)
     ids = encode_prompt(tokenizer, prompt, positions)
     device = next(model.parameters()).device
     uniform = torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).tolist()

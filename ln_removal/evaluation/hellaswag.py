@@ -26,10 +26,10 @@ import torch
 from torch import nn
 
 from ln_removal.errors import UserError
-from ln_removal.evaluation.loss import Precision
 from ln_removal.evaluation.multiple_choice import Prompt, ending_log_probs
 from ln_removal.evaluation.paired_comparison import compare_accuracies
 from ln_removal.evaluation.questions import Question
+from ln_removal.precision import Precision
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

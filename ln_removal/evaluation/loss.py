@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ln_removal.errors import UserError
+from ln_removal.precision import Precision, autocast
 
 if TYPE_CHECKING:
     from ln_removal.data.tokens import TokenSplit
 
-Precision = Literal["float32", "bfloat16"]
 
 Measure = Callable[[Tensor, Tensor], Tensor]
 """From logits (m, V) and targets (m,) to what is kept of each position: (m,), or (F, m) for F figures."""
@@ -84,7 +84,7 @@ def cross_entropy(
         batch_size: windows in one forward, or "auto".
         max_tokens: score about this many tokens at most; None for the whole split.
         device: where to compute; default: where the model is. The model itself is not moved.
-        precision: "bfloat16" runs the forward under autocast; losses are taken in float32 either way (float64 for a
+        precision: "bfloat16" and "float16" run the forward under autocast; losses are taken in float32 either way (float64 for a
             float64 model).
         progress: a progress bar on standard error, with this label when a string.
 
@@ -121,7 +121,7 @@ def windows_to_score(
     Raises:
         UserError: when the split is too small to score, the context longer than the model's, or the stride than it.
     """
-    positions = getattr(getattr(model, "config", None), "n_positions", None)
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if positions is not None and context > positions:
         raise UserError(
             f"the context of {context} tokens is longer than the model's {positions} positions; "
@@ -250,7 +250,7 @@ def scoring(model: nn.Module, device: torch.device, precision: Precision) -> Ite
     try:
         with (
             torch.inference_mode(),
-            torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"),
+            autocast(device, precision),
         ):
             yield
     finally:
@@ -269,7 +269,7 @@ def position_losses(
     """Negative log-probability of a target at each chosen position, in nats, or what else `measure` makes of the logits.
 
     The unembedding is applied to a chunk of positions at a time, so the logits of the whole batch never exist together.
-    A model that does not keep its body in `.transformer` is called as a whole, logits and all.
+    A model that is no transformers model with a body and an `lm_head` is called as a whole, logits and all.
 
     Args:
         model: the language model, in evaluation mode.
@@ -286,7 +286,7 @@ def position_losses(
     if not _has_body(model):
         logits = model(input_ids=input_ids, use_cache=False, **inputs).logits.flatten(0, 1)
         return measure(_wide(logits if positions is None else logits[positions]), targets)
-    hidden = model.transformer(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state.flatten(0, 1)
+    hidden = model.base_model(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state.flatten(0, 1)
     if positions is not None:
         hidden = hidden[positions]
     rows = max(1, CHUNK_ELEMENTS.get(hidden.device.type, 1 << 23) // _vocabulary(model))
@@ -323,7 +323,7 @@ def _measured_halving(model: nn.Module, batch: Tensor, skip: int, measure: Measu
 
 
 def _has_body(model: nn.Module) -> bool:
-    return hasattr(model, "transformer") and hasattr(model, "lm_head")
+    return hasattr(model, "lm_head") and getattr(model, "base_model", model) is not model
 
 
 def _vocabulary(model: Any) -> int:

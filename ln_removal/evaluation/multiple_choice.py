@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ln_removal.errors import UserError
-from ln_removal.evaluation.loss import BATCH_TOKENS, Precision, position_losses, scoring
+from ln_removal.evaluation.loss import BATCH_TOKENS, position_losses, scoring
+from ln_removal.precision import Precision
 
 CONTEXT, PADDING = 0, -1  # segments of a row; ending e is segment e + 1
 

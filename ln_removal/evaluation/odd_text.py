@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-    from ln_removal.evaluation.loss import Precision
+    from ln_removal.precision import Precision
 
 Tokens = npt.NDArray[np.int64]
 

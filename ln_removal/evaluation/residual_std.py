@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ln_removal.evaluation.data_scores import ResidualStd
-from ln_removal.evaluation.loss import BATCH_TOKENS, Precision, scoring
+from ln_removal.evaluation.loss import BATCH_TOKENS, scoring
+from ln_removal.precision import Precision
 
 if TYPE_CHECKING:
     from ln_removal.data.tokens import TokenSplit

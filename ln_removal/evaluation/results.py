@@ -54,6 +54,7 @@ from ln_removal.evaluation.data_scores import (
     Schema,
     Trio,
 )
+from ln_removal.precision import Precision
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -90,7 +91,7 @@ class Settings(Schema):
 
     data: str
     context: int
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Precision = "float32"
     questions: NonNegativeInt = 0
     question_set: str = ""
     protocol: str = ""

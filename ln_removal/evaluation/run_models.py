@@ -146,4 +146,4 @@ def _is_ln_free(name: str) -> bool:
 def _positions(name: str) -> int:
     from ln_removal.models import load_config
 
-    return int(load_config(name).n_positions)
+    return int(load_config(name).max_position_embeddings)

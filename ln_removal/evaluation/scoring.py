@@ -14,8 +14,9 @@ from ln_removal.evaluation.questions import Question
 if TYPE_CHECKING:
     from ln_removal.data.tokens import TokenDataset
     from ln_removal.evaluation.hellaswag import ChoiceResult, Protocol
-    from ln_removal.evaluation.loss import LossResult, Precision
+    from ln_removal.evaluation.loss import LossResult
     from ln_removal.evaluation.results import Results
+    from ln_removal.precision import Precision
 
 COMPLETIONS = "completions"
 HELLASWAG = "hellaswag"
@@ -121,7 +122,7 @@ def score(
     if stride is not None and stride > context:
         raise UserError(f"the stride of {stride} tokens is longer than the context of {context}; lower it")
     for prompt in prompts:
-        encode_prompt(tokenizer, prompt, min(int(load_config(name).n_positions) for name in models.values()))
+        encode_prompt(tokenizer, prompt, min(int(load_config(name).max_position_embeddings) for name in models.values()))
     readings = [
         SideBySide(name, one, context=context, stride=stride, max_tokens=max_tokens) for name, one in data_sets.items()
     ]
@@ -195,7 +196,7 @@ def score(
 def _check_model(name: str, data: TokenDataset, context: int) -> None:
     from ln_removal.models import load_config, load_tokenizer
 
-    positions = load_config(name).n_positions
+    positions = load_config(name).max_position_embeddings
     if context > positions:
         raise UserError(f"the context of {context} tokens is longer than the {positions} positions of {name}; lower it")
     check_same_tokenizer(load_tokenizer(name), name, data)

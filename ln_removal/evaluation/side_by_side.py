@@ -22,9 +22,10 @@ from ln_removal.evaluation.data_scores import (
     Trio,
     WorstSample,
 )
-from ln_removal.evaluation.loss import LossResult, Precision, Window
+from ln_removal.evaluation.loss import LossResult, Window
 from ln_removal.evaluation.paired_comparison import CONFIDENCE, bootstrap_means
 from ln_removal.evaluation.token_statistics import Units, by_position, token_statistics, units_of
+from ln_removal.precision import Precision
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ln_removal.evaluation.data_scores import Calibration, PositionLoss
-from ln_removal.evaluation.loss import LossResult, Precision, Window, score_windows, summarise, windows_to_score
+from ln_removal.evaluation.loss import LossResult, Window, score_windows, summarise, windows_to_score
+from ln_removal.precision import Precision
 
 if TYPE_CHECKING:
     from ln_removal.data.tokens import TokenSplit

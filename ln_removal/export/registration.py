@@ -1,4 +1,4 @@
-"""Make transformers' Auto classes and TransformerLens know the LN-free model, whichever package is imported first.
+"""Make transformers' Auto classes and TransformerLens know our model classes, whichever package is imported first.
 
 `ln_removal/__init__` calls `watch_imports`, which loads neither torch nor transformers: it leaves hooks that run when
 a module is imported.
@@ -12,54 +12,65 @@ a module is imported.
 
 from __future__ import annotations
 
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
 import wrapt
 
-MODEL_TYPE = "normfree_gpt2"
-"""model_type in the config.json of an LN-free model."""
+_NORMFREE = "ln_removal.export.normfree_gpt2"
+_REVIVAL = "ln_removal.pretraining.revival_models"
+
+MODEL_CLASSES = {
+    "normfree_gpt2": (_NORMFREE, "NormFreeGPT2Config", "NormFreeGPT2LMHeadModel"),
+    "revival_gpt2": (_REVIVAL, "RevivalGPT2Config", "RevivalGPT2LMHeadModel"),
+    "revival_gpt_neox": (_REVIVAL, "RevivalGPTNeoXConfig", "RevivalGPTNeoXForCausalLM"),
+}
+"""model_type in config.json: where its classes are, their names."""
 
 ARCHITECTURE = "NormFreeGPT2LMHeadModel"
-"""Its entry in the list of architectures."""
+"""What TransformerLens finds in the list of architectures of an LN-free model."""
 
 
 def watch_imports() -> None:
     """Leave the hooks; where a module is imported already, its hook runs at once."""
-    wrapt.when_imported("transformers.models.auto.configuration_auto")(_register_stand_in)
-    wrapt.when_imported("ln_removal.export.normfree_gpt2")(_register_classes)
+    wrapt.when_imported("transformers.models.auto.configuration_auto")(_register_stand_ins)
+    for module in (_NORMFREE, _REVIVAL):
+        wrapt.when_imported(module)(_register_classes)
     wrapt.when_imported("transformer_lens.factories.architecture_adapter_factory")(_register_adapter)
 
 
-def _register_stand_in(configuration_auto: ModuleType) -> None:
+def _register_stand_ins(configuration_auto: ModuleType) -> None:
     # Loaded already: configuration_auto has imported it.
     from transformers.configuration_utils import PreTrainedConfig
 
-    if MODEL_TYPE in configuration_auto.CONFIG_MAPPING:
-        return
+    for name in MODEL_CLASSES:
+        if name in configuration_auto.CONFIG_MAPPING:
+            continue
 
-    class StandIn(PreTrainedConfig):
-        """Builds a NormFreeGPT2Config whenever AutoConfig builds one of these."""
+        class StandIn(PreTrainedConfig):
+            """Builds our configuration whenever AutoConfig builds one of these."""
 
-        model_type = MODEL_TYPE
+            model_type = name
 
-        def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-            # Importing the module registers its classes, so AutoModelForCausalLM finds them next.
-            from ln_removal.export.normfree_gpt2 import NormFreeGPT2Config
+            def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+                # Importing the module registers its classes, so AutoModelForCausalLM finds them next.
+                module, config, _ = MODEL_CLASSES[cls.model_type]
+                return getattr(import_module(module), config)(*args, **kwargs)
 
-            return NormFreeGPT2Config(*args, **kwargs)
-
-    configuration_auto.AutoConfig.register(MODEL_TYPE, StandIn)
+        configuration_auto.AutoConfig.register(name, StandIn)
 
 
-def _register_classes(normfree_gpt2: ModuleType) -> None:
-    """Make AutoConfig give our configuration for its model_type, and AutoModelForCausalLM our model for it."""
+def _register_classes(module: ModuleType) -> None:
+    """Make AutoConfig give our configurations for their model types, and AutoModelForCausalLM our models for them."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = normfree_gpt2.NormFreeGPT2Config
-    assert config.model_type == MODEL_TYPE, config.model_type
-    AutoConfig.register(MODEL_TYPE, config, exist_ok=True)
-    AutoModelForCausalLM.register(config, normfree_gpt2.NormFreeGPT2LMHeadModel, exist_ok=True)
+    for name, (where, config_name, model_name) in MODEL_CLASSES.items():
+        if where == module.__name__:
+            config = getattr(module, config_name)
+            assert config.model_type == name, config.model_type
+            AutoConfig.register(name, config, exist_ok=True)
+            AutoModelForCausalLM.register(config, getattr(module, model_name), exist_ok=True)
 
 
 def _register_adapter(architecture_adapter_factory: ModuleType) -> None:

@@ -120,7 +120,7 @@ def _looks_like_a_hub_id(name: str) -> bool:
 def _check_tokens(model: NormFreeGPT2LMHeadModel, *, rows: int, length: int = CHECK_TOKENS) -> Tensor:
     """(rows, T) random tokens, T as asked for or the model's context."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(model.config.vocab_size, (rows, min(length, model.config.n_positions)), generator=generator)
+    return torch.randint(model.config.vocab_size, (rows, min(length, model.config.max_position_embeddings)), generator=generator)
 
 
 def _fold_checkpoint(run: Path) -> tuple[NormFreeGPT2LMHeadModel, PreTrainedTokenizerBase]:

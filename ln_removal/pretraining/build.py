@@ -1,4 +1,4 @@
-"""Pretrain a GPT-2 from a recipe: tokenizer, tokens, model, training, Hugging Face directory."""
+"""Pretrain a GPT-2 or a Pythia from a recipe: tokenizer, tokens, model, training, Hugging Face directory."""
 
 from __future__ import annotations
 
@@ -6,21 +6,25 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ln_removal.data.corpora import Corpus, Document
 from ln_removal.data.tokenizer_training import train_code_tokenizer
 from ln_removal.errors import UserError
+from ln_removal.models import SIZES
 from ln_removal.recipe_scaling import check_is_pretraining
 
 if TYPE_CHECKING:
-    from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
     from ln_removal.data.tokens import TokenDataset
     from ln_removal.evaluation.loss import LossResult
     from ln_removal.recipe import ArchitectureSpec, Recipe
     from ln_removal.training.loop import TrainResult
     from ln_removal.training.tracking import Progress
+
+CHOICES = {"block_norm", "final_norm", "biases", "activation", "negative_slope", "slopes"}
+"""Entries of [architecture] that go into the configuration of a `revival_models` class as they are."""
 
 TOKENIZER_BYTES_PER_SOURCE = 15_000_000
 """Text from each source of the corpus that the tokenizer is trained on."""
@@ -92,7 +96,7 @@ def pretrain(
             _check_vocabulary(architecture, data)
 
         set_seed(recipe.seed)
-        model = build_gpt2(architecture, eot_token_id=data.eot_token_id)
+        model = build_model(architecture, eot_token_id=data.eot_token_id)
         validation = data.split("validation")
 
         def score(max_tokens: int | None = None) -> LossResult:
@@ -130,23 +134,36 @@ def pretrain(
         return PretrainResult(directory, result, final.cross_entropy, final.bits_per_byte)
 
 
-def build_gpt2(architecture: ArchitectureSpec, *, eot_token_id: int) -> GPT2LMHeadModel:
-    """A freshly initialised GPT-2 (Hugging Face's initialisation) without dropout, on the CPU, in float32."""
-    from transformers import GPT2Config, GPT2LMHeadModel
+def build_model(architecture: ArchitectureSpec, *, eot_token_id: int) -> PreTrainedModel:
+    """A freshly initialised model (Hugging Face's initialisation) without dropout, on the CPU, in float32.
 
-    config = GPT2Config(
-        vocab_size=architecture.vocab_size,
-        n_positions=architecture.n_positions,
-        n_embd=architecture.n_embd,
-        n_layer=architecture.n_layer,
-        n_head=architecture.n_head,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        bos_token_id=eot_token_id,
-        eos_token_id=eot_token_id,
-    )
-    return GPT2LMHeadModel(config)
+    transformers' own class where the architecture is published, else one of `revival_models`. Models of one shape that are
+    built from the same random state begin with the same matrices, whatever else they choose.
+    """
+    from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
+
+    from ln_removal.pretraining import revival_models as revival
+
+    entries: dict[str, Any] = {
+        "vocab_size": architecture.vocab_size,
+        "bos_token_id": eot_token_id,
+        "eos_token_id": eot_token_id,
+    }
+    if architecture.family == "gpt2":
+        entries |= architecture.model_dump(include={"n_positions", "n_embd", "n_layer", "n_head"})
+        entries |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    else:
+        entries |= {theirs: getattr(architecture, ours) for ours, theirs in SIZES.items()}
+        entries |= {"intermediate_size": 4 * architecture.n_embd}
+    if not architecture.is_published:
+        entries |= architecture.model_dump(include=CHOICES)
+    config_class, model_class = {
+        ("gpt2", True): (GPT2Config, GPT2LMHeadModel),
+        ("gpt2", False): (revival.RevivalGPT2Config, revival.RevivalGPT2LMHeadModel),
+        ("pythia", True): (GPTNeoXConfig, GPTNeoXForCausalLM),
+        ("pythia", False): (revival.RevivalGPTNeoXConfig, revival.RevivalGPTNeoXForCausalLM),
+    }[architecture.family, architecture.is_published]
+    return model_class(config_class(**entries))
 
 
 def _tokenizer(recipe: Recipe, corpus: Corpus, directory: Path) -> PreTrainedTokenizerFast:

@@ -21,16 +21,18 @@ from torch import Tensor
 from ln_removal.adaptive_schedule import AdaptiveSchedule
 from ln_removal.data.read_ahead import read_ahead
 from ln_removal.data.sampler import WindowSampler
-from ln_removal.errors import UserError
+from ln_removal.errors import DivergedError
+from ln_removal.precision import LOSS_SCALE, autocast
 from ln_removal.training.learning_rate import distillation_at, learning_rate_at, rewarm_factor
 from ln_removal.training.optimizers import build_optimizers, set_learning_rate, step_unless_bad
-from ln_removal.training.setup import autocast
 from ln_removal.training.state import TrainerState, load_newest, save_checkpoint
+from ln_removal.training.step_figures import StepFigures
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import nn
 
+    from ln_removal.analysis.observer import Observer
     from ln_removal.objective import Objective
     from ln_removal.recipe import TrainingSpec
     from ln_removal.schedule import RemovalSchedule
@@ -81,6 +83,7 @@ def train(
     micro_batch: int,
     removal: Removal | None = None,
     evaluate: Callable[[], dict[str, float]] | None = None,
+    observer: Observer | None = None,
     resume: bool = False,
 ) -> TrainResult:
     """Train `objective` for `spec.steps` optimizer steps.
@@ -95,15 +98,17 @@ def train(
         micro_batch: sequences of one forward pass.
         removal: None trains with whatever norms the model has.
         evaluate: called every `evaluate_every` steps and at the end with the model in evaluation mode.
+        observer: looks at the model between backward pass and update of the steps that it chooses.
         resume: continue from the newest whole checkpoint if there is one.
 
     Raises:
-        UserError: the loss was not finite for several steps in a row; the last checkpoint is kept.
+        DivergedError: the loss was not finite for several steps in a row; the last checkpoint is kept.
     """
-    optimizers = build_optimizers(objective.model, spec)
+    besides = () if objective.entropy is None else objective.entropy.parameters()
+    optimizers = build_optimizers(objective.model, spec, besides=besides)
     state = TrainerState()
     if resume:
-        found, faults = load_newest(state_directory, objective.model, optimizers)
+        found, faults = load_newest(state_directory, objective.trained, optimizers)
         state = found or state
         for fault in faults:
             tracker.say(f"passed over: {fault}")
@@ -113,7 +118,7 @@ def train(
     tracker.forget_after(state.step)
     model = _over_ranks(objective, accelerator)
     parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
-    pending = _Pending(accelerator)
+    pending = StepFigures(accelerator)
     began = time.perf_counter()
     seconds_before, first_step = state.seconds, state.step
     paused = 0.0
@@ -132,6 +137,8 @@ def train(
             if objective.soft:
                 objective.set_share(distillation_at(step, spec))
             loss, norm = _forward_backward(model, batches, accelerator, parameters, spec)
+            if observer is not None and observer.wants(step):
+                tracker.log("observation", step, observer.observe(objective.model))
             bad = pending.add(loss, norm, rate)
             step_unless_bad(optimizers, bad)
             if removal is not None and step < removal.schedule.complete_at:
@@ -167,7 +174,7 @@ def train(
                 last_loss = next((value for value, _, _ in reversed(rows) if math.isfinite(value)), last_loss)
                 tracker.show(state.step, stage=stage, loss=rows[-1][0], tokens_per_second=speed)
                 if pending.worst_streak() >= BAD_STEPS_ALLOWED:
-                    raise UserError(
+                    raise DivergedError(
                         f"the loss or its gradient was not finite for {BAD_STEPS_ALLOWED} steps in a row (before step {state.step}, "
                         f"stage {stage}); these updates were not made, and the last checkpoint in {state_directory} is intact. Lower "
                         "training.learning_rate, widen the gaps of the schedule or raise training.auxiliary_weight, and start "
@@ -180,7 +187,7 @@ def train(
                 objective.train()
             if saves:
                 if accelerator.is_main_process:
-                    save_checkpoint(state_directory, state, objective.model, optimizers, keep=spec.keep_checkpoints)
+                    save_checkpoint(state_directory, state, objective.trained, optimizers, keep=spec.keep_checkpoints)
                 accelerator.wait_for_everyone()
             paused += time.perf_counter() - pause
 
@@ -238,6 +245,7 @@ def _forward_backward(
 ) -> tuple[Tensor, Tensor]:
     """Accumulate the gradient of one step; returns its mean cross-entropy and the gradient norm before clipping."""
     share = sum(len(batch) for batch in batches)
+    scale = LOSS_SCALE[spec.precision]
     total: Tensor | None = None
     for number, batch in enumerate(batches):
         weight = len(batch) / share
@@ -246,52 +254,11 @@ def _forward_backward(
         with synchronise:
             with autocast(accelerator.device, spec.precision):
                 loss = model(tokens)
-            (loss.total * weight).backward()
+            (loss.total * (weight * scale)).backward()
         part = loss.cross_entropy * weight
         total = part if total is None else total + part
     assert total is not None, "a step has at least one micro-batch"
+    if scale != 1:
+        torch._foreach_div_([parameter.grad for parameter in parameters if parameter.grad is not None], scale)
     norm = torch.nn.utils.clip_grad_norm_(parameters, spec.clip, foreach=True)
     return total, norm
-
-
-class _Pending:
-    """Losses and gradient norms of the steps since the last log, and the bad-step counters, all on the device."""
-
-    def __init__(self, accelerator: Accelerator) -> None:
-        self._accelerator = accelerator
-        self._rows: list[Tensor] = []
-        self._rates: list[float] = []
-        self._streak, self._worst, self._skipped = torch.zeros(3, device=accelerator.device).unbind()
-
-    def add(self, loss: Tensor, norm: Tensor, rate: float) -> Tensor:
-        """Keep a step's figures, averaged over ranks; returns 1.0 where either is not finite, else 0.0 (a scalar tensor).
-
-        A loss can be infinite on one rank and all gradients finite, so the ranks have to agree before they step.
-        """
-        row: Tensor = self._accelerator.reduce(torch.stack([loss.float(), norm.float()]), reduction="mean")
-        bad = (~torch.isfinite(row).all()).float()
-        self._streak = (self._streak + 1) * bad
-        self._worst = torch.maximum(self._worst, self._streak)
-        self._skipped = self._skipped + bad
-        self._rows.append(row)
-        self._rates.append(rate)
-        return bad
-
-    def newest_loss(self) -> float:
-        """The loss that was added last. Waits for the device."""
-        return float(self._rows[-1][0])
-
-    def read(self) -> list[tuple[float, float, float]]:
-        """(loss, gradient norm, learning rate) of every step since the last call. This and the counters wait for the device."""
-        figures = zip(torch.stack(self._rows).tolist(), self._rates, strict=True)
-        rows = [(float(loss), float(norm), rate) for (loss, norm), rate in figures]
-        self._rows, self._rates = [], []
-        return rows
-
-    def worst_streak(self) -> int:
-        return int(self._worst)
-
-    def take_skipped(self) -> int:
-        count = int(self._skipped)
-        self._skipped = torch.zeros_like(self._skipped)
-        return count

@@ -1,15 +1,17 @@
 """Optimizers: AdamW (fused), and Muon for pretraining from scratch.
 
-Weight decay goes to matrices and embeddings only; biases, norms and other vectors have none, as is usual for GPT-2.
+Weight decay goes to matrices and embeddings only; biases, norms, slopes and other vectors have none, as is usual for GPT-2.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from ln_removal.architectures import blocks_of
 from ln_removal.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,8 +20,10 @@ if TYPE_CHECKING:
 MUON_MOMENTUM = 0.95
 
 
-def build_optimizers(model: nn.Module, spec: TrainingSpec) -> list[torch.optim.Optimizer]:
-    """The optimizers that together own every parameter of `model` once.
+def build_optimizers(
+    model: nn.Module, spec: TrainingSpec, *, besides: Iterable[nn.Parameter] = ()
+) -> list[torch.optim.Optimizer]:
+    """The optimizers that together own every parameter of `model`, and those `besides` it, once.
 
     `adamw` is one fused AdamW. `muon` gives the matrices inside the blocks to torch.optim.Muon (Jordan et al. 2024, with the
     update scaled to AdamW's root mean square so that both share a learning rate; Liu et al. 2025, arXiv 2502.16982) and the
@@ -28,16 +32,17 @@ def build_optimizers(model: nn.Module, spec: TrainingSpec) -> list[torch.optim.O
     Raises:
         UserError: `muon` with a PyTorch that has none (before 2.9).
     """
-    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    parameters = [parameter for parameter in (*model.parameters(), *besides) if parameter.requires_grad]
     if spec.optimizer == "adamw":
-        return [_adamw([parameter for _, parameter in named], spec)]
+        return [_adamw(parameters, spec)]
     if not hasattr(torch.optim, "Muon"):
         raise UserError(
             f"training.optimizer = 'muon' needs PyTorch 2.9 or newer, found {torch.__version__}; upgrade it or use 'adamw'"
         )
-    matrices = [parameter for name, parameter in named if ".h." in name and parameter.dim() == 2]
+    inside = [parameter for block in blocks_of(model) for parameter in block.parameters()]
+    matrices = [parameter for parameter in inside if parameter.requires_grad and parameter.dim() == 2]
     owned = set(map(id, matrices))
-    rest = [parameter for _, parameter in named if id(parameter) not in owned]
+    rest = [parameter for parameter in parameters if id(parameter) not in owned]
     muon = torch.optim.Muon(
         matrices,
         lr=spec.learning_rate,

@@ -8,9 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
+from ln_removal.analysis.observer import Observer
+from ln_removal.attention_entropy import EntropyRegulariser, explicit_attention
 from ln_removal.data.sampler import Mixture, WindowSampler
-from ln_removal.objective import Auxiliary, Distillation, Objective
+from ln_removal.errors import UserError
+from ln_removal.evaluation.loss import plan_windows
+from ln_removal.objective import Auxiliary, Distillation, EntropyPenalty, Objective
 from ln_removal.training.loop import Removal, TrainResult, train
 from ln_removal.training.setup import causal_attention, choose_micro_batch, compile_if_worthwhile
 from ln_removal.training.tracking import Progress, Tracker
@@ -113,9 +118,10 @@ def train_model(
         config=recipe.model_dump(),
     )
     with ExitStack() as attention, tracker:
-        for each in (model, objective.teacher):
-            if each is not None:
-                attention.enter_context(causal_attention(each))
+        shown = objective.entropy is not None  # the penalty looks at the probabilities
+        attention.enter_context(explicit_attention(model) if shown else causal_attention(model))
+        if objective.teacher is not None:
+            attention.enter_context(causal_attention(objective.teacher))
         micro_batch = choose_micro_batch(recipe, objective, accelerator)
         compile_if_worthwhile(objective, spec.compile, tokens=recipe.tokens, device=accelerator.device)
         return train(
@@ -128,8 +134,29 @@ def train_model(
             micro_batch=micro_batch,
             removal=removal,
             evaluate=evaluate,
+            observer=_observer(recipe, data) if accelerator.is_main_process else None,
             resume=resume,
         )
+
+
+def _observer(recipe: Recipe, data: TokenDataset) -> Observer | None:
+    """Reads whole windows that are spread evenly over the held-out tokens."""
+    spec, split, context = recipe.observation, data.split("validation"), recipe.data.context
+    if spec is None:
+        return None
+    windows = [
+        window for window in plan_windows([shard.tokens for shard in split.shards], context) if window.count == context
+    ]
+    if len(windows) < spec.sequences:
+        raise UserError(
+            f"observation.sequences = {spec.sequences}, but {data.directory} holds out only {len(windows)} sequences of {context} "
+            "tokens; lower one of the two, or prepare more text"
+        )
+    chosen = [windows[(2 * i + 1) * len(windows) // (2 * spec.sequences)] for i in range(spec.sequences)]
+    probe = np.stack([split.read(window.shard, window.start, context) for window in chosen])
+    return Observer(
+        torch.from_numpy(probe), every=spec.every, steps=recipe.training.steps, precision=recipe.training.precision
+    )
 
 
 def _objective(
@@ -141,10 +168,17 @@ def _objective(
     teacher: PreTrainedModel | None,
 ) -> Objective:
     if removal is None:
-        return Objective(model, eot_token_id=eot_token_id)
+        return Objective(model, eot_token_id=eot_token_id, entropy=_entropy_penalty(model, spec))
     distillation = None
     if spec.has_teacher:
         assert teacher is not None, "the caller keeps a copy of the original model"
         distillation = Distillation(teacher.to(model.device), spec.distillation, spec.residual_matching)
     auxiliary = Auxiliary(spec.auxiliary_weight, spec.auxiliary_target, spec.auxiliary_sites)
     return Objective(model, eot_token_id=eot_token_id, auxiliary=auxiliary, distillation=distillation)
+
+
+def _entropy_penalty(model: PreTrainedModel, spec: TrainingSpec) -> EntropyPenalty | None:
+    if spec.entropy_weight == 0:
+        return None
+    layers, heads = model.config.num_hidden_layers, model.config.num_attention_heads
+    return EntropyPenalty(spec.entropy_weight, EntropyRegulariser(layers, heads, tolerance=spec.entropy_tolerance))

@@ -12,6 +12,7 @@ import torch
 
 from ln_removal.errors import UserError
 from ln_removal.norm import FreezableNorm
+from ln_removal.precision import autocast
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -59,11 +60,6 @@ def build_accelerator(device: str) -> Accelerator:
     if device != "auto" and accelerator.device.type != device:
         raise changed
     return accelerator
-
-
-def autocast(device: torch.device, precision: Literal["float32", "bfloat16"]) -> torch.autocast:
-    """The context of a forward pass in `precision`; weights and optimizer stay in float32."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
 
 
 @contextmanager
@@ -177,5 +173,7 @@ def compile_if_worthwhile(
         setting == "auto" and compiler is not None and (device.type == "cuda" or tokens >= COMPILE_FROM_TOKENS)
     )
     if wanted:
+        # What this process compiled for an earlier model would count against the number of graphs that are kept.
+        torch.compiler.reset()
         objective.compile(dynamic=False)
     return wanted

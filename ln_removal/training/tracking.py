@@ -6,13 +6,15 @@ import json
 import math
 import sys
 import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
 from ln_removal.errors import UserError
 
-Metrics = dict[str, float | int | str]
+Figure = float | int | str | None | list["Figure"]
+Metrics = Mapping[str, Figure]
 
 Progress = bool | Literal["lines"]
 """A bar, nothing, or a line now and then, for where a bar would fill a file."""
@@ -24,7 +26,8 @@ class Tracker:
     """Writes metrics and shows progress; a context manager. Only the main process gets an enabled one.
 
     Args:
-        path: metrics.jsonl, one JSON object a line, each with `kind` ("train", "evaluation", "event") and `step`.
+        path: metrics.jsonl, one JSON object a line, each with `kind` ("train", "evaluation", "observation", "event") and
+            `step`.
         total_steps: of the run.
         tokens_per_step: for tokens/s on the bar.
         label: shown before the bar, such as "ln-free" or "control".
@@ -104,14 +107,11 @@ class Tracker:
         if not self._enabled:
             return
         # JSON has no NaN and no infinity.
-        row = {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in metrics.items()
-        }
+        row = {name: _without_nan(value) for name, value in metrics.items()}
         self._file.write(json.dumps({"kind": kind, "step": step, **row}) + "\n")
         self._file.flush()
         if self._wandb is not None:
-            numbers = {f"{kind}/{name}": value for name, value in metrics.items() if not isinstance(value, str)}
+            numbers = dict(pair for name, value in metrics.items() for pair in _numbers(f"{kind}/{name}", value))
             # Not wandb's own step: that may not fall, and events come before the metrics of earlier steps.
             self._wandb.log({**numbers, "step": step})
 
@@ -139,6 +139,21 @@ class Tracker:
         """Print a line, above the bar if there is one."""
         if self._enabled:
             self._bar.write(line, file=sys.stderr)
+
+
+def _without_nan(value: Figure) -> Figure:
+    if isinstance(value, list):
+        return [_without_nan(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _numbers(name: str, value: Figure) -> Iterator[tuple[str, float]]:
+    """The numbers in a figure, each under a name of its own: "observation/entropy/3/0" for layer 3, head 0."""
+    if isinstance(value, list):
+        for index, entry in enumerate(value):
+            yield from _numbers(f"{name}/{index}", entry)
+    elif isinstance(value, (int, float)):
+        yield name, value
 
 
 def truncate_metrics(path: Path, step: int) -> None:
