@@ -9,7 +9,8 @@ from huggingface_hub import ModelCard
 
 from ln_removal.errors import UserError
 from ln_removal.evaluation.results import LossSpread, Results, Settings, Trio
-from ln_removal.export.model_card import converted_model_card, model_card, write_base_model_card, write_model_card
+from ln_removal.export.base_model_card import write_base_model_card
+from ln_removal.export.model_card import converted_model_card, model_card, write_model_card
 from ln_removal.recipe import Recipe, load_recipe, validate_recipe
 
 
@@ -205,3 +206,31 @@ def recipe_in(directory: Path) -> Recipe:
 
     block = (directory / "README.md").read_text(encoding="utf-8").partition("```toml\n")[2].partition("```")[0]
     return validate_recipe(tomllib.loads(block), source="the card")
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected", "absent"),
+    [
+        ({}, "ordinary GPT-2 with LayerNorm", "import ln_removal"),
+        (
+            {"block_norm": "none", "activation": "relu", "biases": "paper"},
+            "without LayerNorm in its blocks; the norm in front of the unembedding is kept, ReLU in its MLPs. Queries and keys",
+            "ordinary",
+        ),
+        (
+            {"family": "pythia", "block_norm": "none", "final_norm": "none", "activation": "learnable_leaky_relu"},
+            "A Pythia (GPT-NeoX: rotary positions, parallel residual) trained from scratch without any LayerNorm, leaky ReLU "
+            "with a learned slope, one a layer, in its MLPs.",
+            "ordinary",
+        ),
+    ],
+)
+def test_base_model_card_says_what_was_chosen(
+    tmp_path: Path, changes: dict[str, str], expected: str, absent: str
+) -> None:
+    recipe = load_recipe("tiny-gpt2", {f"architecture.{key}": value for key, value in changes.items()})
+    write_base_model_card(tmp_path, recipe, cross_entropy=3.25, bits_per_byte=None, validation_tokens=1000)
+    text = card_of(tmp_path).text
+    assert expected in text and absent not in text
+    assert ("import ln_removal" in text) == bool(changes)
+    assert "perplexity 25.79" in text

@@ -201,7 +201,7 @@ def lose_a_shard(folder: Path) -> None:
             ["not a valid GPT-2 configuration", "n_embd 8 is no multiple of n_head 3"],
         ),
         (lambda f: edit_config(f, n_positions=32), ["wpe.weight: (16, 8) in the file, (32, 8) by config.json"]),
-        (lambda f: edit_config(f, n_layer=3), ["lack 12 tensors of a 3-layer GPT-2", "transformer.h.2."]),
+        (lambda f: edit_config(f, n_layer=3), ["lack 12 tensors of a 3-layer gpt2", "transformer.h.2."]),
         (lambda f: (f / "model.safetensors").unlink(), ["no model.safetensors", "found: config.json"]),
         (only_pickle, ["pytorch_model.bin, a pickle", "never loaded", "save_pretrained"]),
         (truncate, ["model.safetensors is not a whole safetensors file", "bytes"]),

@@ -79,6 +79,32 @@ def test_the_recipes_that_are_promised_exist() -> None:
     assert promised <= set(available_recipes())
 
 
+def test_recipes_in_a_folder_have_its_name_and_grids_are_no_recipes(tmp_path: Path) -> None:
+    names = available_recipes()
+    assert {"normfree/small-python", "normfree/codeparrot-gpt2", "normfree/codeparrot-pythia-70m"} <= set(names)
+    assert "normfree/table" not in names
+    assert load_recipe("normfree/small-python").name == "normfree/small-python"
+    # A file of the user wins, and nothing outside the recipes is reached by such a name.
+    with pytest.raises(UserError, match="no recipe file"):
+        load_recipe("normfree/../../pyproject")
+    with pytest.raises(UserError, match="no recipe file normfree/none"):
+        load_recipe("normfree/none")
+
+
+def test_published_settings_without_norms() -> None:
+    """Jha & Reagen 2024 (arXiv 2410.09637): 2.1 billion tokens in steps of 65,536."""
+    for name, context, layers in (("codeparrot-gpt2", 128, 12), ("codeparrot-pythia-70m", 256, 6)):
+        recipe = load_recipe(f"normfree/{name}")
+        training, shape = recipe.training, recipe.architecture
+        assert shape is not None and recipe.tokens == 32_000 * 65_536
+        assert (recipe.data.corpus, recipe.data.context) == ("codeparrot", context)
+        assert (training.learning_rate, training.weight_decay, training.clip) == (1e-3, 0.1, 1.0)
+        assert (training.decay, training.minimum_learning_rate, training.warmup_steps) == ("linear", 0.0, 1600)
+        assert (training.optimizer, training.precision) == ("adamw", "float16")
+        assert (shape.n_layer, shape.block_norm, shape.final_norm) == (layers, "none", "layernorm")
+        assert (shape.biases, shape.activation) == ("paper", "relu")
+
+
 @pytest.mark.parametrize("name", available_recipes())
 def test_each_recipe_starts_with_its_command_and_survives_writing(name: str, tmp_path: Path) -> None:
     file = resources.recipes_directory() / f"{name}.toml"
@@ -512,3 +538,51 @@ def test_packaged_copies_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (wheel / "_checkpoints/tiny-gpt2/config.json").touch()
     assert resources.recipes_directory() == wheel / "_recipes"
     assert resources.embedded_model_directory() == wheel / "_checkpoints/tiny-gpt2"
+
+
+PRETRAINING = """
+model = "x"
+[data]
+corpus = "python-source"
+context = 8
+[architecture]
+n_layer = 1
+n_head = 3
+n_embd = 24
+n_positions = 8
+vocab_size = 10
+[training]
+steps = 4
+tokens_per_step = 8
+learning_rate = 1e-3
+"""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (
+            {"architecture.slopes": "network"},
+            "architecture.slopes: has no effect unless activation is 'learnable_leaky_relu'",
+        ),
+        ({"architecture.negative_slope": 0.2}, "architecture.negative_slope: has no effect unless activation is"),
+        (
+            {"architecture.family": "pythia", "architecture.n_embd": 36},
+            "architecture.n_embd: must be a multiple of 8 n_head (24)",
+        ),
+        ({"architecture.activation": "swish"}, "architecture.activation: should be 'gelu', 'relu', 'leaky_relu'"),
+        ({"architecture.block_norm": "rmsnorm"}, "architecture.block_norm: should be 'layernorm' or 'none'"),
+        ({"observation.every": 0}, "observation.every: should be greater than 0"),
+        ({"observation.sequences": 4}, "observation.every: missing"),
+        ({"training.entropy_tolerance": 1.0}, "training.entropy_tolerance: should be less than 1"),
+    ],
+)
+def test_faults_of_an_architecture(tmp_path: Path, overrides: dict[str, object], expected: str) -> None:
+    load_recipe(recipe_file(tmp_path, PRETRAINING))
+    (fault,) = faults_of(tmp_path, PRETRAINING, overrides)
+    assert fault.startswith(expected)
+
+
+def test_a_removal_has_no_entropy_penalty(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"training.entropy_weight: a removal, a recipe with \[schedule\], has none"):
+        load_recipe("tiny", {"training.entropy_weight": 1e-5})

@@ -44,7 +44,7 @@ def write_model_card(directory: Path, recipe: Recipe, results: Results) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    _write(directory, model_card(recipe, results))
+    write_card(directory, model_card(recipe, results))
 
 
 def model_card(
@@ -86,7 +86,7 @@ def model_card(
         f"## How it was made\n\n{_making(recipe)}",
         f"## Limits\n\n{_limits(recipe)}",
     ]
-    return _card(front, sections)
+    return assemble(front, sections)
 
 
 def converted_model_card(
@@ -115,83 +115,7 @@ def converted_model_card(
         f"## Use\n\n{_loading(repo_id, form=form, has_stock=False, has_code=has_code)}",
         "## How it was made\n\nConverted with `ln-export` of ln-removal; the weights were folded, not trained.",
     ]
-    return _card(front, sections)
-
-
-def write_base_model_card(
-    directory: Path,
-    recipe: Recipe,
-    *,
-    cross_entropy: float,
-    bits_per_byte: float | None,
-    validation_tokens: int,
-) -> None:
-    """Write README.md for a model that was pretrained from scratch, such as tiny-gpt2.
-
-    Args:
-        directory: of the saved model.
-        recipe: the pretraining recipe.
-        cross_entropy: on the validation split, nats per token.
-        bits_per_byte: the same over the bytes of the text; None where the bytes are not known.
-        validation_tokens: tokens of that split.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    from ln_removal.planning import count_parameters
-    from ln_removal.recipe import dump_toml
-
-    shape = recipe.architecture
-    assert shape is not None, "a pretraining recipe has an [architecture]"
-    measured = metric_entries(
-        {
-            "cross_entropy": ("cross-entropy (nats per token)", cross_entropy),
-            "bits_per_byte": ("bits per byte", bits_per_byte),
-        },
-        dataset=(slug(recipe.data.corpus), f"{recipe.data.corpus}, validation split"),
-    )
-    front = front_matter(
-        recipe.name,
-        base_model=None,
-        datasets=hub_datasets(recipe.data.corpus),
-        tags=["gpt2"],
-        license_id="mit",
-        measured=measured,
-    )
-    rows = [
-        ("parameters", f"{count_parameters(shape):,}"),
-        ("layers, heads, width", f"{shape.n_layer}, {shape.n_head}, {shape.n_embd}"),
-        ("context", f"{shape.n_positions} tokens"),
-        ("vocabulary", f"{shape.vocab_size:,} entries"),
-        ("trained on", f"{recipe.tokens:,} tokens"),
-        ("weights", recipe.export.dtype),
-        ("cross-entropy", f"{cross_entropy:.4f} nats per token on {validation_tokens:,} held-out tokens"),
-    ]
-    if bits_per_byte is not None:
-        rows.append(("bits per byte", f"{bits_per_byte:.4f}"))
-    about = [
-        f"# {recipe.name}",
-        recipe.description,
-        "It is an ordinary GPT-2 with LayerNorm: the model that ln-removal removes LayerNorm from when no other is at "
-        "hand (`ln-remove --model tiny`), small enough to do so on a laptop.",
-    ]
-    loading = """\
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("THIS-DIRECTORY")
-tokenizer = AutoTokenizer.from_pretrained("THIS-DIRECTORY")
-```"""
-    command = f"```\nln-pretrain --recipe {recipe.name}\n```"
-    sections = [
-        "\n\n".join(part for part in about if part),
-        _table(("", ""), rows),
-        f"## Use\n\n{loading}",
-        f"## How it was made\n\n{command}\n\n```toml\n{dump_toml(recipe).strip()}\n```",
-        "## Limits\n\nA model of this size writes code that looks like code and seldom works. It is for experiments on "
-        "normalization, not for writing programs.",
-    ]
-    _write(directory, _card(front, sections))
+    return assemble(front, sections)
 
 
 def _about(recipe: Recipe) -> str:
@@ -289,7 +213,7 @@ def _scores(results: Results) -> str:
             "The control was fine-tuned on the same batches and kept its LayerNorms; the gap, LN-free minus control, "
             f"is {results.gap:+.4f} nats per token."
         )
-    return _table(("", *(_TITLES[role] for role in shown)), rows) + "\n\n" + " ".join(notes)
+    return table_of(("", *(_TITLES[role] for role in shown)), rows) + "\n\n" + " ".join(notes)
 
 
 def _making(recipe: Recipe) -> str:
@@ -335,16 +259,16 @@ def _base_name(model: str) -> str:
     return "tiny-gpt2" if model == "tiny" else Path(model).name
 
 
-def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+def table_of(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     align = ("---", *("---:" for _ in header[1:]))
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, align, *rows))
 
 
-def _card(front: str, sections: list[str]) -> str:
+def assemble(front: str, sections: list[str]) -> str:
     return "\n\n".join([front, *sections]) + "\n"
 
 
-def _write(directory: Path, text: str) -> None:
+def write_card(directory: Path, text: str) -> None:
     path = directory / "README.md"
     temporary = path.with_name(".README.md.tmp")
     try:

@@ -99,6 +99,11 @@ def open_source(
     if isinstance(loaded.model, NormFreeGPT2LMHeadModel):
         # A configuration of our own, without a modelling file's entries.
         return from_folded(loaded.model.config, loaded.model.state_dict()), loaded.tokenizer
+    if loaded.model.config.model_type != "gpt2":
+        raise UserError(
+            f"{name} is a {loaded.model.config.model_type} model, which nothing is left to be folded in; it loads as it is, see "
+            "its README.md"
+        )
     if not has_disarmed_norms(loaded.model):
         raise UserError(
             f"{name} is a {loaded.model.config.model_type} model with its LayerNorms, not an LN-free one; remove them first "
@@ -120,7 +125,9 @@ def _looks_like_a_hub_id(name: str) -> bool:
 def _check_tokens(model: NormFreeGPT2LMHeadModel, *, rows: int, length: int = CHECK_TOKENS) -> Tensor:
     """(rows, T) random tokens, T as asked for or the model's context."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(model.config.vocab_size, (rows, min(length, model.config.max_position_embeddings)), generator=generator)
+    return torch.randint(
+        model.config.vocab_size, (rows, min(length, model.config.max_position_embeddings)), generator=generator
+    )
 
 
 def _fold_checkpoint(run: Path) -> tuple[NormFreeGPT2LMHeadModel, PreTrainedTokenizerBase]:

@@ -68,11 +68,12 @@ def pretrain(
     from accelerate.utils import set_seed
 
     from ln_removal.evaluation.loss import cross_entropy
-    from ln_removal.export.model_card import write_base_model_card
+    from ln_removal.export.base_model_card import write_base_model_card
     from ln_removal.export.writing import save_model
     from ln_removal.models import load_model
     from ln_removal.recipe import dump_toml
     from ln_removal.run_directory import given_tokens, link_tokens, run_directory
+    from ln_removal.training.ranks import watched_ranks
     from ln_removal.training.session import train_model
     from ln_removal.training.setup import build_accelerator
 
@@ -85,10 +86,11 @@ def pretrain(
     given = given_tokens(out, tokens)
     if given is not None:  # so that the recipe names what is trained on
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"corpus": given.corpus_name})})
-    with run_directory(out, dump_toml(recipe), resume=resume, is_main=accelerator.is_main_process):
+    place = run_directory(out, dump_toml(recipe), resume=resume, is_main=accelerator.is_main_process)
+    with watched_ranks(accelerator), place:
         with accelerator.main_process_first():  # what the main process makes, the other ranks find
             if given is None:
-                tokenizer, data = _prepare(recipe, out, progress=progress is True)
+                tokenizer, data = prepare_tokens(recipe, out, progress=progress is True)
             else:
                 tokenizer, data = _tokenizer_of(given, recipe), given
                 if accelerator.is_main_process:
@@ -137,7 +139,7 @@ def pretrain(
 def build_model(architecture: ArchitectureSpec, *, eot_token_id: int) -> PreTrainedModel:
     """A freshly initialised model (Hugging Face's initialisation) without dropout, on the CPU, in float32.
 
-    transformers' own class where the architecture is published, else one of `revival_models`. Models of one shape that are
+    transformers' own class where it has the architecture, else one of `revival_models`. Models of one shape that are
     built from the same random state begin with the same matrices, whatever else they choose.
     """
     from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
@@ -155,14 +157,16 @@ def build_model(architecture: ArchitectureSpec, *, eot_token_id: int) -> PreTrai
     else:
         entries |= {theirs: getattr(architecture, ours) for ours, theirs in SIZES.items()}
         entries |= {"intermediate_size": 4 * architecture.n_embd}
-    if not architecture.is_published:
+    if not architecture.is_plain:
         entries |= architecture.model_dump(include=CHOICES)
+    elif architecture.activation == "relu":
+        entries["activation_function" if architecture.family == "gpt2" else "hidden_act"] = "relu"
     config_class, model_class = {
         ("gpt2", True): (GPT2Config, GPT2LMHeadModel),
         ("gpt2", False): (revival.RevivalGPT2Config, revival.RevivalGPT2LMHeadModel),
         ("pythia", True): (GPTNeoXConfig, GPTNeoXForCausalLM),
         ("pythia", False): (revival.RevivalGPTNeoXConfig, revival.RevivalGPTNeoXForCausalLM),
-    }[architecture.family, architecture.is_published]
+    }[architecture.family, architecture.is_plain]
     return model_class(config_class(**entries))
 
 
@@ -194,8 +198,12 @@ def _tokenizer_texts(corpus: Corpus) -> Iterator[str]:
             yield document.text
 
 
-def _prepare(recipe: Recipe, out: Path, *, progress: bool) -> tuple[PreTrainedTokenizerFast, TokenDataset]:
-    """The tokenizer and the corpus, prepared into the run's directory."""
+def prepare_tokens(recipe: Recipe, out: Path, *, progress: bool) -> tuple[PreTrainedTokenizerFast, TokenDataset]:
+    """The tokenizer and the corpus, prepared into `out/tokenizer` and `out/tokens`, or found there.
+
+    Raises:
+        UserError: as `open_corpus`, `load_tokenizer` and `prepare`.
+    """
     from ln_removal.data.open_corpus import open_corpus
     from ln_removal.data.prepare import prepare
     from ln_removal.data.prepare_bar import prepare_bar

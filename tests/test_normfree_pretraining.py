@@ -1,0 +1,212 @@
+"""Pretraining without norms through the command: it trains, is observed, resumes, exports, and says how it breaks."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import Result
+from small_model import write_corpus, write_model
+from typer.testing import CliRunner
+
+from ln_removal.models import load_model
+from ln_removal.pretraining.activations import learnable_slopes
+
+SIZES = {
+    "data.corpus": "texts",
+    "data.tokenizer": "model",
+    "data.weights": "{}",
+    "data.context": 32,
+    "architecture.n_positions": 32,
+    "architecture.n_layer": 3,
+    "architecture.n_head": 2,
+    "architecture.n_embd": 32,
+    "architecture.vocab_size": 320,
+    "training.tokens_per_step": 256,
+    "training.micro_batch": "auto",
+    "training.compile": "false",
+    "training.precision": "float32",
+    "training.learning_rate": 0.01,
+    "observation.every": 4,
+    "observation.sequences": 3,
+}
+
+
+def run(command: str, **settings: Any) -> Result:
+    name, *arguments = shlex.split(command)
+    for key, value in (SIZES | {key.replace("__", "."): value for key, value in settings.items()}).items():
+        arguments += ["--set", f"{key}={value}"]
+    app = importlib.import_module("ln_removal.commands.pretrain").app
+    return CliRunner().invoke(app, ["--recipe", "normfree/small-python", *arguments], prog_name=name)
+
+
+def done(command: str, **settings: Any) -> dict[str, Any]:
+    result = run(f"{command} --json", **settings)
+    assert result.exit_code == 0, f"{command}\n{result.output}\n{result.exception!r}"
+    return json.loads(result.stdout)
+
+
+def rows(out: str, kind: str) -> list[dict[str, Any]]:
+    lines = (Path(out) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [row for line in lines if (row := json.loads(line))["kind"] == kind]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("world")
+    write_model(place / "model")
+    write_corpus(place / "texts")
+    return place
+
+
+@pytest.fixture(autouse=True)
+def _inside(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(world)
+
+
+PYTHIA = {
+    "architecture__family": "pythia",
+    "architecture__block_norm": "none",
+    "architecture__activation": "learnable_leaky_relu",
+    "training__checkpoint_every": 5,
+}
+
+
+class Stop(Exception):
+    pass
+
+
+def test_a_pythia_without_norms_trains_resumes_exports_and_reloads(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = done("ln-pretrain --steps 14 --out whole", **PYTHIA)
+
+    # The same run, cut short after its second checkpoint.
+    from ln_removal.training import loop
+
+    kept = loop.save_checkpoint
+
+    def saves_twice(directory: Path, state: Any, *rest: Any, **options: Any) -> Path:
+        saved = kept(directory, state, *rest, **options)
+        if state.step == 10:
+            raise Stop
+        return saved
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "save_checkpoint", saves_twice)
+        assert isinstance(run("ln-pretrain --steps 14 --out cut", **PYTHIA).exception, Stop)
+    resumed = done("ln-pretrain --steps 14 --out cut --resume", **PYTHIA)
+    assert resumed["cross_entropy"] == whole["cross_entropy"]
+    assert (Path("cut/model/model.safetensors")).read_bytes() == (Path("whole/model/model.safetensors")).read_bytes()
+    for kind in ("train", "observation", "evaluation"):
+        old, new = (
+            [{key: value for key, value in row.items() if key != "tokens_per_second"} for row in rows(out, kind)]
+            for out in ("whole", "cut")
+        )
+        assert old == new and old
+
+    # What was written loads as what it is, and gives the logits that the trained weights give.
+    loaded = load_model("whole/model").model
+    assert type(loaded).__name__ == "RevivalGPTNeoXForCausalLM" and loaded.config.block_norm == "none"
+    assert not [name for name, module in loaded.named_modules() if "layernorm" in name and list(module.parameters())]
+    ids = torch.arange(24).view(1, -1)
+    again = type(loaded)(loaded.config).eval()
+    from safetensors.torch import load_file
+
+    again.load_state_dict(load_file(next(Path("whole/state").glob("step-000014")) / "model.safetensors"))
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, loaded(ids).logits)
+
+
+@pytest.mark.parametrize(("slopes", "count"), [("layer", 3), ("network", 1)])
+def test_learnable_slopes_are_logged_and_move(slopes: str, count: int) -> None:
+    changes = {**PYTHIA, "architecture__family": "gpt2", "architecture__slopes": slopes}
+    done(f"ln-pretrain --steps 9 --out slopes-{slopes}", **changes)
+    observed = rows(f"slopes-{slopes}", "observation")
+    assert [row["step"] for row in observed] == [0, 4, 8]
+    assert observed[0]["slopes"] == [pytest.approx(0.01)] * count
+    moved = observed[-1]["slopes"]
+    assert len(moved) == count and all(abs(slope - 0.01) > 1e-4 for slope in moved)
+    loaded = load_model(f"slopes-{slopes}/model").model
+    assert len(learnable_slopes(loaded)) == count
+
+
+def test_observing_changes_no_weight_and_costs_the_other_steps_nothing() -> None:
+    changes: dict[str, Any] = {"architecture__block_norm": "none", "architecture__activation": "relu"}
+    seldom = done("ln-pretrain --steps 6 --out seldom", **changes, observation__every=100)
+    often = done("ln-pretrain --steps 6 --out often", **changes, observation__every=1)
+    assert [row["step"] for row in rows("seldom", "observation")] == [0, 5]
+    assert [row["step"] for row in rows("often", "observation")] == [0, 1, 2, 3, 4, 5]
+    assert seldom["cross_entropy"] == often["cross_entropy"]
+    assert Path("seldom/model/model.safetensors").read_bytes() == Path("often/model/model.safetensors").read_bytes()
+    entropy = torch.tensor([row["entropy"] for row in rows("often", "observation")])
+    assert entropy.shape == (6, 3, 2)
+    # Fresh heads look at everything alike: the largest mean over 32 queries is log(32!) / 32.
+    assert entropy[0] == pytest.approx(torch.full((3, 2), math.lgamma(33) / 32), abs=1e-3)
+
+
+def test_the_entropy_penalty_brings_heads_and_thresholds_together_and_they_survive_a_resume() -> None:
+    from safetensors import safe_open
+
+    changes = {
+        "architecture__activation": "gelu",
+        "training__learning_rate": 0.03,
+        "training__entropy_weight": 1.0,
+        "training__entropy_tolerance": 0.0,
+        "training__checkpoint_every": 10,
+    }
+    whole = done("ln-pretrain --steps 20 --out penalised", **changes)
+    first, last = (torch.tensor(rows("penalised", "observation")[i]["entropy"]).flatten() for i in (0, -1))
+    with safe_open(Path("penalised/state/step-000020/model.safetensors"), "pt") as file:
+        thresholds = file.get_tensor("entropy.thresholds")
+    before, after = first - 0.5 * math.log(32), last - thresholds * math.log(32)
+    assert float(before.abs().min()) > 0.5 and float(after.abs().max()) < 0.3
+    assert float((thresholds - 0.5).abs().min()) > 0.05
+    import shutil
+
+    shutil.rmtree("penalised/state/step-000020")
+    shutil.rmtree("penalised/model")
+    resumed = done("ln-pretrain --steps 20 --out penalised --resume", **changes)
+    assert resumed["cross_entropy"] == whole["cross_entropy"]
+    # The exported model is what was chosen, and knows nothing of thresholds.
+    with safe_open(Path("penalised/model/model.safetensors"), "pt") as file:
+        assert not [name for name in file.keys() if "thresholds" in name]  # noqa: SIM118
+
+
+def test_a_removal_can_be_observed_too(tiny_observed_removal: Path) -> None:
+    observed = rows(str(tiny_observed_removal), "observation")
+    assert [row["step"] for row in observed] == [0, 2, 4, 5]
+    assert torch.tensor(observed[-1]["entropy"]).shape == (2, 2)
+    assert observed[0]["slopes"] == [] and not any(observed[-1]["nan_counts"])
+
+
+@pytest.fixture
+def tiny_observed_removal(world: Path) -> Path:
+    app = importlib.import_module("ln_removal.commands.remove").app
+    command = (
+        "--model model --set data.corpus=texts --steps 6 --questions none --set training.tokens_per_step=256 "
+        "--set training.precision=float32 --set training.compile=false --set observation.every=2 --out observed"
+    )
+    result = CliRunner().invoke(app, shlex.split(command), prog_name="ln-remove")
+    assert result.exit_code == 0, result.output
+    return world / "observed"
+
+
+def test_too_little_held_out_text_to_observe() -> None:
+    result = run("ln-pretrain --steps 4 --out starved", observation__sequences=10**6)
+    assert result.exit_code == 2 and "observation.sequences = 1000000" in result.stderr
+
+
+def test_float16_has_the_gradients_of_float32() -> None:
+    changes: dict[str, Any] = {"architecture__block_norm": "none", "architecture__activation": "relu"}
+    for precision in ("float32", "float16"):
+        done(f"ln-pretrain --steps 6 --out in-{precision}", **changes, training__precision=precision)
+    wide, narrow = rows("in-float32", "train"), rows("in-float16", "train")
+    # The scale of the loss is taken out again before gradients are measured, clipped and used.
+    assert [row["gradient_norm"] for row in narrow] == pytest.approx([row["gradient_norm"] for row in wide], rel=0.02)
+    assert [row["loss"] for row in narrow] == pytest.approx([row["loss"] for row in wide], rel=0.005)
+    assert wide[-1]["loss"] < wide[0]["loss"] - 0.05

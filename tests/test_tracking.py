@@ -1,0 +1,59 @@
+"""What goes into metrics.jsonl and to wandb: nested figures, figures that are not numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from ln_removal.training.tracking import Tracker
+
+FIGURES: dict[str, Any] = {
+    "entropy": [[1.5, math.nan], [0.5, 2.5]],
+    "nan_counts": [0, 7],
+    "slopes": [],
+    "stage": "training",
+    "loss": math.inf,
+}
+
+
+def tracker(path: Path, **options: Any) -> Tracker:
+    return Tracker(path, total_steps=4, tokens_per_step=8, label="test", progress=False, **options)
+
+
+def test_lists_are_written_as_they_are_and_what_is_not_a_number_as_null(tmp_path: Path) -> None:
+    with tracker(tmp_path / "metrics.jsonl") as tracking:
+        tracking.log("observation", 3, FIGURES)
+    (line,) = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(line, parse_constant=pytest.fail) == {
+        "kind": "observation",
+        "step": 3,
+        "entropy": [[1.5, None], [0.5, 2.5]],
+        "nan_counts": [0, 7],
+        "slopes": [],
+        "stage": "training",
+        "loss": None,
+    }
+
+
+def test_wandb_gets_each_number_under_its_own_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logged: list[dict[str, float]] = []
+    run = SimpleNamespace(log=logged.append, finish=lambda exit_code: None, define_metric=lambda *_, **__: None)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: run))
+    with tracker(tmp_path / "metrics.jsonl", wandb_project="p") as tracking:
+        tracking.log("observation", 3, FIGURES)
+    (sent,) = logged
+    assert sent.pop("observation/loss") == math.inf and math.isnan(sent.pop("observation/entropy/0/1"))
+    assert sent == {
+        "observation/entropy/0/0": 1.5,
+        "observation/entropy/1/0": 0.5,
+        "observation/entropy/1/1": 2.5,
+        "observation/nan_counts/0": 0,
+        "observation/nan_counts/1": 7,
+        "step": 3,
+    }
