@@ -104,6 +104,12 @@ def attention_of(block: nn.Module) -> nn.Module:
     return cast("nn.Module", found)
 
 
+def mlp_norm_of(block: nn.Module) -> nn.Module:
+    """What stands in front of the MLP of one of `blocks_of`; where attention and MLP are side by side it reads what both do."""
+    found: Any = block.ln_2 if hasattr(block, "ln_2") else block.post_attention_layernorm
+    return cast("nn.Module", found)
+
+
 def final_norm_of(model: nn.Module) -> nn.Module:
     """What stands in front of the unembedding: a LayerNorm, a freezable norm or an identity."""
     body: Any = model.base_model

@@ -122,6 +122,23 @@ def test_a_pythia_without_norms_trains_resumes_exports_and_reloads(monkeypatch: 
         assert torch.equal(again(ids).logits, loaded(ids).logits)
 
 
+def test_a_pythia_without_norms_is_scored_like_any_model(tmp_path: Path) -> None:
+    figures = done("ln-pretrain --steps 3 --out scored", **PYTHIA)
+    questions = tmp_path / "questions.jsonl"
+    endings = ["return 1", "return total", "total", "value"]
+    rows_of_questions = [{"ind": n, "ctx": f"def f{n}(value):", "label": n % 4, "endings": endings} for n in range(4)]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows_of_questions), encoding="utf-8")
+    evaluate = importlib.import_module("ln_removal.commands.evaluate").app
+    result = CliRunner().invoke(evaluate, ["scored", "--json"], prog_name="ln-evaluate")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["cross_entropy"]["original"] == pytest.approx(figures["cross_entropy"], abs=1e-4)
+    hellaswag = importlib.import_module("ln_removal.commands.evaluate_hellaswag").app
+    arguments = ["scored/model", "--data", str(questions), "--protocol", "nanogpt", "--json"]
+    result = CliRunner().invoke(hellaswag, arguments, prog_name="evaluate-hellaswag")
+    assert result.exit_code == 0, result.output
+    assert '"questions": 4' in result.stdout
+
+
 @pytest.mark.parametrize(("slopes", "count"), [("layer", 3), ("network", 1)])
 def test_learnable_slopes_are_logged_and_move(slopes: str, count: int) -> None:
     changes = {**PYTHIA, "architecture__family": "gpt2", "architecture__slopes": slopes}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ln_removal.architectures import blocks_of, final_norm_of, mlp_norm_of
 from ln_removal.evaluation.data_scores import ResidualStd
 from ln_removal.evaluation.loss import BATCH_TOKENS, scoring
 from ln_removal.precision import Precision
@@ -32,10 +33,10 @@ def residual_std(
 ) -> ResidualStd | None:
     """Mean over positions of the residual stream's standard deviation over its width, in front of every reader.
 
-    Works on GPT-2 with norms, with freezable norms and with identities in their places, where the model is.
+    Works on GPT-2 and GPT-NeoX with norms, with freezable norms and with identities in their places, where the model is.
 
     Args:
-        model: a GPT-2 language model.
+        model: of one of these.
         split: held-out tokens. context: tokens in a window. max_tokens: read about this many at most.
         eot_token_id: left out of the means over ordinary positions, as position 0 is.
 
@@ -44,8 +45,7 @@ def residual_std(
     """
     batch = max(1, BATCH_TOKENS["cpu"] // context)
     device = next(model.parameters()).device
-    body = model.transformer
-    places = [place for block in body.h for place in (block, block.ln_2)] + [body.ln_f]
+    places = [place for block in blocks_of(model) for place in (block, mlp_norm_of(block))] + [final_norm_of(model)]
     found: list[Tensor] = []  # (B, T) for each place, in the order of the forward pass
     hooks = [
         place.register_forward_pre_hook(lambda _, args, kwargs: found.append(_std(args, kwargs)), with_kwargs=True)
@@ -59,7 +59,7 @@ def residual_std(
             for window in split.windows(context, limit_tokens=max_tokens, batch=batch):
                 ids = torch.from_numpy(window).to(device)
                 found.clear()
-                body(input_ids=ids, use_cache=False)
+                model.base_model(input_ids=ids, use_cache=False)
                 stds = torch.stack(found).to("cpu", torch.float64)  # (places, B, T)
                 first = torch.zeros(ids.shape, dtype=torch.bool)
                 first[:, 0] = True
