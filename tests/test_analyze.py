@@ -1,0 +1,337 @@
+"""ln-analyze: observations read back, figures drawn on one scale, figures and tables that say what was measured."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import shlex
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_training
+import torch
+import typer
+from click.testing import Result
+from tiny_training import CONTEXT, LAYERS, TinyRun, tiny_spec
+from typer.testing import CliRunner
+
+from ln_removal.analysis import drawing, entropy_charts, step_charts, tables
+from ln_removal.analysis.head_entropies import HeadEntropies, observed
+from ln_removal.analysis.observations import distinct_names, find_runs, read_observations
+from ln_removal.analysis.observer import Observer
+from ln_removal.analysis.taken_back import set_aside
+from ln_removal.attention_entropy import largest_entropy
+from ln_removal.errors import UserError
+from ln_removal.training.tracking import truncate_metrics
+
+QUERIES, HEADS = 32, 3
+LARGEST = largest_entropy(QUERIES)
+
+
+def row(step: int, *, layers: int = 4, nans: int = 0, slopes: tuple[float, ...] = (), **changes: Any) -> dict[str, Any]:
+    """An observation in which layer l has heads at 0.2, 0.5 and (0.95 in even layers, else 0.6) of the largest entropy."""
+    entropy: list[Any] = [
+        [0.2 * LARGEST, 0.5 * LARGEST, (0.6 if layer % 2 else 0.95) * LARGEST] for layer in range(layers)
+    ]
+    if nans:
+        entropy[-1] = [None] * HEADS
+    return {
+        "kind": "observation",
+        "step": step,
+        "queries": QUERIES,
+        "entropy": entropy,
+        "nan_counts": [0] * (layers - 1) + [nans],
+        "attention_entries": 1000,
+        "nonfinite_residual": [0] * layers + [nans],
+        "residual_norm": [*range(1, layers + 1), None if nans else layers + 1],
+        "gradient_norm": [0.1] * layers,
+        "slopes": list(slopes),
+    } | changes
+
+
+def write_run(directory: Path, *rows: dict[str, Any]) -> Path:
+    directory.mkdir(parents=True)
+    lines = [json.dumps({"kind": "train", "step": 0, "loss": 5.0}), *map(json.dumps, rows)]
+    (directory / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    return directory
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """table/ with two arms of one seed each, 4 and 6 layers deep; unstable and slopes beside it."""
+    write_run(tmp_path / "table/ln/seed-0", *(row(step) for step in (0, 10, 19)))
+    write_run(tmp_path / "table/free/seed-0", *(row(step, layers=6) for step in (0, 10, 19)))
+    write_run(tmp_path / "table/free/seed-0/control", row(0))
+    write_run(tmp_path / "unstable", row(0), row(10, nans=7), row(19, nans=900))
+    write_run(tmp_path / "network", *(row(step, slopes=(0.01 - step / 1000,)) for step in (0, 10, 19)))
+    write_run(tmp_path / "layers", *(row(step, slopes=(0.01, 0.02, 0.03, step / 1000)) for step in (0, 10, 19)))
+    write_run(tmp_path / "unobserved")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def analyze(command: str) -> Result:
+    from ln_removal.commands.analyze import app
+
+    return CliRunner().invoke(app, shlex.split(command), prog_name="ln-analyze")
+
+
+def done(command: str) -> str:
+    result = analyze(command)
+    assert result.exit_code == 0, f"{result.output}\n{result.exception!r}"
+    return result.stdout
+
+
+def are_figures(directory: Path, *names: str) -> None:
+    assert {path.name for path in directory.iterdir()} == {
+        f"{name}.{kind}" for name in names for kind in ("png", "pdf")
+    }
+    for name in names:
+        assert (directory / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert (directory / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def test_what_a_training_observed_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    watching = Observer(torch.arange(2 * CONTEXT).view(2, CONTEXT) % 60, every=8, steps=20)
+    monkeypatch.setattr(tiny_training, "train", functools.partial(tiny_training.train, observer=watching))
+    run = TinyRun(tmp_path / "run", spec=tiny_spec(steps=20), removal=False)
+    run.train()
+    (found,) = read_observations([tmp_path / "run"])
+    assert found.name == "run" and found.queries == CONTEXT and found.steps.tolist() == [0, 8, 16, 19]
+    assert found.entropy.shape == (4, LAYERS, 2) and found.residual_norm.shape == (4, LAYERS + 1)
+    assert found.slopes.shape == (4, 0) and not found.nan_counts.any()
+    assert ((found.entropy > 0) & (found.entropy < largest_entropy(CONTEXT))).all()
+    last = watching.observe(run.model)  # after the last update: near what was seen before it, and not the same
+    assert 0 < np.abs(np.array(last["entropy"]) - found.entropy[-1]).max() < 0.5
+
+
+def test_null_is_nan_a_repeated_step_counts_as_it_was_last_and_a_cut_line_is_passed_over(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", row(5), row(0, nans=3), row(5, nans=2))
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(row(9))[:-40])
+    (found,) = read_observations([run])
+    assert found.steps.tolist() == [0, 5] and found.nan_counts[:, -1].tolist() == [3, 2]
+    assert np.isnan(found.entropy[:, -1]).all() and not np.isnan(found.entropy[:, :-1]).any()
+
+
+def test_what_a_run_saw_while_it_diverged_outlives_its_rollback(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", row(0), row(10), row(20, nans=4), row(23, nans=9))
+    set_aside(run / "metrics.jsonl", 10)
+    truncate_metrics(run / "metrics.jsonl", 10)
+    (back,) = read_observations([run])
+    assert back.steps.tolist() == [0, 10, 20, 23] and back.nan_counts[:, -1].tolist() == [0, 0, 4, 9]
+    with (run / "metrics.jsonl").open("a") as file:  # it goes on, past those steps
+        file.writelines(json.dumps(row(step)) + "\n" for step in (10, 20, 30))
+    (on,) = read_observations([run])
+    assert on.steps.tolist() == [0, 10, 20, 30] and not on.nan_counts.any()
+
+
+def test_a_directory_stands_for_the_runs_in_it_and_names_tell_them_apart(runs: Path) -> None:
+    found = find_runs([runs / "unstable", runs / "table"])
+    assert found == [runs / "unstable", runs / "table/free/seed-0", runs / "table/ln/seed-0"]
+    assert distinct_names(found) == [f"{runs.name}/unstable", "free/seed-0", "ln/seed-0"]
+    assert distinct_names(found[1:]) == ["free/seed-0", "ln/seed-0"]
+    assert distinct_names([runs / "table/ln/seed-0"]) == ["seed-0"]
+
+
+def test_rows_of_another_shape_are_a_mistake_in_words(tmp_path: Path) -> None:
+    lacking = row(0)
+    del lacking["queries"]
+    for number, wrong in enumerate([lacking, row(0, entropy=[1.0, 2.0]), row(0, nan_counts="many")]):
+        with pytest.raises(UserError, match="cannot be read"):
+            read_observations([write_run(tmp_path / str(number), wrong)])
+
+
+# ------------------------------------------------------------------------------------------------------------- figures
+
+
+def heads(name: str, entropy: Any, queries: int = QUERIES) -> HeadEntropies:
+    return HeadEntropies(name, None, queries, np.array(entropy, dtype=np.float64))
+
+
+def test_models_side_by_side_share_one_colour_scale_up_to_the_largest_entropy() -> None:
+    with drawing.house_style():
+        figure = entropy_charts.head_heatmap(
+            [heads("flat", np.full((2, 3), 0.1)), heads("deep", np.full((5, 2), 0.99 * LARGEST))]
+        )
+    images = [image for axes in figure.axes for image in axes.images]
+    assert [image.get_clim() for image in images] == [(0, LARGEST)] * 2
+    assert [image.get_array().shape for image in images] == [(2, 3), (5, 2)]
+    dots = [sum(len(line.get_xdata()) for line in axes.lines) for axes in figure.axes[:2]]
+    assert dots == [0, 10]
+    bracket = figure.axes[2].lines[0]
+    assert (min(bracket.get_ydata()), max(bracket.get_ydata())) == pytest.approx((0.9 * LARGEST, LARGEST))
+
+
+def test_different_contexts_are_compared_as_shares_of_the_largest() -> None:
+    halves = [heads("short", [[0.5 * largest_entropy(8)]], 8), heads("long", [[0.5 * largest_entropy(64)]], 64)]
+    with drawing.house_style():
+        figure = entropy_charts.head_heatmap(halves)
+    images = [image for axes in figure.axes for image in axes.images]
+    assert [image.get_clim() for image in images] == [(0, 1)] * 2
+    assert [float(image.get_array()[0, 0]) for image in images] == pytest.approx([0.5, 0.5])
+
+
+def test_nan_heads_are_hatched_and_are_not_in_the_band() -> None:
+    one = heads("sick", [[math.nan, 0.95 * LARGEST], [0.1, math.nan]])
+    with drawing.house_style():
+        figure = entropy_charts.head_heatmap([one])
+    assert len(figure.axes[0].patches) == 2
+    assert one.overload_shares.tolist() == [0.5, 0.0]
+    assert one.to_json()["entropy"] == [[None, 0.95 * LARGEST], [0.1, None]]
+
+
+def test_lines_over_steps_have_a_line_a_layer_and_gaps_where_there_is_no_number(runs: Path) -> None:
+    found = read_observations([runs / "unstable", runs / "table/free/seed-0"])
+    with drawing.house_style():
+        layers = entropy_charts.layers_over_steps(found)
+        norms = step_charts.norms_over_steps(found)
+    assert [len(axes.lines) for axes in layers.axes[:2]] == [4, 6]
+    assert layers.axes[0].get_ylim() == layers.axes[1].get_ylim()
+    assert [len(axes.lines) for axes in norms.axes[:2]] == [5, 7]
+    assert np.isnan(norms.axes[0].lines[-1].get_ydata()).tolist() == [False, True, True]
+
+
+# ------------------------------------------------------------------------------------------------------------ commands
+
+
+def test_entropy_of_runs_side_by_side(runs: Path) -> None:
+    shown = done("entropy table --out figures")
+    are_figures(runs / "figures", "entropy-heads", "entropy-layers", "entropy-overload")
+    assert "free/seed-0" in shown and "ln/seed-0" in shown
+    mean = f"{(0.2 + 0.5 + 0.95) / 3 * LARGEST:.3f} ( 33 %)"
+    assert shown.count(mean) == 3 + 2  # the even ones of 6 and of 4 layers
+    assert f"{LARGEST:.3f}" in shown
+
+
+def test_entropy_as_json_at_a_step(runs: Path) -> None:
+    found = json.loads(done("entropy table/ln/seed-0 --step 10 --json"))
+    (one,) = found["runs"]
+    assert (one["step"], one["queries"], one["observed_steps"]) == (10, QUERIES, [0, 10, 19])
+    assert one["overload_share"] == pytest.approx([1 / 3, 0, 1 / 3, 0])
+    assert (one["heads_in_overload_band"], one["heads"]) == (2, 12)
+    assert one["largest_entropy"] == pytest.approx(math.lgamma(QUERIES + 1) / QUERIES)
+    assert np.array(one["layer_entropy_over_steps"]).shape == (3, 4)
+    are_figures(runs / "table/ln/seed-0/analysis", "entropy-heads", "entropy-layers", "entropy-overload")
+    assert all(Path(path).is_file() for path in found["figures"])
+
+
+def test_nans_by_layer_and_none_in_words(runs: Path) -> None:
+    shown = done("nans unstable table/ln/seed-0 --out figures").splitlines()
+    assert shown[0].startswith("unstable: NaN in the attention of layer 3 from step 10 on, at most 900 of 1,000")
+    assert "residual stream not finite from step 10 on, behind block 3" in shown[0]
+    assert shown[1].startswith(
+        "seed-0: no NaN in any layer's attention, residual stream finite, in 3 observations, from"
+    )
+    are_figures(runs / "figures", "nans", "residual-norms", "gradient-norms")
+    (found,) = tables.nan_json(read_observations([runs / "unstable"]))
+    assert found["first_nan_step"] == [None, None, None, 10]
+    assert [counts[-1] for counts in found["nan_counts"]] == [0, 7, 900]
+    assert found["residual_norm"][1][-1] is None
+
+
+def test_slopes_of_network_and_layers(runs: Path) -> None:
+    shown = done("slopes network layers unstable --out figures")  # one of three has none
+    are_figures(runs / "figures", "slopes")
+    assert "network" in shown and "layer 3" in shown and "-0.0090" in shown and "unstable" not in shown
+    found = tables.slope_json(read_observations([runs / "network", runs / "layers"]))
+    assert found[0]["slopes"] == {"network": pytest.approx([0.01, 0.0, -0.009])}
+    assert found[1]["slopes"]["layer 3"] == pytest.approx([0.0, 0.01, 0.019])
+
+
+def test_models_are_measured_on_a_text_as_transformers_would(runs: Path) -> None:
+    text = "def f(x):\n    return x * 2\n\n" * 200
+    (runs / "text.py").write_text(text)
+    (one,) = json.loads(done("entropy tiny --text text.py --context 48 --json"))["runs"]
+
+    from ln_removal.models import load_model
+
+    loaded = load_model("tiny")
+    ids = torch.tensor(loaded.tokenizer(text)["input_ids"])
+    count = len(ids) // 48
+    chosen = [count * index // 32 for index in range(32)] if count > 32 else list(range(count))
+    loaded.model.set_attn_implementation("eager")
+    with torch.no_grad():
+        outputs = loaded.model(ids[: count * 48].view(count, 48)[chosen], output_attentions=True)
+    expected = torch.special.entr(torch.stack(outputs.attentions).double()).sum(-1).mean((1, 3))
+    np.testing.assert_allclose(np.array(one["entropy"]), expected.numpy(), atol=1e-4)
+    assert (one["name"], one["step"], one["queries"]) == ("tiny", None, 48)
+
+
+def test_models_of_both_families_are_measured_at_the_shorter_context(runs: Path) -> None:
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    from ln_removal.models import load_tokenizer
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    config = GPTNeoXConfig(vocab_size=4096, max_position_embeddings=40, bos_token_id=0, eos_token_id=0, **sizes)
+    GPTNeoXForCausalLM(config).save_pretrained(runs / "pythia")
+    load_tokenizer("tiny").save_pretrained(runs / "pythia")
+    (runs / "text.py").write_text("x = 1\n" * 200)
+    tiny, pythia = json.loads(done("entropy tiny pythia --text text.py --out figures --json"))["runs"]
+    assert (tiny["queries"], pythia["queries"]) == (40, 40)
+    assert (np.array(tiny["entropy"]).shape, np.array(pythia["entropy"]).shape) == ((6, 3), (2, 4))
+    assert min(pythia["overload_share"]) == 1.0  # fresh weights look everywhere alike
+
+
+def test_a_model_whose_attention_is_nan_is_drawn_and_printed(runs: Path) -> None:
+    shown = done("entropy unstable --out figures")
+    assert "NaN (  0 %)" in shown
+    (found,) = tables.entropy_json([observed(run, None) for run in read_observations([runs / "unstable"])], [])
+    assert found["entropy"][-1] == [None] * HEADS
+
+
+@pytest.mark.parametrize("name", ["", "entropy", "nans", "slopes"])
+def test_the_examples_of_the_help_are_accepted(name: str) -> None:
+    from ln_removal.commands.analyze import app
+
+    group: Any = typer.main.get_command(app)
+    examples = [shlex.split(line) for line in done(f"{name} --help").splitlines() if line.startswith("    ln-analyze ")]
+    assert examples
+    for program, command, *arguments in examples:
+        context = group.make_context(program, [command, *arguments])
+        group.commands[command].make_context(command, arguments, parent=context)  # parses, runs nothing
+
+
+MISTAKES = {
+    "entropy": "Missing argument 'RUN|MODEL...'; see ln-analyze entropy --help",
+    "nonsense": "No such command 'nonsense'",
+    "entropy nowhere": "nowhere is not the directory of a run",
+    "entropy tiny": "--tokens DIR or --text FILE",
+    "entropy unobserved": "--set observation.every=100",
+    "nans model": "model is a model, not a run",
+    "nans empty": "is not a run and holds none",
+    "slopes table": "train with --set architecture.activation=learnable_leaky_relu",
+    "entropy unstable --step 3": "was not observed at step 3; it was at 0, 10, 19",
+    "entropy unstable --context 16": "--context goes with --tokens or --text",
+    "entropy tiny --text short.txt --step 3": "leave it out",
+    "entropy tiny --text short.txt --tokens here": "give one of them",
+    "entropy tiny --text short.txt": "too few for a sequence of 512",
+    "entropy tiny --text short.txt --context 513": "longer than the 512 positions of tiny",
+    "entropy tiny --text binary": "not UTF-8",
+    "entropy tiny --text absent": "cannot read the text in absent",
+    "entropy tiny --tokens empty": "run ln-prepare",
+    "entropy unstable --text short.txt": "a run without a model yet",
+    "entropy table --text short.txt": "runs inside it: table/free/seed-0, table/ln/seed-0",
+    "nans unstable --out short.txt": "cannot write into short.txt",
+}
+
+
+@pytest.mark.parametrize("command", MISTAKES)
+def test_a_mistake_is_one_line(runs: Path, command: str) -> None:
+    (runs / "empty").mkdir()
+    (runs / "model").mkdir()
+    (runs / "model/config.json").write_text("{}")
+    (runs / "short.txt").write_text("print(1)\n")
+    (runs / "binary").write_bytes(b"\xff\xfe\x00\x80")
+    result = analyze(command)
+    assert result.exit_code == 2 and result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ") and MISTAKES[command] in line
+    assert not (runs / "analysis").exists()
