@@ -15,7 +15,7 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 DATA = {
     # in the wheel: (in the checkout, files taken, a file that must be among them)
-    "ln_removal/_recipes": ("recipes", "*.toml", "tiny.toml"),
+    "ln_removal/_recipes": ("recipes", "**/*.toml", "tiny.toml"),
     "ln_removal/_checkpoints/tiny-gpt2": ("checkpoints/tiny-gpt2", "*", "config.json"),
 }
 
@@ -38,10 +38,11 @@ class BuildWithData(build_py):
     def _data_files(self) -> list[tuple[Path, Path]]:
         pairs = []
         for inside, (outside, pattern, marker) in DATA.items():
-            files = sorted(path for path in (ROOT / outside).glob(pattern) if path.is_file())
-            if marker not in {path.name for path in files}:
+            source = ROOT / outside
+            files = sorted(path.relative_to(source) for path in source.glob(pattern) if path.is_file())
+            if Path(marker) not in files:
                 raise SystemExit(f"cannot build: {outside}/{marker} is missing; build from a complete checkout")
-            pairs += [(path, Path(self.build_lib) / inside / path.name) for path in files]
+            pairs += [(source / path, Path(self.build_lib) / inside / path) for path in files]
         return pairs
 
 

@@ -87,7 +87,9 @@ def test_wheel_holds_package_recipes_and_embedded_model(wheel: Path) -> None:
         for path in (ROOT / "ln_removal").rglob("*")
         if path.suffix in (".py", ".typed")
     }
-    expected |= {f"ln_removal/_recipes/{path.name}" for path in (ROOT / "recipes").glob("*.toml")}
+    recipes = ROOT / "recipes"
+    expected |= {f"ln_removal/_recipes/{path.relative_to(recipes).as_posix()}" for path in recipes.rglob("*.toml")}
+    assert "ln_removal/_recipes/normfree/table.toml" in expected
     expected |= {
         f"ln_removal/_checkpoints/tiny-gpt2/{path.name}" for path in (ROOT / "checkpoints/tiny-gpt2").iterdir()
     }

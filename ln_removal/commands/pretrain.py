@@ -54,7 +54,7 @@ def pretrain(
     debug: console.DebugOption = False,
     version: console.VersionOption = False,
 ) -> None:
-    """Train a GPT-2 from scratch: the command that made the embedded tiny model.
+    """Train a GPT-2 or a Pythia from scratch, or the arms of a grid, and compare them.
 
     \b
     Examples:

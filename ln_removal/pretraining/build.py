@@ -137,7 +137,7 @@ def pretrain(
 
 
 def build_model(architecture: ArchitectureSpec, *, eot_token_id: int) -> PreTrainedModel:
-    """A freshly initialised model (Hugging Face's initialisation) without dropout, on the CPU, in float32.
+    """A freshly initialised model (by its class: transformers' way, or see `revival_models`) without dropout, on the CPU, in float32.
 
     transformers' own class where it has the architecture, else one of `revival_models`. Models of one shape that are
     built from the same random state begin with the same matrices, whatever else they choose.

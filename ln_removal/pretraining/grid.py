@@ -13,23 +13,18 @@ With several ranks all of them go through the same runs; only the main one write
 from __future__ import annotations
 
 import gc
+import hashlib
 import math
-import os
-import shutil
 import sys
 import time
-import tomllib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ln_removal.errors import DivergedError, UserError
-from ln_removal.pretraining.grid_file import Grid, dump_grid, slug_of
+from ln_removal.pretraining.grid_directory import grid_directory, has_begun
+from ln_removal.pretraining.grid_file import Grid
 from ln_removal.pretraining.grid_table import (
-    RESULT_FILE,
-    TABLE_JSON,
-    TABLE_MARKDOWN,
     GridTable,
     RunResult,
     build_table,
@@ -37,24 +32,11 @@ from ln_removal.pretraining.grid_table import (
     write_result,
     write_table,
 )
-from ln_removal.run_directory import (
-    LOCK_FILE,
-    check_free,
-    differences,
-    given_tokens,
-    has_trained,
-    link_tokens,
-    locked,
-)
-from ln_removal.toml_writer import write_toml
+from ln_removal.run_directory import given_tokens, link_tokens
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
-
     from ln_removal.recipe import Recipe
     from ln_removal.training.tracking import Progress
-
-GRID_FILE = "grid.toml"
 
 LARGEST_CROSS_ENTROPY = 700.0
 """Nats per token, above which exp() leaves the range of a float: such a run has diverged."""
@@ -85,17 +67,20 @@ def run_grid(
         UserError: `out` is in use or holds another grid, or anything that a single run gets wrong, except divergence: that is
             kept as the run's result.
     """
+    from ln_removal.evaluation.scoring import device_name
     from ln_removal.training.setup import build_accelerator
 
     out = Path(out)
     accelerator = build_accelerator(device)
     speaks = bool(progress) and accelerator.is_main_process
-    with _grid_directory(out, grid, resume=resume, is_main=accelerator.is_main_process) as news:
+    with grid_directory(out, grid, resume=resume, is_main=accelerator.is_main_process) as news:
         for line in news if speaks else []:
             _say(line)
         with accelerator.main_process_first():
             prepared, tokenizer = _tokens(grid, out, tokens, progress=progress is True)
+        sha256 = fingerprint(prepared)
         results = _results(grid, out)
+        _check_same_tokens(results.values(), sha256, out)
         accelerator.wait_for_everyone()  # all ranks have seen which runs are over before the first is added
         table = build_table(grid, results)
         if accelerator.is_main_process:
@@ -111,11 +96,15 @@ def run_grid(
                 )
             directory = out / grid.directory_name(arm, seed)
             result = _train(
-                arm.name,
+                {
+                    "arm": arm.name,
+                    "seed": seed,
+                    "tokens_sha256": sha256,
+                    "device": device_name(accelerator.device.type),
+                },
                 _with_tokenizer(grid.recipe_of(arm, seed), tokenizer),
                 directory,
                 prepared,
-                accelerator,
                 device=device,
                 wandb_project=wandb_project,
                 progress=progress,
@@ -132,26 +121,22 @@ def run_grid(
 
 
 def _train(
-    arm: str,
+    known: Mapping[str, Any],
     recipe: Recipe,
     directory: Path,
     tokens: Path,
-    accelerator: Accelerator,
     *,
     device: str,
     wandb_project: str | None,
     progress: Progress,
 ) -> RunResult:
-    """One run, from its newest checkpoint if it has been begun."""
-    import torch
-
-    from ln_removal.evaluation.scoring import device_name
+    """One run, from its newest checkpoint if it has been begun; `known` is what its result says besides the figures."""
     from ln_removal.pretraining.build import pretrain
 
     # Compiled code and memory of the run before: every arm has blocks of its own to compile, of which few are kept.
-    torch.compiler.reset()
+    if dynamo := sys.modules.get("torch._dynamo"):
+        dynamo.reset()
     gc.collect()
-    known: dict[str, Any] = {"arm": arm, "seed": recipe.seed, "device": device_name(accelerator.device.type)}
     try:
         done = pretrain(
             recipe,
@@ -185,9 +170,9 @@ def _train(
 def _tokens(grid: Grid, out: Path, given: Path | str | None, *, progress: bool) -> tuple[Path, str]:
     """The directory of the tokens of all runs, and the tokenizer that the recipes have to name ("": theirs)."""
     from ln_removal.data.tokens import INDEX
-    from ln_removal.pretraining.build import _prepare
+    from ln_removal.pretraining.build import prepare_tokens
 
-    begun = any(_has_begun(out, grid.directory_name(arm, seed)) for arm, seed in grid.order())
+    begun = any(has_begun(out, grid.directory_name(arm, seed)) for arm, seed in grid.order())
     own = out / "tokens"
     if begun and given is not None and own.resolve() != Path(given).resolve():
         raise UserError(
@@ -199,8 +184,27 @@ def _tokens(grid: Grid, out: Path, given: Path | str | None, *, progress: bool) 
         return data.directory, ""
     recipe = grid.arms[0].recipe.model_copy(update={"name": grid.name})
     if not (begun and (own / INDEX).is_file()):  # begun: also where the corpus has changed or gone since
-        _prepare(recipe, out, progress=progress)
+        prepare_tokens(recipe, out, progress=progress)
     return own, "" if recipe.data.tokenizer else str((out / "tokenizer").resolve())
+
+
+def fingerprint(directory: Path) -> str:
+    """SHA-256 over the checksums of the shards in a directory of tokens: the same for the same text and tokenizer."""
+    from ln_removal.data.tokens import TokenDataset
+
+    data = TokenDataset.open(directory)
+    shards = sorted((shard.split, shard.file, shard.sha256) for shard in data.index.shards)
+    return hashlib.sha256(repr(shards).encode()).hexdigest()
+
+
+def _check_same_tokens(results: Iterable[RunResult], sha256: str, out: Path) -> None:
+    """Raises UserError where the tokens are not those of the runs that are over, as when they were prepared anew since."""
+    other = next((result for result in results if result.tokens_sha256 not in ("", sha256)), None)
+    if other is not None:
+        raise UserError(
+            f"the tokens in {out / 'tokens'} are not those that {other.arm}, seed {other.seed}, was trained on: the corpus has "
+            "changed; restore them, or begin the grid again with another --out"
+        )
 
 
 def _with_tokenizer(recipe: Recipe, tokenizer: str) -> Recipe:
@@ -213,82 +217,6 @@ def _results(grid: Grid, out: Path) -> dict[tuple[str, int], RunResult]:
     """Of the runs that are over, by arm and seed."""
     found = {(arm.name, seed): read_result(out / grid.directory_name(arm, seed)) for arm, seed in grid.order()}
     return {run: result for run, result in found.items() if result is not None}
-
-
-def _has_begun(out: Path, name: str) -> bool:
-    return has_trained(out / name) or (out / name / RESULT_FILE).is_file()
-
-
-@contextmanager
-def _grid_directory(out: Path, grid: Grid, *, resume: bool, is_main: bool) -> Iterator[list[str]]:
-    """Make `out` this grid's directory, or check that it is the grid to resume; gives what is new in its file, in words.
-
-    As with a run, what a grid leaves that fails before it has tokens or a trained run is removed again.
-    """
-    if not is_main:
-        yield []
-        return
-    made = [path for path in (out, *out.parents) if not path.exists()]
-    with locked(out, resume=resume, record=GRID_FILE):
-        is_new = not check_free(out, resume=resume, record=GRID_FILE)
-        news = [] if is_new else _check_same(out, grid)
-        temporary = out / f".{GRID_FILE}.tmp"
-        temporary.write_text(dump_grid(grid), encoding="utf-8")
-        os.replace(temporary, out / GRID_FILE)
-        try:
-            yield news
-        except BaseException:
-            if is_new and not _is_worth_keeping(out):
-                _clear(out, made)
-            raise
-
-
-def _check_same(out: Path, grid: Grid) -> list[str]:
-    """What the file has new or no longer; UserError where a run that has been begun would not be the same."""
-    advice = "resume it with the file and options it was begun with, or choose another --out"
-    try:
-        old = tomllib.loads((out / GRID_FILE).read_text(encoding="utf-8"))
-        before, seeds, baseline = dict(old["arms"]), list(old["seeds"]), old["baseline"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{out / GRID_FILE} is damaged ({error}); choose another --out") from error
-    now = tomllib.loads(dump_grid(grid))["arms"]
-    begun = [(name, seed) for name in before for seed in seeds if _has_begun(out, f"{slug_of(name)}-seed{seed}")]
-    faults = []
-    for name in dict.fromkeys(name for name, _ in begun):
-        if name not in now:
-            faults.append(f"it has the arm {name!r}, which the file lacks")
-        elif changed := differences(write_toml(before[name]).encode(), write_toml(now[name])):
-            faults.append(f"arm {name!r}: {changed}")
-    lost = sorted({seed for _, seed in begun} - set(grid.seeds))
-    faults += [f"it has runs with seed {seed}, which the file lacks" for seed in lost]
-    if faults:
-        raise UserError(f"{out} was begun with another grid: {'; '.join(faults)}; {advice}")
-    news = [f"added: arm {name}" for name in now if name not in before]
-    news += [f"added: seed {seed}" for seed in grid.seeds if seed not in seeds]
-    if baseline != grid.baseline:
-        news.append(f"the baseline was {baseline}, now {grid.baseline}")
-    return news
-
-
-def _is_worth_keeping(out: Path) -> bool:
-    """Whether there are runs, or tokens that are whole or can be completed."""
-    tokens = out / "tokens"
-    prepared = not tokens.is_symlink() and any((tokens / name).is_file() for name in ("index.json", "progress.json"))
-    return prepared or any(path.is_dir() for path in out.glob("*-seed*"))
-
-
-def _clear(out: Path, made: list[Path]) -> None:
-    for name in (GRID_FILE, f".{GRID_FILE}.tmp", TABLE_JSON, TABLE_MARKDOWN, LOCK_FILE):
-        (out / name).unlink(missing_ok=True)
-    if (out / "tokens").is_symlink():
-        (out / "tokens").unlink()
-    for name in ("tokens", "tokenizer", ".tokenizer.tmp"):
-        shutil.rmtree(out / name, ignore_errors=True)
-    for path in made:
-        try:
-            path.rmdir()
-        except OSError:  # something else is in it
-            return
 
 
 def _time_left(began: float, number: int, left: list[Any]) -> str:

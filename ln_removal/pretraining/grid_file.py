@@ -26,9 +26,9 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationErr
 from pydantic_core import ErrorDetails
 
 from ln_removal.errors import UserError
-from ln_removal.recipe import Recipe, load_recipe
+from ln_removal.recipe import Recipe, available_recipes, load_recipe
 from ln_removal.recipe_faults import did_you_mean
-from ln_removal.recipe_scaling import check_is_pretraining, with_steps
+from ln_removal.recipe_scaling import with_steps
 from ln_removal.resources import recipes_directory
 from ln_removal.toml_writer import write_toml
 
@@ -83,6 +83,7 @@ class Grid:
     """A resolved grid: every arm is a valid recipe, and all of them train on equally many tokens of the same text."""
 
     name: str
+    description: str
     seeds: tuple[int, ...]
     baseline: str
     arms: tuple[Arm, ...]
@@ -105,6 +106,13 @@ class Grid:
         return self.arms[0].recipe.tokens
 
 
+def available_grids() -> list[str]:
+    """Names of the built-in grids, sorted."""
+    directory = recipes_directory()
+    names = {path.relative_to(directory).with_suffix("").as_posix() for path in directory.rglob("*.toml")}
+    return sorted(names - {*available_recipes()})
+
+
 def load_grid(name_or_path: str, *, overrides: Mapping[str, object] | None = None, steps: int | None = None) -> Grid:
     """Load a grid file, or a built-in grid such as "normfree/table", with the recipes of all its arms.
 
@@ -123,6 +131,8 @@ def load_grid(name_or_path: str, *, overrides: Mapping[str, object] | None = Non
         raise UserError(f"cannot read the grid {path}: {error.strerror}; give a readable TOML file") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"the grid {path} is not TOML: {error}; mend that line") from error
+    if "arms" not in document and "training" in document:
+        raise UserError(f"{path} is a recipe, not a grid: it has no [[arms]]; train it with --recipe")
     document.setdefault("name", path.stem)
     try:
         spec = GridSpec.model_validate(document)
@@ -134,7 +144,7 @@ def load_grid(name_or_path: str, *, overrides: Mapping[str, object] | None = Non
     faults += arm_faults or _comparison_faults(arms, spec.baseline)
     if faults:
         raise _refused(path, faults)
-    return Grid(spec.name, tuple(spec.seeds), spec.baseline, tuple(arms))
+    return Grid(spec.name, spec.description, tuple(spec.seeds), spec.baseline, tuple(arms))
 
 
 def slug_of(name: str) -> str:
@@ -156,7 +166,11 @@ def _find(name_or_path: str) -> Path:
     built_in = recipes_directory() / f"{name_or_path}.toml"
     if not name_or_path.endswith(".toml") and built_in.is_file():
         return built_in
-    raise UserError(f"there is no grid {name_or_path}; give the path of a grid file, or a built-in one: normfree/table")
+    names = available_grids()
+    hint = did_you_mean(name_or_path, names)
+    raise UserError(
+        f"there is no grid {name_or_path}{hint}; give the path of a grid file, or one of: {', '.join(names)}"
+    )
 
 
 def _base(name: str, directory: Path) -> str:
@@ -170,26 +184,30 @@ def _base(name: str, directory: Path) -> str:
 def _resolve(
     spec: GridSpec, base: str, overrides: Mapping[str, object], steps: int | None
 ) -> tuple[list[Arm], list[str]]:
-    """The arms whose recipes are valid, and what is wrong with the others; a fault that all of them share is the base's."""
+    """The arms whose recipes are valid, and what is wrong with the base and with the other arms."""
+    found, base_faults = _load(base, overrides, steps)
+    faults = [f"base {spec.base}: {fault}" for fault in base_faults]
+    if found is not None and found.architecture is None:
+        return [], [f"base {spec.base}: has no [architecture]; name a pretraining recipe"]
     arms: list[Arm] = []
-    faults: dict[str, list[str]] = {}  # fault: the arms that have it
     for arm in spec.arms:
         settings = arm.overrides()
-        for fault in _reserved_faults("set", settings):
-            faults.setdefault(fault, []).append(arm.name)
-        try:
-            recipe = load_recipe(base, {**settings, **overrides})
-            check_is_pretraining(recipe)
-            arms.append(Arm(arm.name, slug_of(arm.name), recipe if steps is None else with_steps(recipe, steps)))
-        except UserError as error:
-            first, *more = str(error).splitlines()
-            for fault in more or [first]:
-                faults.setdefault(fault.strip(), []).append(arm.name)
-    everyone = [arm.name for arm in spec.arms]
-    return arms, [
-        f"base {spec.base}: {fault}" if names == everyone else f"arm {', '.join(map(repr, names))}: {fault}"
-        for fault, names in faults.items()
-    ]
+        recipe, own = _load(base, {**settings, **overrides}, steps)
+        own = _reserved_faults("set", settings) + [fault for fault in own if fault not in base_faults]
+        faults += [f"arm {arm.name!r}: {fault}" for fault in own]
+        if recipe is not None:
+            arms.append(Arm(arm.name, slug_of(arm.name), recipe))
+    return arms, faults
+
+
+def _load(base: str, overrides: Mapping[str, object], steps: int | None) -> tuple[Recipe | None, list[str]]:
+    """The recipe, or None and what is wrong with it."""
+    try:
+        recipe = load_recipe(base, overrides)
+        return recipe if steps is None else with_steps(recipe, steps), []
+    except UserError as error:
+        first, *more = str(error).splitlines()
+        return None, [fault.strip() for fault in more or [first]]
 
 
 def _naming_faults(spec: GridSpec) -> list[str]:

@@ -84,6 +84,8 @@ def render_plan(found: GridPlan, console: Console) -> None:
     from rich.text import Text
 
     grid = found.grid
+    if grid.description:
+        console.print(grid.description, markup=False, highlight=False)
     table = Table(
         title=f"grid {grid.name}: {len(grid.arms)} arms, {_count(len(grid.seeds), 'seed')}", title_justify="left"
     )

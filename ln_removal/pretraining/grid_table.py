@@ -41,6 +41,7 @@ class RunResult(BaseModel):
     Attributes:
         cross_entropy: of the validation split, nats per token; None for a run that diverged.
         seconds: of training, evaluation and checkpoints left out. tokens_per_second: over all of it.
+        tokens_sha256: of the tokens it was trained and measured on, see `grid.fingerprint`.
         message: why it diverged.
     """
 
@@ -55,6 +56,7 @@ class RunResult(BaseModel):
     seconds: float = 0.0
     skipped_steps: int = 0
     device: str = ""
+    tokens_sha256: str = ""
     message: str = ""
 
     @property
@@ -145,6 +147,7 @@ class GridTable:
             arms.append(figures)
         return {
             "name": self.grid.name,
+            "description": self.grid.description,
             "baseline": self.grid.baseline,
             "context": self.grid.arms[0].recipe.data.context,
             "seeds": list(self.grid.seeds),
@@ -275,7 +278,11 @@ def write_table(table: GridTable, out: Path) -> None:
 
 def to_markdown(table: GridTable) -> str:
     """The table as Markdown, the figures by seed and the notes below it."""
-    parts = [f"# {table.grid.name}", _markdown_table(table.header(), table.cells())]
+    parts = [
+        f"# {table.grid.name}",
+        *filter(None, [table.grid.description]),
+        _markdown_table(table.header(), table.cells()),
+    ]
     if len(table.grid.seeds) > 1:
         parts.append(_markdown_table(["arm", *(f"seed {seed}" for seed in table.grid.seeds)], table.cells_by_seed()))
     parts += table.notes()

@@ -9,7 +9,9 @@ chosen in the configuration replaces modules when the model is built:
     negative_slope           of leaky ReLU; where training of a learnable one begins
     slopes                   "layer": a learnable slope for each layer; "network": one for all, and only one parameter
 
-Without LayerNorm this is the architecture of Jha & Reagen 2024 (arXiv 2410.09637), who keep the final norm.
+Without LayerNorm this is the architecture of Jha & Reagen 2024 (arXiv 2410.09637), who keep the final norm. With the paper's
+biases the matrices also begin as in their code: a standard deviation of `initializer_range` for all of them, GPT-2's projections
+back into the residual stream too, which transformers begins smaller by sqrt(2 n_layer).
 
 Shape legend: D model width, H heads.
 """
