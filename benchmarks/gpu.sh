@@ -3,7 +3,8 @@
 #
 #   bash benchmarks/gpu.sh [PEERS]
 #
-# PEERS: folder with checkouts of ApolloResearch/gpt2_noLN and submarat/removing-layer-norm; without it they are left out.
+# PEERS: folder with checkouts of ApolloResearch/gpt2_noLN, submarat/removing-layer-norm and Nandan91/relu-revival-normfree;
+# without it they are left out.
 # PYTHON: the interpreter; default .venv/bin/python, else python3. Parts for which no time is left are skipped; what is measured is
 # in benchmarks/results/ as soon as a shape is done.
 set -u
@@ -33,6 +34,7 @@ part 60 "${throughput[@]}" --shape gpt2 "${peers[@]}" --tokens-per-step 262144 -
     --only ours hf_trainer_compiled hf_trainer gpt2_noln removing_layer_norm removing_layer_norm_as_published
 part 40 benchmarks/cross_entropy.py --shape gpt2 --positions 32768 --samples 5
 part 90 benchmarks/stages.py --shape gpt2 --device cuda --tokens-per-step 262144 --samples 1
+part 75 benchmarks/revival_throughput.py --shape gpt2 "${peers[@]}" --device cuda --samples 3
 for shape in gpt2-medium gpt2-large gpt2-xl; do
     part 75 "${throughput[@]}" --shape $shape --tokens-per-step 65536 --samples 2 --only ours
 done
