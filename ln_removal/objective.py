@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ln_removal.architectures import attention_of, blocks_of, final_norm_of
-from ln_removal.attention_entropy import EntropyRegulariser, head_entropy
+from ln_removal.attention_entropy import EntropyRegulariser
 from ln_removal.errors import UserError
 from ln_removal.linear_cross_entropy import Head, linear_cross_entropy
 from ln_removal.norm import ORDINARY, FreezableNorm, NormedProjection
@@ -222,7 +222,8 @@ class Objective(nn.Module):
     def _keep_attended(self, module: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:
         if self._listening:
             assert output[1] is not None, "the entropy penalty needs explicit attention"
-            self._attended.append(head_entropy(output[1]))
+            # Not its entropy yet: what a recomputed block saves may not depend on who listens.
+            self._attended.append(output[1])
 
     def train(self, mode: bool = True) -> Objective:
         """As nn.Module.train, but the teacher stays in evaluation mode."""
@@ -258,7 +259,7 @@ class Objective(nn.Module):
         if self.auxiliary is not None:
             total = total + self.auxiliary.weight * self._auxiliary_loss(inputs)
         if self.entropy is not None:
-            total = total + self.entropy_weight * self.entropy.penalty(torch.stack(self._attended), inputs.shape[1])
+            total = total + self.entropy_weight * self.entropy(self._attended)
         self.forget()
         return StepLoss(total, loss.cross_entropy)
 

@@ -69,7 +69,8 @@ class ScheduleSpec(_Spec):
     n_layer * gap), unless its own start is given. `eot_after` counts from ln_f, `first_after` from the drop of the
     end-of-text constant. `taper` is the number of intermediate steps between LayerNorm and constant (0: at once);
     `special_taper` the same for the constants of the special positions. `layers` says from which end each kind goes,
-    `constant` which summary of the stds a site freezes at (norm.CONSTANTS).
+    `constant` which summary of the stds a site freezes at (norm.CONSTANTS). With `on_spike` = "wait" nothing new begins
+    while the loss spikes (see loss_spikes.py); an `adaptive` schedule waits by its own rule.
     """
 
     ln_2_start: NonNegativeInt
@@ -85,6 +86,7 @@ class ScheduleSpec(_Spec):
     special_taper: NonNegativeInt = 0
     layers: Literal["first to last", "last to first"] = "first to last"
     constant: Literal["mean", "rms", "harmonic", "least_squares"] = "mean"
+    on_spike: Literal["wait", "ignore"] = "wait"
     adaptive: AdaptiveSpec | None = None
 
 
@@ -153,14 +155,10 @@ class ArchitectureSpec(_Spec):
     slopes: Literal["layer", "network"] = "layer"
 
     @property
-    def is_published(self) -> bool:
-        """Whether it is an architecture that transformers has: nothing was chosen."""
-        return (self.block_norm, self.final_norm, self.biases, self.activation) == (
-            "layernorm",
-            "layernorm",
-            "all",
-            "gelu",
-        )
+    def is_plain(self) -> bool:
+        """Whether transformers' own class can be it: all norms, all biases, and an activation without a slope."""
+        chosen = (self.block_norm, self.final_norm, self.biases)
+        return chosen == ("layernorm", "layernorm", "all") and self.activation in ("gelu", "relu")
 
 
 class ObservationSpec(_Spec):

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
-    from ln_removal.adaptive_schedule import AdaptiveSchedule
     from ln_removal.data.tokens import TokenDataset
+    from ln_removal.delayed_schedule import DelayedSchedule
     from ln_removal.evaluation.results import Results
     from ln_removal.evaluation.scoring import QuestionSet
     from ln_removal.recipe import Recipe
@@ -91,6 +91,7 @@ def remove(
     from ln_removal.recipe import dump_toml
     from ln_removal.recipe_scaling import check_is_removal
     from ln_removal.run_directory import given_tokens, link_tokens, run_directory
+    from ln_removal.training.ranks import watched_ranks
     from ln_removal.training.setup import build_accelerator
 
     began = time.perf_counter()
@@ -100,9 +101,12 @@ def remove(
     given = given_tokens(out, tokens)
     if given is not None:  # so that recipe and results name what is trained on
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"corpus": given.corpus_name})})
-    with run_directory(out, dump_toml(recipe), resume=resume, is_main=accelerator.is_main_process):
+    place = run_directory(out, dump_toml(recipe), resume=resume, is_main=accelerator.is_main_process)
+    with watched_ranks(accelerator), place:
         accelerator.wait_for_everyone()
         if resume and (finished := _finished(recipe, out, control=control, questions=questions)):
+            if accelerator.is_main_process:
+                _write_pages(recipe, out, finished, missing=True)
             return finished
         asked = _question_set(questions, recipe)
         loaded = load_model(recipe.model)
@@ -130,8 +134,6 @@ def _score(run: _Run, questions: QuestionSet | None, *, seconds_before: float) -
     """Score original, control and LN-free; writes results.json and the model card."""
     from ln_removal.evaluation import results as results_file
     from ln_removal.evaluation.scoring import score
-    from ln_removal.export.model_card import write_model_card
-    from ln_removal.report.page import write_report
 
     recipe, out = run.recipe, run.out
     models = {"original": recipe.model}
@@ -150,8 +152,18 @@ def _score(run: _Run, questions: QuestionSet | None, *, seconds_before: float) -
         seconds_before=seconds_before,
     )
     results_file.write(results, out / "results.json")
-    write_model_card(out / "model", recipe, results)
-    write_report(out)
+    _write_pages(recipe, out, results)
+
+
+def _write_pages(recipe: Recipe, out: Path, results: Results, *, missing: bool = False) -> None:
+    """Write the model card and the report; with `missing`, only what a run killed after its results left unwritten."""
+    from ln_removal.export.model_card import write_model_card
+    from ln_removal.report.page import REPORT_FILE, write_report
+
+    if not (missing and (out / "model" / "README.md").exists()):
+        write_model_card(out / "model", recipe, results)
+    if not (missing and (out / REPORT_FILE).exists()):
+        write_report(out)
 
 
 def _finished(recipe: Recipe, out: Path, *, control: bool, questions: str | None) -> Results | None:
@@ -184,11 +196,12 @@ def _is_model(directory: Path) -> bool:
     return (directory / "config.json").is_file()
 
 
-def _fitting_schedule(recipe: Recipe, model: GPT2LMHeadModel) -> RemovalSchedule | AdaptiveSchedule:
+def _fitting_schedule(recipe: Recipe, model: GPT2LMHeadModel) -> RemovalSchedule | DelayedSchedule:
     """The schedule for this model's depth; checks what recipe and model must agree on."""
     from ln_removal.adaptive_schedule import AdaptiveSchedule
     from ln_removal.architectures import check_supported
     from ln_removal.export.stock import is_disarmed
+    from ln_removal.loss_spikes import SpikeSchedule
     from ln_removal.schedule import expand
 
     if model.config.model_type == "normfree_gpt2" or is_disarmed(model.config):
@@ -200,7 +213,9 @@ def _fitting_schedule(recipe: Recipe, model: GPT2LMHeadModel) -> RemovalSchedule
         )
     assert recipe.schedule is not None
     schedule = expand(recipe.schedule, model.config.n_layer, recipe.training.steps)
-    return schedule if recipe.schedule.adaptive is None else AdaptiveSchedule(schedule, recipe.schedule.adaptive)
+    if recipe.schedule.adaptive is not None:
+        return AdaptiveSchedule(schedule, recipe.schedule.adaptive)
+    return schedule if recipe.schedule.on_spike == "ignore" else SpikeSchedule(schedule)
 
 
 def _question_set(questions: str | None, recipe: Recipe) -> QuestionSet | None:
@@ -281,7 +296,7 @@ def _train_removal(
     run: _Run,
     model: GPT2LMHeadModel,
     tokenizer: PreTrainedTokenizerBase,
-    schedule: RemovalSchedule | AdaptiveSchedule,
+    schedule: RemovalSchedule | DelayedSchedule,
 ) -> None:
     """Train through the schedule, fold, verify, write `model/` and the other export formats; nothing if that is done."""
     from ln_removal.data.tokens import write_json_atomically
@@ -289,6 +304,7 @@ def _train_removal(
     from ln_removal.objective import as_teacher
     from ln_removal.surgery import install
     from ln_removal.training.loop import Removal
+    from ln_removal.training.tracking import last_logged
 
     if run.resume and _is_exported(run.out, run.recipe):
         return
@@ -299,8 +315,10 @@ def _train_removal(
     result = _train(run, model, tokenizer, run.out, label="removal", removal=Removal(sites, schedule), teacher=teacher)
     if run.accelerator.is_main_process:
         report = run.out / "training.json"
-        if result.last_loss is not None or not report.exists():  # else nothing was left to train in this session
+        if result.last_loss is not None:
             write_json_atomically(report, asdict(result))
+        elif not report.exists():  # killed after the last step: nothing was left to train in this session
+            write_json_atomically(report, asdict(result) | last_logged(run.out / "metrics.jsonl"))
         validation = run.data.split("validation")
         # Scoring takes a split shorter than the context too, so this must.
         length = min(run.recipe.data.context, max(shard.tokens for shard in validation.shards))

@@ -135,7 +135,7 @@ def test_resuming_changes_nothing(losses: list[float], stop: int) -> None:
     whole, before, after = adaptive(smoothing=0.5), adaptive(smoothing=0.5), adaptive(smoothing=0.5)
     expected = follow(whole, losses)
     changed = follow(before, losses[:stop])
-    after.restore(json.loads(json.dumps(before.state())))
+    after.restore(json.loads(json.dumps(before.state())), stop)
     changed += follow(after, losses[stop:], first=stop)
     assert changed == expected
     assert after.current == whole.current

@@ -227,3 +227,30 @@ def test_float16_has_the_gradients_of_float32() -> None:
     assert [row["gradient_norm"] for row in narrow] == pytest.approx([row["gradient_norm"] for row in wide], rel=0.02)
     assert [row["loss"] for row in narrow] == pytest.approx([row["loss"] for row in wide], rel=0.005)
     assert wide[-1]["loss"] < wide[0]["loss"] - 0.05
+
+
+UNSTABLE = {
+    "architecture__block_norm": "none",
+    "architecture__activation": "relu",
+    "training__precision": "float16",
+    "training__learning_rate": 10.0,
+    "observation__every": 1,
+}
+
+
+def test_a_run_that_breaks_says_in_which_layers_and_keeps_what_was_seen(world: Path) -> None:
+    """A learning rate far too high, no norms, float16: the residual stream leaves its range, and attention is NaN."""
+    result = run("ln-pretrain --steps 30 --out broken", **UNSTABLE)
+    assert result.exit_code == 2 and "Traceback" not in result.output
+    assert "the loss was not finite for 3 steps in a row" in result.stderr
+    assert "with NaN in the attention of layer" in result.stderr and "ln-analyze nans broken" in result.stderr
+    assert "training.learning_rate=5" in result.stderr and "schedule" not in result.stderr
+    # The metrics are back at the beginning; what was seen on the way is beside them.
+    assert not rows("broken", "train") and len(rows("broken", "rollback")) == 1
+    analyze = importlib.import_module("ln_removal.commands.analyze").app
+    shown = CliRunner().invoke(analyze, ["nans", "broken", "--json"], prog_name="ln-analyze")
+    assert shown.exit_code == 0, shown.output
+    (counts,) = [found["nan_counts"] for found in json.loads(shown.stdout)["runs"]]
+    assert len(counts[0]) == 3 and sum(counts[0]) == 0 and sum(counts[-1]) > 0
+    assert (world / "broken" / "analysis" / "nans.png").stat().st_size > 5000
+    assert (world / "broken" / "analysis" / "nans.pdf").is_file()

@@ -235,6 +235,20 @@ def test_arms_of_one_seed_begin_with_the_same_matrices(family: str) -> None:
     assert all(torch.equal(arms[0][name], arms[1][name]) for name in matrices)
 
 
+def test_the_papers_biases_come_with_the_papers_initialisation() -> None:
+    """Its code draws every matrix with 0.02; transformers begins GPT-2's projections into the stream at 0.02 / sqrt(2 L)."""
+
+    def deviation(biases: str) -> float:
+        sizes = {"n_layer": 8, "n_head": 4, "n_embd": 64, "n_positions": 24, "vocab_size": EOT + 1}
+        model = build_model(
+            ArchitectureSpec.model_validate({**sizes, "biases": biases, "block_norm": "none"}), eot_token_id=EOT
+        )
+        return float(torch.cat([block.mlp.c_proj.weight.detach().flatten() for block in model.transformer.h]).std())
+
+    assert deviation("paper") == pytest.approx(0.02, rel=0.02)
+    assert deviation("all") == pytest.approx(0.02 / 4, rel=0.02)
+
+
 def test_leaky_relu_and_its_gradient() -> None:
     module = LearnableLeakyReLU(0.1).double()
     x = torch.tensor([-2.0, -0.0, 0.0, 3.0], dtype=torch.float64, requires_grad=True)

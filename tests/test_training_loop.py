@@ -190,18 +190,15 @@ def test_three_bad_steps_in_a_row_stop_the_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"not finite for 3 steps in a row.*start again") as caught:
         run.train(evaluate=snapshots)
     assert "\n" not in str(caught.value)
-    now = run.model.state_dict()
-    for name, parameter in run.model.named_parameters():
-        assert torch.equal(parameter, snapshots.states[12][name]), name
-        assert torch.equal(now[name], parameter)
+    for name, tensor in run.model.state_dict().items():
+        assert torch.equal(tensor, snapshots.states[10][name]), name
     assert [step for step, _ in checkpoints(run.state)] == [5, 10]
     fresh = TinyRun(tmp_path / "fresh", seed=1)
     state, faults = load_newest(run.state, fresh.model, None)
     assert state is not None and state.step == 10 and faults == []
     for name, tensor in fresh.model.state_dict().items():
-        if name in dict(fresh.model.named_parameters()):
-            assert torch.equal(tensor, snapshots.states[10][name])
-    assert [row["step"] for row in run.metrics()] == list(range(15))
+        assert torch.equal(tensor, snapshots.states[10][name]), name
+    assert [row["step"] for row in run.metrics()] == list(range(10))
 
 
 def test_two_bad_steps_at_a_time_do_not_stop_it(tmp_path: Path) -> None:
@@ -251,7 +248,7 @@ def test_a_step_that_logs_nothing_does_not_wait_for_the_device(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, removal: bool
 ) -> None:
     monkeypatch.setattr(loop, "LOG_EVERY", 1000)
-    run = TinyRun(tmp_path / "run", removal=removal, spec=tiny_spec(checkpoint_every=1000, **TERMS))
+    run = TinyRun(tmp_path / "run", removal=removal, spec=tiny_spec(checkpoint_every=1000, **TERMS), on_spike="wait")
     syncs = Syncs(run)
     with syncs, Reads(syncs):
         run.train()

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -21,6 +21,8 @@ import torch
 from ln_removal.adaptive_schedule import AdaptiveSchedule
 from ln_removal.data.sampler import WindowSampler
 from ln_removal.data.tokens import Shard, TokenDataset, TokenIndex, checksum, write_index
+from ln_removal.delayed_schedule import DelayedSchedule
+from ln_removal.loss_spikes import SpikeSchedule
 from ln_removal.objective import Auxiliary, Distillation, Objective, StepLoss, as_teacher
 from ln_removal.recipe import AdaptiveSpec, ScheduleSpec, TrainingSpec
 from ln_removal.schedule import RemovalSchedule, expand
@@ -141,10 +143,14 @@ class TinyRun:
         seed: int = 0,
         objective: type[Objective] = Objective,
         adaptive: AdaptiveSpec | None = None,
+        on_spike: Literal["wait", "ignore"] = "ignore",
+        planned: RemovalSchedule | None = None,
     ) -> None:
         self.directory = directory
         self.adaptive = adaptive
-        self.schedule: RemovalSchedule | AdaptiveSchedule | None = None
+        self.on_spike = on_spike
+        self.planned = planned
+        self.schedule: RemovalSchedule | DelayedSchedule | None = None
         self.spec = spec or tiny_spec()
         self.data = write_tokens(directory.parent / "tokens")
         self.model = tiny_model(seed)
@@ -173,8 +179,10 @@ class TinyRun:
         )
         removal = None
         if self.sites is not None:
-            planned = tiny_schedule(self.spec.steps)
-            self.schedule = planned if self.adaptive is None else AdaptiveSchedule(planned, self.adaptive)
+            planned = self.planned or tiny_schedule(self.spec.steps)
+            self.schedule = SpikeSchedule(planned) if self.on_spike == "wait" else planned
+            if self.adaptive is not None:
+                self.schedule = AdaptiveSchedule(planned, self.adaptive)
             removal = Removal(self.sites, self.schedule)
         tracker = Tracker(
             self.directory / "metrics.jsonl",

@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 from ln_removal.errors import UserError
 from ln_removal.evaluation.data_scores import ROLES, TITLES, DataScores, Trio
 from ln_removal.report.figures import constants_figure, loss_figure, position_figure, residual_figure
+from ln_removal.report.incidents import incident_lines
 from ln_removal.report.published_results import ACCURACIES, HEIMERSHEIM, LOSS_NOTE, LOSSES, SOURCES
 from ln_removal.report.run_record import RunRecord, read_run
 from ln_removal.report.style import STYLE
+from ln_removal.run_directory import METRICS_FILE
 
 if TYPE_CHECKING:
     from ln_removal.evaluation.results import Results
@@ -380,4 +382,6 @@ def _recipe(record: RunRecord) -> str:
     listed = "".join(f"<dt>{text(name)}</dt><dd>{text(value)}</dd>" for name, value in facts)
     described = f"<p>{text(recipe.description)}</p>" if recipe is not None and recipe.description else ""
     toml = f'<pre id="recipe">{text(dump_toml(recipe).strip())}</pre>' if recipe is not None else ""
-    return f"{described}<dl>{listed}</dl>{toml}"
+    happened = "".join(f"<li>{text(line)}</li>" for line in incident_lines(record.directory / METRICS_FILE))
+    incidents = f'<h3>Incidents</h3><ul id="incidents">{happened}</ul>' if happened else ""
+    return f"{described}<dl>{listed}</dl>{incidents}{toml}"

@@ -9,41 +9,41 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ln_removal.adaptive_schedule import AdaptiveSchedule
 from ln_removal.data.read_ahead import read_ahead
 from ln_removal.data.sampler import WindowSampler
-from ln_removal.errors import DivergedError
+from ln_removal.delayed_schedule import DelayedSchedule
 from ln_removal.precision import LOSS_SCALE, autocast
+from ln_removal.training.bad_steps import BadSteps, are_finite, roll_back
+from ln_removal.training.interruption import deferred
 from ln_removal.training.learning_rate import distillation_at, learning_rate_at, rewarm_factor
 from ln_removal.training.optimizers import build_optimizers, set_learning_rate, step_unless_bad
-from ln_removal.training.state import TrainerState, load_newest, save_checkpoint
+from ln_removal.training.state import TrainerState, load_newest, prune, save_checkpoint
 from ln_removal.training.step_figures import StepFigures
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import nn
+    from transformers import PreTrainedModel
 
-    from ln_removal.analysis.observer import Observer
+    from ln_removal.analysis.observer import Figures, Observer
     from ln_removal.objective import Objective
     from ln_removal.recipe import TrainingSpec
     from ln_removal.schedule import RemovalSchedule
     from ln_removal.surgery import NormSites
-    from ln_removal.training.tracking import Tracker
+    from ln_removal.training.tracking import Metrics, Tracker
 
 LOG_EVERY = 10
 """Steps between two synchronisations with the device, at which metrics are written and the bar moves."""
-
-BAD_STEPS_ALLOWED = 3
-"""Consecutive steps with a non-finite loss or gradient after which the run stops."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Removal:
     """What turns a fine-tuning into a removal: the installed sites and when each one freezes."""
 
     sites: NormSites
-    schedule: RemovalSchedule | AdaptiveSchedule
+    schedule: RemovalSchedule | DelayedSchedule
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,9 @@ def train(
         resume: continue from the newest whole checkpoint if there is one.
 
     Raises:
-        DivergedError: the loss was not finite for several steps in a row; the last checkpoint is kept.
+        Interrupted: Ctrl-C or SIGTERM; the step was finished and a checkpoint saved.
+        DivergedError: loss or gradient was not finite for several steps in a row; the run is back at its last sound
+            checkpoint, and so is the model.
     """
     besides = () if objective.entropy is None else objective.entropy.parameters()
     optimizers = build_optimizers(objective.model, spec, besides=besides)
@@ -111,22 +113,38 @@ def train(
         found, faults = load_newest(state_directory, objective.trained, optimizers)
         state = found or state
         for fault in faults:
-            tracker.say(f"passed over: {fault}")
-    adaptive = removal.schedule if removal is not None and isinstance(removal.schedule, AdaptiveSchedule) else None
-    if adaptive is not None and state.schedule is not None:
-        adaptive.restore(state.schedule)
+            tracker.say(f"warning: {fault}")
+        if found is not None and not faults and accelerator.is_main_process:
+            prune(state_directory, keep=spec.keep_checkpoints)  # the run may have been killed just before it did
+    delayed = removal.schedule if removal is not None and isinstance(removal.schedule, DelayedSchedule) else None
+    if delayed is not None:
+        delayed.restore(state.schedule, state.step)
     tracker.forget_after(state.step)
     model = _over_ranks(objective, accelerator)
     parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
-    pending = StepFigures(accelerator)
+    pending, bad_steps = StepFigures(accelerator), BadSteps()
+    stage_at = (lambda step: "training") if removal is None else removal.schedule.stage
+    go_back = partial(
+        roll_back,
+        bad_steps,
+        spec,
+        state_directory=state_directory,
+        model=objective.trained,
+        optimizers=optimizers,
+        accelerator=accelerator,
+        tracker=tracker,
+        stage_at=stage_at,
+    )
     began = time.perf_counter()
-    seconds_before, first_step = state.seconds, state.step
+    seconds_before, skipped_before, first_step = state.seconds, state.skipped, state.step
     paused = 0.0
     last_loss: float | None = None
     objective.train()
 
     steps = range(state.step, spec.steps)
-    with closing(read_ahead(_batches_of_steps(sampler, steps, accelerator, micro_batch))) as batches_of_steps:
+    batches_ahead = read_ahead(_batches_of_steps(sampler, steps, accelerator, micro_batch))
+    stops = deferred("step", ranks=accelerator.num_processes, speak=accelerator.is_main_process)
+    with stops as stop, closing(batches_ahead) as batches_of_steps:
         for step, batches in zip(steps, batches_of_steps, strict=True):
             if removal is not None:
                 _apply_schedule(removal, step, tracker)
@@ -138,27 +156,26 @@ def train(
                 objective.set_share(distillation_at(step, spec))
             loss, norm = _forward_backward(model, batches, accelerator, parameters, spec)
             if observer is not None and observer.wants(step):
-                tracker.log("observation", step, observer.observe(objective.model))
+                _look(observer, objective.model, step, tracker)
             bad = pending.add(loss, norm, rate)
             step_unless_bad(optimizers, bad)
             if removal is not None and step < removal.schedule.complete_at:
                 # Every step, so that the number of ranks changes nothing, and a checkpoint of one rank serves all.
                 removal.sites.average_over_ranks()
                 removal.sites.update_running(spec.std_momentum, discard=bad)
-            if adaptive is not None:  # it needs every loss, so each step waits for the device
-                adaptive.observe(step, pending.newest_loss())
-                state.schedule = adaptive.state()
+            if delayed is not None and delayed.needs_every_loss:  # then each step waits for the device
+                delayed.observe(step, pending.newest_loss())
             state.step, state.tokens = step + 1, state.tokens + spec.tokens_per_step
 
             last = state.step == spec.steps
-            saves = state.step % spec.checkpoint_every == 0 or last
+            stopping = stop.agreed(accelerator, together=state.step % LOG_EVERY == 0 or last)
+            saves = state.step % spec.checkpoint_every == 0 or last or stopping
             # A checkpoint's metrics are written before it: a run resumed from it does not train their steps again.
             if state.step % LOG_EVERY == 0 or saves:
                 rows = pending.read()
                 elapsed = time.perf_counter() - began - paused
                 state.seconds = seconds_before + elapsed
                 speed = (state.step - first_step) * spec.tokens_per_step / max(elapsed, 1e-9)
-                stage = removal.schedule.stage(step) if removal is not None else "training"
                 for number, (row_loss, row_norm, row_rate) in enumerate(rows, start=state.step - len(rows)):
                     tracker.log(
                         "train",
@@ -170,25 +187,36 @@ def train(
                             "tokens_per_second": speed,
                         },
                     )
-                state.skipped += pending.take_skipped()
+                    bad_steps.note(number, row_loss, row_norm, tracker)
+                    if delayed is not None and not delayed.needs_every_loss:
+                        _log_incidents(delayed.observe(number, row_loss), number, tracker)
+                state.skipped = skipped_before + bad_steps.total
                 last_loss = next((value for value, _, _ in reversed(rows) if math.isfinite(value)), last_loss)
-                tracker.show(state.step, stage=stage, loss=rows[-1][0], tokens_per_second=speed)
-                if pending.worst_streak() >= BAD_STEPS_ALLOWED:
-                    raise DivergedError(
-                        f"the loss or its gradient was not finite for {BAD_STEPS_ALLOWED} steps in a row (before step {state.step}, "
-                        f"stage {stage}); these updates were not made, and the last checkpoint in {state_directory} is intact. Lower "
-                        "training.learning_rate, widen the gaps of the schedule or raise training.auxiliary_weight, and start "
-                        "again with another --out"
-                    )
+                tracker.show(state.step, stage=stage_at(step), loss=rows[-1][0], tokens_per_second=speed)
+                if saves and not are_finite(objective.trained):
+                    bad_steps.blame_weights(step)
+                if bad_steps.diverged:
+                    raise go_back(seen=_look(observer, objective.model, step, tracker))
+                # Not wherever something is saved: a stop and --resume change nothing.
+                if delayed is not None and state.step % LOG_EVERY == 0:
+                    _log_incidents(delayed.decide(state.step, state.step + LOG_EVERY), step, tracker)
             pause = time.perf_counter()
             if evaluate is not None and (state.step % spec.evaluate_every == 0 or last):
                 objective.eval()
-                tracker.log("evaluation", state.step, dict(evaluate()))
+                figures = evaluate()
+                tracker.log("evaluation", state.step, dict(figures))
                 objective.train()
-            if saves:
+                if last and bad_steps.streak and not all(map(math.isfinite, figures.values())):
+                    bad_steps.blame_weights(step)
+                    raise go_back(seen=_look(observer, objective.model, step, tracker))
+            # After a bad step the weights are as they were a step before, and may be why it was bad.
+            if saves and (not bad_steps.streak or last or stopping):
+                state.schedule = None if delayed is None else delayed.state()
                 if accelerator.is_main_process:
                     save_checkpoint(state_directory, state, objective.trained, optimizers, keep=spec.keep_checkpoints)
                 accelerator.wait_for_everyone()
+            if stopping:
+                raise stop.interrupted(f"step {state.step:,} of {spec.steps:,} is saved in {state_directory}")
             paused += time.perf_counter() - pause
 
     elapsed = max(time.perf_counter() - began - paused, 1e-9)
@@ -214,6 +242,15 @@ def _over_ranks(objective: Objective, accelerator: Accelerator) -> nn.Module:
     return torch.nn.parallel.DistributedDataParallel(objective, device_ids=devices, broadcast_buffers=False)
 
 
+def _look(observer: Observer | None, model: PreTrainedModel, step: int, tracker: Tracker) -> Figures | None:
+    """Observe and log."""
+    if observer is None:
+        return None
+    figures = observer.observe(model)
+    tracker.log("observation", step, figures)
+    return figures
+
+
 def _apply_schedule(removal: Removal, step: int, tracker: Tracker) -> None:
     for change in removal.schedule.changes(step):
         if change.action == "freeze":
@@ -221,6 +258,11 @@ def _apply_schedule(removal: Removal, step: int, tracker: Tracker) -> None:
         else:
             removal.sites.set_special(change.site, change.value)
         tracker.log("event", step, {"site": change.site, "action": change.action, "value": change.value})
+
+
+def _log_incidents(incidents: Iterable[Metrics], step: int, tracker: Tracker) -> None:
+    for incident in incidents:
+        tracker.log("incident", step, incident)
 
 
 def _batches_of_steps(

@@ -11,13 +11,16 @@ import numpy as np
 import torch
 
 from ln_removal.analysis.observer import Observer
-from ln_removal.attention_entropy import EntropyRegulariser, explicit_attention
+from ln_removal.attention_entropy import EntropyRegulariser
 from ln_removal.data.sampler import Mixture, WindowSampler
+from ln_removal.disk_space import check_room_for_run
 from ln_removal.errors import UserError
 from ln_removal.evaluation.loss import plan_windows
+from ln_removal.export.writing import export_bytes
 from ln_removal.objective import Auxiliary, Distillation, EntropyPenalty, Objective
 from ln_removal.training.loop import Removal, TrainResult, train
-from ln_removal.training.setup import causal_attention, choose_micro_batch, compile_if_worthwhile
+from ln_removal.training.setup import choose_micro_batch, compile_if_worthwhile, training_attention
+from ln_removal.training.state import BESIDE_TENSORS, checkpoints
 from ln_removal.training.tracking import Progress, Tracker
 
 if TYPE_CHECKING:
@@ -118,10 +121,12 @@ def train_model(
         config=recipe.model_dump(),
     )
     with ExitStack() as attention, tracker:
-        shown = objective.entropy is not None  # the penalty looks at the probabilities
-        attention.enter_context(explicit_attention(model) if shown else causal_attention(model))
-        if objective.teacher is not None:
-            attention.enter_context(causal_attention(objective.teacher))
+        for each in (model, objective.teacher):
+            if each is not None:
+                shown = each is model and objective.entropy is not None  # the penalty looks at the probabilities
+                attention.enter_context(training_attention(each, context=recipe.data.context, shown=shown))
+        if warning := _room(objective, recipe, directory):
+            tracker.say(warning)
         micro_batch = choose_micro_batch(recipe, objective, accelerator)
         compile_if_worthwhile(objective, spec.compile, tokens=recipe.tokens, device=accelerator.device)
         return train(
@@ -137,6 +142,23 @@ def train_model(
             observer=_observer(recipe, data) if accelerator.is_main_process else None,
             resume=resume,
         )
+
+
+def _room(objective: Objective, recipe: Recipe, directory: Path) -> str | None:
+    """As `check_room_for_run`, with AdamW's two moments of every parameter in a checkpoint (Muon has fewer)."""
+    saved = checkpoints(directory / "state")
+    if saved and saved[-1][0] >= recipe.training.steps:  # nothing is left to train
+        return None
+    tensors = objective.trained.state_dict().values()
+    weights = sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())  # a tied weight once
+    moments = 2 * sum(parameter.nbytes for parameter in objective.parameters() if parameter.requires_grad)
+    forms = 1 if recipe.schedule is None else len(recipe.export.formats)
+    return check_room_for_run(
+        directory,
+        checkpoint=weights + moments + BESIDE_TENSORS,
+        keep=recipe.training.keep_checkpoints,
+        exports=forms * export_bytes(objective.model, recipe.export.dtype),
+    )
 
 
 def _observer(recipe: Recipe, data: TokenDataset) -> Observer | None:

@@ -1,4 +1,4 @@
-"""What each step measured, kept on the device until the next log step reads it: losses, gradient norms and bad steps."""
+"""What each step measured, kept on the device until the next log step reads it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ if TYPE_CHECKING:
 
 
 class StepFigures:
-    """Losses and gradient norms of the steps since the last log, and the bad-step counters, all on the device."""
+    """Losses and gradient norms of the steps since the last log, on the device, and their learning rates."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
         self._rows: list[Tensor] = []
         self._rates: list[float] = []
-        self._streak, self._worst, self._skipped = torch.zeros(3, device=accelerator.device).unbind()
 
     def add(self, loss: Tensor, norm: Tensor, rate: float) -> Tensor:
         """Keep a step's figures, averaged over ranks; returns 1.0 where either is not finite, else 0.0 (a scalar tensor).
@@ -27,9 +26,6 @@ class StepFigures:
         """
         row: Tensor = self._accelerator.reduce(torch.stack([loss.float(), norm.float()]), reduction="mean")
         bad = (~torch.isfinite(row).all()).float()
-        self._streak = (self._streak + 1) * bad
-        self._worst = torch.maximum(self._worst, self._streak)
-        self._skipped = self._skipped + bad
         self._rows.append(row)
         self._rates.append(rate)
         return bad
@@ -39,16 +35,8 @@ class StepFigures:
         return float(self._rows[-1][0])
 
     def read(self) -> list[tuple[float, float, float]]:
-        """(loss, gradient norm, learning rate) of every step since the last call. This and the counters wait for the device."""
+        """(loss, gradient norm, learning rate) of every step since the last call. Waits for the device."""
         figures = zip(torch.stack(self._rows).tolist(), self._rates, strict=True)
         rows = [(float(loss), float(norm), rate) for (loss, norm), rate in figures]
         self._rows, self._rates = [], []
         return rows
-
-    def worst_streak(self) -> int:
-        return int(self._worst)
-
-    def take_skipped(self) -> int:
-        count = int(self._skipped)
-        self._skipped = torch.zeros_like(self._skipped)
-        return count

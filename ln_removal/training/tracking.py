@@ -11,13 +11,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
+from ln_removal.analysis.taken_back import set_aside
 from ln_removal.errors import UserError
+from ln_removal.rollback import RECIPE_CHANGE, ROLLBACK
 
 Figure = float | int | str | None | list["Figure"]
 Metrics = Mapping[str, Figure]
 
 Progress = bool | Literal["lines"]
 """A bar, nothing, or a line now and then, for where a bar would fill a file."""
+
+AFTER_STEPS = ("evaluation", ROLLBACK, RECIPE_CHANGE)
+"""Kinds of rows that are about the run after so many steps."""
 
 SECONDS_BETWEEN_LINES = 30.0
 
@@ -26,8 +31,8 @@ class Tracker:
     """Writes metrics and shows progress; a context manager. Only the main process gets an enabled one.
 
     Args:
-        path: metrics.jsonl, one JSON object a line, each with `kind` ("train", "evaluation", "observation", "event") and
-            `step`.
+        path: metrics.jsonl, one JSON object a line, each with `kind` ("train", "evaluation", "observation", "event",
+            "incident", "rollback", "recipe") and `step`.
         total_steps: of the run.
         tokens_per_step: for tokens/s on the bar.
         label: shown before the bar, such as "ln-free" or "control".
@@ -102,6 +107,12 @@ class Tracker:
         self._bar.n = self._bar.last_print_n = step
         self._bar.refresh()
 
+    def take_back(self, step: int) -> None:
+        """As `forget_after`, for a run that broke: its observations of those steps stay, in a file of their own."""
+        if self._enabled:
+            set_aside(self._path, step)
+        self.forget_after(step)
+
     def log(self, kind: str, step: int, metrics: Metrics) -> None:
         """Append one line to metrics.jsonl (and wandb). A number that is not finite is written as null."""
         if not self._enabled:
@@ -159,7 +170,7 @@ def _numbers(name: str, value: Figure) -> Iterator[tuple[str, float]]:
 def truncate_metrics(path: Path, step: int) -> None:
     """Keep the lines of metrics.jsonl that a run has behind it at `step`, dropping one cut short by a crash.
 
-    An evaluation is logged under the number of steps before it, everything else under the step that it belongs to.
+    What AFTER_STEPS names is logged under the number of steps before it, everything else under the step that it belongs to.
     """
     if not path.exists():
         return
@@ -167,13 +178,20 @@ def truncate_metrics(path: Path, step: int) -> None:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
-            if row["step"] < step + (row["kind"] == "evaluation"):
+            if row["step"] < step + (row["kind"] in AFTER_STEPS):
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text("".join(kept), encoding="utf-8")
     temporary.replace(path)
+
+
+def last_logged(path: Path) -> dict[str, float]:
+    """The last finite loss in metrics.jsonl and the speed then, under their names in a TrainResult."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    finite = [row for row in rows if row["kind"] == "train" and row["loss"] is not None]
+    return {"last_loss": finite[-1]["loss"], "tokens_per_second": finite[-1]["tokens_per_second"]} if finite else {}
 
 
 def _start_wandb(project: str | None, name: str, config: dict[str, Any] | None) -> Any:
