@@ -9,8 +9,9 @@ import pytest
 import torch
 from tiny_training import CONTEXT, EOT, tiny_model
 
+from ln_removal.attention_entropy import EXPLICIT_ATTENTION, EntropyRegulariser
 from ln_removal.evaluation.odd_text import odd_sequences
-from ln_removal.objective import Auxiliary, Distillation, Objective, as_teacher
+from ln_removal.objective import Auxiliary, Distillation, EntropyPenalty, Objective, as_teacher
 from ln_removal.recipe import load_recipe
 from ln_removal.surgery import install
 from ln_removal.training import session, setup
@@ -60,3 +61,32 @@ def test_the_odd_text_that_is_scored_is_not_trained_on() -> None:
     scored = odd_sequences(tokenizer, context=256, count=16, seed=0)
     for kind in ("form feeds", "tabs", "white space", "random tokens"):
         assert not trained & {tuple(row) for row in scored[kind].tolist()}, kind
+
+
+@pytest.mark.parametrize(("context", "explicit"), [(128, True), (129, False), (1024, False)])
+def test_short_sequences_on_a_cpu_get_explicit_attention(context: int, explicit: bool) -> None:
+    model = tiny_model()
+    before = model.config._attn_implementation
+    with setup.training_attention(model, context=context):
+        assert model.config._attn_implementation == (EXPLICIT_ATTENTION if explicit else setup.CAUSAL_ATTENTION)
+    with setup.training_attention(model, context=context, shown=True):
+        assert model.config._attn_implementation == EXPLICIT_ATTENTION
+    assert model.config._attn_implementation == before
+
+
+def test_the_entropy_penalty_goes_with_activations_that_are_computed_again() -> None:
+    tokens = torch.randint(0, EOT, (3, CONTEXT + 1), generator=torch.Generator().manual_seed(0))
+    gradients: list[list[torch.Tensor | None]] = []
+    for again in (False, True):
+        model = tiny_model()
+        regulariser = EntropyRegulariser(model.config.n_layer, model.config.n_head, tolerance=0.0)
+        objective = Objective(model, eot_token_id=EOT, entropy=EntropyPenalty(1.0, regulariser))
+        if again:
+            setup.checkpoint_activations(model)
+        objective.train()
+        with setup.training_attention(model, context=CONTEXT, shown=True):
+            objective(tokens).total.backward()
+        gradients.append([model.transformer.h[0].attn.c_attn.weight.grad, regulariser.thresholds.grad])
+    for plain, recomputed in zip(*gradients, strict=True):
+        assert plain is not None and float(plain.abs().sum()) > 0
+        torch.testing.assert_close(recomputed, plain, rtol=1e-5, atol=1e-8)
