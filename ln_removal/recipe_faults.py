@@ -134,7 +134,9 @@ def _pretraining_faults(value: Callable[[str], Any]) -> list[str]:
     activation = value("architecture.activation")
     if value("architecture.slopes") == "network" and activation not in (None, "learnable_leaky_relu"):
         rule = "has no effect unless activation is 'learnable_leaky_relu'"
-        faults.append(f"architecture.slopes: {rule}, found activation {activation!r}; leave it out, or learn the slopes")
+        faults.append(
+            f"architecture.slopes: {rule}, found activation {activation!r}; leave it out, or learn the slopes"
+        )
     if value("architecture.negative_slope") not in (None, 0.01) and activation in ("gelu", "relu"):
         rule = "has no effect unless activation is 'leaky_relu' or 'learnable_leaky_relu'"
         faults.append(f"architecture.negative_slope: {rule}, found activation {activation!r}; leave it out")

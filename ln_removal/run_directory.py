@@ -13,7 +13,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ln_removal.atomic_directory import clean_leftovers
 from ln_removal.errors import UserError
+from ln_removal.rollback import may_go_on_with, note_change
+from ln_removal.training.interruption import Interrupted
 
 if TYPE_CHECKING:
     from ln_removal.data.tokens import TokenDataset
@@ -45,23 +48,25 @@ def run_directory(out: Path, recipe_toml: str, *, resume: bool, is_main: bool = 
     Raises:
         UserError: `out` cannot be written, another process is at work there, or it holds something already (without
             `resume`) or a run of another recipe.
+        Interrupted: the block was, by a signal; says what is kept.
     """
     if not is_main:
         yield
         return
     made = [path for path in (out, *out.parents) if not path.exists()]
-    with _locked(out, resume=resume):
+    with locked(out, resume=resume):
+        is_new, claimed = not (out / RECIPE_FILE).exists(), False
         try:
-            is_new = _claim(out, recipe_toml, resume=resume)
-        except UserError:
-            if {path.name for path in out.iterdir()} <= {LOCK_FILE, f".{RECIPE_FILE}.tmp"}:
-                _clear(out, made)
-            raise
-        try:
+            _claim(out, recipe_toml, resume=resume)
+            claimed = True
+            _clean_leftovers(out)
             yield
-        except BaseException:
-            if is_new and not _is_worth_keeping(out):
+        except BaseException as error:
+            is_kept = not is_new or not (_is_only_claimed(out) or (claimed and not _is_worth_keeping(out)))
+            if not is_kept:
                 _clear(out, made)
+            if isinstance(error, KeyboardInterrupt):
+                raise _interrupted(error, out, is_kept=is_kept) from None
             raise
 
 
@@ -121,12 +126,22 @@ def remove_unfinished_tokens(directory: Path) -> None:
 
 
 @contextmanager
-def _locked(out: Path, *, resume: bool) -> Iterator[None]:
-    """Keep other processes off a run's directory, which is made if it is not there."""
+def locked(out: Path, *, resume: bool, record: str = RECIPE_FILE) -> Iterator[None]:
+    """Keep other processes off the directory of a run, or of a grid of runs; it is made if it is not there.
+
+    Args:
+        out: the directory.
+        resume: there may be something of ours in it already.
+        record: the file that shows it.
+
+    Raises:
+        UserError: `out` cannot be written, another process is at work there, or it holds something already (without
+            `resume`, or something else).
+    """
     lock = out / LOCK_FILE
     try:
         if not lock.exists():  # a lock is only put where a run may be
-            _check_free(out, resume=resume)
+            check_free(out, resume=resume, record=record)
             out.mkdir(parents=True, exist_ok=True)
         file = lock.open("a")
     except OSError as error:
@@ -145,53 +160,88 @@ def _locked(out: Path, *, resume: bool) -> Iterator[None]:
         yield
 
 
-def _check_free(out: Path, *, resume: bool) -> bool:
+def check_free(out: Path, *, resume: bool, record: str = RECIPE_FILE) -> bool:
     """Whether there is something in `out`, which is then a run to resume; raises UserError when it is anything else."""
-    used = out.is_dir() and any(path.name != LOCK_FILE for path in out.iterdir())
-    file = out / RECIPE_FILE
+    own = {LOCK_FILE, f".{record}.tmp"}  # all that a process leaves which is killed before it has written the record
+    used = out.is_dir() and any(path.name not in own for path in out.iterdir())
+    file = out / record
     if used and not resume:
         if file.exists():
             raise UserError(f"{out} already holds a run; continue it with --resume, or choose another --out")
         raise UserError(f"{out} already holds files that are not a run of ours; choose another --out")
     if used and not file.exists():
-        raise UserError(f"{out} holds no {RECIPE_FILE}, so there is no run to resume; choose another --out")
+        raise UserError(f"{out} holds no {record}, so there is no run to resume; choose another --out")
     return used
 
 
-def _claim(out: Path, recipe_toml: str, *, resume: bool) -> bool:
-    """Whether the run is new."""
+def _claim(out: Path, recipe_toml: str, *, resume: bool) -> None:
     file = out / RECIPE_FILE
     try:
-        used = _check_free(out, resume=resume)
+        used = check_free(out, resume=resume)
         if used:
-            changed = _differences(file.read_bytes(), recipe_toml)
-            if changed and has_trained(out):
+            changed = differences(file.read_bytes(), recipe_toml)
+            lowered = may_go_on_with(out / METRICS_FILE, file.read_bytes(), recipe_toml)
+            if changed and has_trained(out) and not lowered:
                 raise UserError(
                     f"{out} was begun with another recipe: {changed}; resume it with the recipe and options it was begun "
                     "with, or choose another --out"
                 )
             if not changed:
-                return False
-            shutil.rmtree(out / "tokenizer", ignore_errors=True)  # trained by the recipe that is now replaced
+                return
+            note_change(out / METRICS_FILE, changed)
+            if not lowered:
+                shutil.rmtree(out / "tokenizer", ignore_errors=True)  # trained by the recipe that is now replaced
         out.mkdir(parents=True, exist_ok=True)
         temporary = file.with_name(f".{RECIPE_FILE}.tmp")
         temporary.write_text(recipe_toml, encoding="utf-8")
         os.replace(temporary, file)
-        return not used
     except OSError as error:
         raise _unwritable(out, error) from error
+
+
+def _clean_leftovers(out: Path) -> None:
+    """Delete what a killed process left under temporary names in a run's directory, which is locked by this one."""
+    for place in (out, out / "control"):
+        for name in ("", "state", "model", "stock"):
+            directory = place / name
+            if directory.is_dir() and not directory.is_symlink():
+                clean_leftovers(directory)
+                for leftover in directory.glob("*.tmp"):
+                    leftover.unlink(missing_ok=True)
+
+
+def _interrupted(error: KeyboardInterrupt, out: Path, *, is_kept: bool) -> Interrupted:
+    """What was stopped from outside, with what is left of it in words."""
+    stopped = error if isinstance(error, Interrupted) else Interrupted()
+    stopped.resume = is_kept
+    if not stopped.kept:
+        stopped.kept = _kept(out) if is_kept else "nothing was trained or prepared yet, so nothing is kept"
+    return stopped
+
+
+def _kept(out: Path) -> str:
+    tokens = out / "tokens"
+    kept = [str(tokens)] if _holds_tokens(tokens) and not tokens.is_symlink() else []
+    for place in (out, out / "control"):
+        if (place / "model").is_dir():
+            kept.append(str(place / "model"))
+        else:
+            kept += [str(path) for path in sorted((place / "state").glob("step-*"))[-1:]]
+    if not kept:
+        return f"there is no checkpoint in {out} yet"
+    return f"{' and '.join(kept)} {'is' if len(kept) == 1 else 'are'} kept"
 
 
 def _unwritable(out: Path, error: OSError) -> UserError:
     return UserError(f"cannot write {out}: {error.strerror or error}; choose another --out")
 
 
-def _differences(before: bytes, now: str) -> str:
-    """What differs between two recipes, in words; empty when nothing does."""
+def differences(before: bytes, now: str, *, record: str = RECIPE_FILE) -> str:
+    """What differs between two recipes as TOML, in words; empty when nothing does."""
     try:
         old = _flat(tomllib.loads(before.decode()))
     except ValueError as error:
-        return f"its {RECIPE_FILE} is damaged ({error})"
+        return f"its {record} is damaged ({error})"
     new = _flat(tomllib.loads(now))
     keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     shown = [f"{key} was {old.get(key, 'unset')}, now {new.get(key, 'unset')}" for key in keys[:_DIFFERENCES_SHOWN]]
@@ -204,6 +254,11 @@ def _flat(table: Mapping[str, object], prefix: str = "") -> dict[str, object]:
     for key, value in table.items():
         found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
     return found
+
+
+def _is_only_claimed(out: Path) -> bool:
+    """Whether there is nothing in a directory but what claiming it leaves."""
+    return {path.name for path in out.iterdir()} <= {LOCK_FILE, RECIPE_FILE, f".{RECIPE_FILE}.tmp"}
 
 
 def _is_worth_keeping(out: Path) -> bool:

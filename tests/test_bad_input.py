@@ -397,6 +397,13 @@ CASES: dict[str, tuple[Callable[[Path], None], str, str]] = {
     ),
     "report of nothing": (nothing, "ln-report nonsense", "nonsense"),
     "report of damaged results": (written("run/results.json", GARBAGE), "ln-report run", "results.json"),
+    "analysis of nothing": (nothing, "ln-analyze entropy nonsense --out new", "nonsense is not the directory of a run"),
+    "analysis of a run without metrics": (nothing, "ln-analyze nans run --out new", "there is no metrics.jsonl"),
+    "analysis on another's tokens": (
+        nothing,
+        "ln-analyze entropy model --tokens other-tokens --out new",
+        "made with another tokenizer",
+    ),
     # ---- packages that are not there
     "no datasets": (missing("datasets"), "evaluate-hellaswag model --data hellaswag", "needs the package datasets"),
 }

@@ -378,7 +378,8 @@ def test_a_run_interrupted_in_its_control_goes_on_there(copied: Path, monkeypatc
         interrupted_at(patch, "control")
         stopped = run(command)
     assert stopped.exit_code == 130
-    assert stopped.stderr.splitlines()[-1].startswith("stopped; the same command with --resume goes on")
+    told = stopped.stderr.splitlines()[-1]
+    assert told == f"stopped by Ctrl-C: again/tokens and again/model are kept; continue with: {command} --resume"
     assert (copied / "again" / "model").is_dir() and not (copied / "again" / "results.json").exists()
     before = files(copied / "again" / "model")
     begun = interrupted_at(monkeypatch, "none")
@@ -452,7 +453,10 @@ def test_a_damaged_checkpoint_is_passed_over(copied: Path) -> None:
     shutil.rmtree(copied / "run" / "model")
     results = json.loads((copied / "run" / "results.json").read_text(encoding="utf-8"))
     resumed = done("ln-remove --out run --resume --questions none --json")
-    assert "passed over: run/state/step-000006 is damaged (model.safetensors does not match" in resumed.stderr
+    assert (
+        "warning: run/state/step-000006 is damaged (model.safetensors does not match its checksum); going on from "
+        "run/state/step-000003 instead"
+    ) in resumed.stderr
     assert json.loads(resumed.stdout)["cross_entropy"] == pytest.approx(results["cross_entropy"], abs=1e-5)
 
 

@@ -18,7 +18,8 @@ from ln_removal.recipe import available_recipes, load_recipe
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SCRIPTS: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "docs/design.md", "docs/method.md", "docs/LOG.md", "checkpoints/README.md"]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "checkpoints/README.md"]
+DOCUMENTS += [f"docs/{name}.md" for name in ("design", "method", "LOG", "normfree", "reliability", "performance")]
 
 
 def blocks(language: str, text: str = README) -> list[str]:
@@ -40,11 +41,17 @@ def app_of(script: str) -> typer.Typer:
     return app
 
 
+def subcommands_of(script: str) -> dict[str, typer.core.TyperCommand]:
+    return getattr(typer.main.get_command(app_of(script)), "commands", {})
+
+
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
 def test_every_command_in_the_readme_is_accepted(words: list[str]) -> None:
     name, *arguments = words
     command = typer.main.get_command(app_of(name))
-    command.make_context(name, arguments)  # parses and checks choices, runs nothing
+    context = command.make_context(name, arguments)  # parses and checks choices, runs nothing
+    if subcommands := subcommands_of(name):
+        subcommands[arguments[0]].make_context(arguments[0], arguments[1:], parent=context)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -54,15 +61,19 @@ def test_every_command_is_shown_in_the_readme_and_in_its_help(script: str) -> No
     shown = CliRunner().invoke(app_of(script), ["--help"], terminal_width=200)
     assert shown.exit_code == 0
     assert re.search(rf"Examples?:\n\s+{script} ", shown.output)
+    helps = [
+        CliRunner().invoke(app_of(script), [name, "--help"], terminal_width=200) for name in subcommands_of(script)
+    ]
+    known = {option for one in (shown, *helps) for option in re.findall(r"--[a-z][a-z-]+", one.output)}
     used = {word for words in commands() if words[0] == script for word in words if word.startswith("--")}
-    assert used <= set(re.findall(r"--[a-z][a-z-]+", shown.output))
+    assert used <= known
 
 
 def test_options_named_in_prose_exist() -> None:
     known = set()
     for script in SCRIPTS:
-        for parameter in typer.main.get_command(app_of(script)).params:
-            known.update(parameter.opts)
+        for command in (typer.main.get_command(app_of(script)), *subcommands_of(script).values()):
+            known.update(option for parameter in command.params for option in parameter.opts)
     prose = re.sub(r"^```.*?^```", "", README, flags=re.MULTILINE | re.DOTALL)
     named = set(re.findall(r"`(--[a-z][a-z-]+)", prose))
     assert "--set" in named
@@ -76,7 +87,7 @@ def test_recipes_named_in_commands_exist() -> None:
 
 
 def test_recipe_table_agrees_with_the_recipes() -> None:
-    rows = re.findall(r"^\| `([\w-]+)` \| ([^|]+) \| (\d+(?:\.\d+)?)M \| ([\d,]+) \|", README, flags=re.MULTILINE)
+    rows = re.findall(r"^\| `([\w/-]+)` \| ([^|]+) \| (\d+(?:\.\d+)?)M \| ([\d,]+) \|", README, flags=re.MULTILINE)
     assert sorted(name for name, *_ in rows) == available_recipes()
     for name, model, millions, steps in rows:
         recipe = load_recipe(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 from collections.abc import Callable, Iterator
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tiny_training import CONTEXT, EOT, tiny_model, tiny_spec
 from torch import nn
@@ -18,7 +21,7 @@ from ln_removal.errors import UserError
 from ln_removal.surgery import install
 from ln_removal.training import state as state_module
 from ln_removal.training.optimizers import build_optimizers, set_learning_rate
-from ln_removal.training.state import TrainerState, checkpoints, load_newest, save_checkpoint
+from ln_removal.training.state import TrainerState, checkpoints, load_newest, prune, save_checkpoint
 
 Optimizers = list[torch.optim.Optimizer]
 KINDS = ["adamw", "muon"]
@@ -165,7 +168,52 @@ def test_the_newest_whole_checkpoint_is_found(tmp_path: Path, damage: Callable[[
     state, faults = load_newest(tmp_path, model, optimizers)
     assert state is not None and state.step == 1
     assert_equal(weights(model), kept[1])
-    assert len(faults) == 1 and "step-000002 is damaged" in faults[0]
+    (fault,) = faults
+    assert fault.startswith(f"{tmp_path}/step-000002 is damaged (")
+    assert fault.endswith(f"); going on from {tmp_path}/step-000001 instead")
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(data=st.data())
+def test_no_flipped_bit_goes_unseen(tmp_path: Path, data: st.DataObject) -> None:
+    if not saved_steps(tmp_path):
+        save_steps(tmp_path, 1, 2)
+    path = data.draw(st.sampled_from(sorted((tmp_path / "step-000002").iterdir())))
+    whole = path.read_bytes()
+    position = data.draw(st.integers(0, len(whole) - 1))
+    flipped = bytearray(whole)
+    flipped[position] ^= 1 << data.draw(st.integers(0, 7))
+    path.write_bytes(flipped)
+    try:
+        model, optimizers = make(seed=1)
+        state, faults = load_newest(tmp_path, model, optimizers)
+    finally:
+        path.write_bytes(whole)
+    assert state is not None
+    if faults:
+        assert state.step == 1 and "going on from" in faults[0]
+    else:  # one kind of white space became another
+        assert path.name == "trainer.json" and json.loads(flipped) == json.loads(whole)
+
+
+def test_every_number_of_trainer_json_is_checked(tmp_path: Path) -> None:
+    save_steps(tmp_path, 1, 2)
+    path = tmp_path / "step-000002" / "trainer.json"
+    path.write_text(path.read_text().replace('"tokens": 20', '"tokens": 21'))
+    model, optimizers = make(seed=1)
+    state, (fault,) = load_newest(tmp_path, model, optimizers)
+    assert state is not None and state.step == 1 and "trainer.json does not match its checksum" in fault
+
+
+def test_a_checkpoint_from_before_trainer_json_had_a_checksum(tmp_path: Path) -> None:
+    save_steps(tmp_path, 2)
+    path = tmp_path / "step-000002" / "trainer.json"
+    values = json.loads(path.read_text())
+    del values["sha256"]
+    path.write_text(json.dumps(values))
+    model, optimizers = make(seed=1)
+    state, faults = load_newest(tmp_path, model, optimizers)
+    assert state is not None and state.step == 2 and faults == []
 
 
 def test_all_damaged_is_an_error(tmp_path: Path) -> None:
@@ -189,6 +237,108 @@ def test_a_damaged_later_checkpoint_does_not_push_out_the_next_one(tmp_path: Pat
     assert saved_steps(tmp_path) == [15]
     again, _ = load_newest(tmp_path, model, optimizers)
     assert again is not None and again.step == 15
+
+
+def corrupting(
+    monkeypatch: pytest.MonkeyPatch, name: str, times: int, damage: Callable[[Path], None], *, only: str = ""
+) -> list[Path]:
+    """Let a function that writes a file succeed, and leave something else on the disk, so many times."""
+    real, done = getattr(state_module, name), []
+
+    def write_and_damage(*args: object) -> None:
+        real(*args)
+        (path,) = [each for each in args if isinstance(each, Path)]
+        if len(done) < times and path.name.startswith(only):
+            done.append(path)
+            damage(path)
+
+    monkeypatch.setattr(state_module, name, write_and_damage)
+    return done
+
+
+def flip_last(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+
+
+def halve(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+SILENT = {
+    "flipped bit in the model": ("save_file", flip_last, "model"),
+    "flipped bit in the optimizer": ("save_file", flip_last, "optimizer"),
+    "model cut short": ("save_file", halve, "model"),
+    "trainer.json cut short": ("write_json_atomically", halve, ""),
+}
+
+
+@pytest.mark.parametrize(("name", "damage", "only"), SILENT.values(), ids=SILENT.keys())
+def test_old_checkpoints_stay_until_a_newer_one_has_been_read_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, damage: Callable[[Path], None], only: str
+) -> None:
+    kept = save_steps(tmp_path, 1, 2)
+    model, optimizers = make()
+    step(model, optimizers, 0)
+    with monkeypatch.context() as patched:
+        done = corrupting(patched, name, 100, damage, only=only)
+        with pytest.raises(UserError, match="does not read back as it was written") as caught:
+            save_checkpoint(tmp_path, TrainerState(step=3), model, optimizers, keep=1)
+    assert len(done) == 2, "it tried twice"
+    told = str(caught.value)
+    assert f"{tmp_path}/step-000002 is intact, continue from there with --resume" in told and "\n" not in told
+    assert saved_steps(tmp_path) == [1, 2] and not list(tmp_path.glob(".*"))
+    restored, others = make(seed=1)
+    state, faults = load_newest(tmp_path, restored, others)
+    assert state is not None and state.step == 2 and faults == []
+    assert_equal(weights(restored), kept[2])
+
+
+@pytest.mark.parametrize(("name", "damage", "only"), SILENT.values(), ids=SILENT.keys())
+def test_a_write_that_went_wrong_once_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, damage: Callable[[Path], None], only: str
+) -> None:
+    save_steps(tmp_path, 1, 2)
+    model, optimizers = make()
+    step(model, optimizers, 0)
+    done = corrupting(monkeypatch, name, 1, damage, only=only)
+    save_checkpoint(tmp_path, TrainerState(step=3), model, optimizers, keep=1)
+    assert len(done) == 1 and saved_steps(tmp_path) == [3]
+    restored, others = make(seed=1)
+    state, faults = load_newest(tmp_path, restored, others)
+    assert state is not None and state.step == 3 and faults == []
+    assert_equal(weights(restored), weights(model))
+
+
+def test_a_weight_that_is_not_a_number_reads_back_as_it_was(tmp_path: Path) -> None:
+    model, _ = make()
+    with torch.no_grad():
+        next(model.parameters()).fill_(torch.nan)
+    save_checkpoint(tmp_path, TrainerState(step=1), model, [], keep=1)
+    assert saved_steps(tmp_path) == [1]
+
+
+def test_a_checkpoint_that_is_half_deleted_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_steps(tmp_path, 1, 2)
+    model, optimizers = make()
+
+    def killed(path: Path, **options: object) -> None:
+        if path.is_dir():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(state_module.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(tmp_path, TrainerState(step=3), model, optimizers, keep=2)
+    assert saved_steps(tmp_path) == [2, 3]
+
+
+def test_killed_before_it_pruned_it_prunes_when_it_goes_on(tmp_path: Path) -> None:
+    save_steps(tmp_path, 1, 2, 3)
+    prune(tmp_path, keep=2)
+    assert saved_steps(tmp_path) == [2, 3]
+    prune(tmp_path, keep=5)
+    assert saved_steps(tmp_path) == [2, 3]
 
 
 def test_what_a_crash_left_under_a_temporary_name_does_not_count(tmp_path: Path) -> None:

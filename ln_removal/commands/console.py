@@ -1,12 +1,14 @@
 """What all commands share: one line for a user's mistake, the exit codes, `--debug` and `--version`.
 
-Exit codes: 0 done, 1 a bug of ours, 2 something the user can mend, 130 stopped with Ctrl-C.
+Exit codes: 0 done, 1 a bug of ours, 2 something the user can mend, 130 stopped with Ctrl-C, 143 with SIGTERM.
 """
 
 from __future__ import annotations
 
 import errno
 import functools
+import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable
@@ -16,7 +18,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec
 import typer
 import typer.core
 
+from ln_removal.disk_space import is_full
 from ln_removal.errors import UserError
+from ln_removal.training.interruption import Interrupted, termination_raises
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,6 +37,10 @@ Device = Literal["auto", "cpu", "cuda"]
 
 # Typer names BadParameter but not its base, which is also that of an unknown option and a missing argument.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+
+_typed: list[str] = []
+"""The arguments that the command was given, for a message that says what to type next."""
 
 
 def _print_version(asked: bool) -> None:
@@ -93,24 +101,50 @@ def build(command: Callable[P, None]) -> typer.Typer:
     return app
 
 
+def build_group(help_text: str, **commands: Callable[..., None]) -> typer.Typer:
+    """A Typer application of several commands by name, each as in `build`; without one it shows its help."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+    def group(version: VersionOption = False) -> None:
+        """Only so that the group takes --version."""
+
+    app.callback(cls=_Group, help=help_text, no_args_is_help=True)(group)
+    for name, command in commands.items():
+        app.command(name, cls=_Command)(guard(command))
+    return app
+
+
+class _Group(typer.core.TyperGroup):
+    """A group that says in one line that it has no such command."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        try:
+            return super().resolve_command(ctx, args)
+        except _UsageError as error:
+            fail(f"{str(error).rstrip('.')}; see {ctx.info_name} --help")
+
+
 class _Command(typer.core.TyperCommand):
     """A command that says what is wrong with its options in one line, like every other mistake."""
 
-    def make_context(self, info_name: str | None, args: list[str], *rest: Any, **extra: Any) -> Any:
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        _typed[:] = args
         try:
-            return super().make_context(info_name, args, *rest, **extra)
+            return super().make_context(info_name, args, parent, **extra)
         except _UsageError as error:
             message = error.format_message() if hasattr(error, "format_message") else str(error)
-            fail(f"{message.rstrip('.')}; see {info_name} --help")
+            command = info_name if parent is None else f"{parent.command_path} {info_name}"
+            fail(f"{message.rstrip('.')}; see {command} --help")
 
 
 def guard(command: Callable[P, None]) -> Callable[P, None]:
-    """Turn a UserError, or a fault of the file system, into one line and exit code 2, and Ctrl-C into exit code 130."""
+    """Turn a UserError, or a fault of the file system, into one line and exit code 2, and Ctrl-C or SIGTERM into 130 or 143."""
 
     @functools.wraps(command)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
-            command(*args, **kwargs)
+            with termination_raises():
+                command(*args, **kwargs)
         except UserError as error:
             if kwargs.get("debug"):
                 traceback.print_exc()
@@ -122,15 +156,36 @@ def guard(command: Callable[P, None]) -> Callable[P, None]:
                 traceback.print_exc()
             path = str(error.filename or "the file system")
             shown = path if len(path) < 100 else f"{path[:60]}...{path[-30:]}"
+            if is_full(error):
+                again = _to_type(command.__name__, resumes="resume" in kwargs)
+                fail(f"{shown}: {error.strerror}; what was saved before is intact: free some space, then type: {again}")
             fail(f"{shown}: {error.strerror}; check the path, its permissions and the free space")
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
             if kwargs.get("debug"):
                 traceback.print_exc()
-            again = "; the same command with --resume goes on from the last checkpoint" if "resume" in kwargs else ""
-            typer.echo(f"stopped{again}", err=True)
-            raise typer.Exit(130) from None
+            stopped = error if isinstance(error, Interrupted) else Interrupted()
+            if os.environ.get("RANK", "0") == "0":  # torchrun's; of several ranks one speaks
+                typer.echo(_stopped(stopped, command.__name__, resumable="resume" in kwargs), err=True)
+            raise typer.Exit(stopped.exit_code) from None
 
     return guarded
+
+
+def _stopped(error: Interrupted, name: str, *, resumable: bool) -> str:
+    """One line: what is kept, and exactly what to type to go on from there."""
+    resumes = resumable and error.resume is not False
+    kept = f": {error.kept}" if error.kept else ""
+    again = "continue with" if resumes or (error.kept and not resumable) else "to start again"
+    return f"stopped by {error.cause}{kept}; {again}: {_to_type(name, resumes=resumes)}"
+
+
+def _to_type(name: str, *, resumes: bool) -> str:
+    """The command as it was typed, with --resume if that is how it goes on."""
+    if "WORLD_SIZE" in os.environ:  # torchrun's; what came before the command is not known here
+        return "the same command" + (" with --resume" if resumes else "")
+    program = name.replace("_", "-")
+    words = [program if program.startswith("evaluate-") else f"ln-{program}", *_typed]
+    return shlex.join(words if not resumes or "--resume" in words else [*words, "--resume"])
 
 
 def fail(message: str) -> None:
@@ -184,21 +239,30 @@ def print_plan(recipe: Recipe, *, control: bool, device: Device, as_json: bool) 
         UserError: as `planning.plan`, or CUDA was asked for and there is none.
     """
     import json
-    import shutil
 
     from ln_removal.planning import plan
 
-    name = "cpu"
-    # PyTorch takes a second to import: not where there is no NVIDIA driver.
-    if device == "cuda" or (device == "auto" and shutil.which("nvidia-smi")):
-        from ln_removal.evaluation.scoring import device_name
-
-        name = device_name(pick_device(device))
-    found = plan(recipe, control=control, device=name)
+    found = plan(recipe, control=control, device=planned_device(device))
     if as_json:
         typer.echo(json.dumps(found.to_json(), indent=2))
         return
     found.render(wide_console())
+
+
+def planned_device(device: Device) -> str:
+    """The name of the device to plan for: "cpu", or that of the GPU.
+
+    Raises:
+        UserError: CUDA was asked for and there is none.
+    """
+    import shutil
+
+    # PyTorch takes a second to import: not where there is no NVIDIA driver.
+    if device == "cuda" or (device == "auto" and shutil.which("nvidia-smi")):
+        from ln_removal.evaluation.scoring import device_name
+
+        return device_name(pick_device(device))
+    return "cpu"
 
 
 def wide_console() -> Console:

@@ -33,7 +33,9 @@ from ln_removal.data.tokens import (
     write_index,
     write_json_atomically,
 )
+from ln_removal.disk_space import free_bytes, is_full, readable
 from ln_removal.errors import UserError
+from ln_removal.training.interruption import deferred
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -81,10 +83,10 @@ class _ShardWriter:
         self._file.seek(0, os.SEEK_END)
 
     def append(self, part: _Encoded) -> None:
-        self._file.write(part.data)
-        self.shard.tokens += part.tokens
+        self.shard.tokens += part.tokens  # first: when the disk is full it is said how much did not fit
         self.shard.documents += part.documents
         self.shard.bytes += part.text_bytes
+        self._file.write(part.data)
 
     def sync(self) -> None:
         self._file.flush()
@@ -129,6 +131,7 @@ def prepare(
     Raises:
         UserError: `out` holds another corpus or cannot be written, another process is preparing it, the tokenizer has no
             end-of-text token, or the corpus gave no document for one of the splits.
+        Interrupted: Ctrl-C or SIGTERM; the tokens so far are kept.
     """
     out = Path(out)
     eot = tokenizer.eos_token_id
@@ -152,7 +155,22 @@ def prepare(
                 corpus, tokenizer, out, index, max_tokens, shard_tokens, checkpoint_tokens, workers, progress
             )
     except OSError as error:
+        if is_full(error):
+            raise UserError(_out_of_room(out, index, max_tokens)) from error
         raise UserError(f"cannot write {out}: {error.strerror or error}; choose another --out") from error
+
+
+def _out_of_room(out: Path, index: TokenIndex, max_tokens: int | None) -> str:
+    """What to say when the disk is full: how much is needed, how much is free, what is kept."""
+    width = np.dtype(index.dtype).itemsize
+    so_far = f"{readable(index.total('train', 'tokens') * width)} of training tokens"
+    needed = f"{so_far} do not fit, and what the rest of the corpus needs is not known"
+    if max_tokens is not None:
+        needed = f"{max_tokens:,} training tokens need {readable(max_tokens * width)}, {so_far} are there"
+    free = free_bytes(out)
+    room = "" if free is None else f", {readable(free)} are free"
+    again = "the same command goes on from the last point saved" if (out / PROGRESS).exists() else "start again"
+    return f"the disk of {out} is full: {needed}{room}; free some space, then {again}, or choose another --out"
 
 
 def _prepare_locked(
@@ -183,7 +201,7 @@ def _prepare_locked(
 
     batches = _batches(corpus, consumed) if not enough() else iter(())
     try:
-        with closing(read_ahead(batches, QUEUED_BATCHES)) as read, encoders:
+        with deferred("batch") as stop, closing(read_ahead(batches, QUEUED_BATCHES)) as read, encoders:
             for batch, encoded in encoders.in_order(read, _texts):
                 for part in _parts(batch, encoded, index):
                     writer = writers.get(part.group)
@@ -203,6 +221,9 @@ def _prepare_locked(
                     since_checkpoint = 0
                 if enough():
                     break
+                if stop:
+                    _checkpoint(out, index, writers, consumed)
+                    raise stop.interrupted(f"{_progress(index).tokens:,} tokens are kept in {out}")
     finally:
         for writer in writers.values():
             writer.close()

@@ -122,7 +122,9 @@ def score(
     if stride is not None and stride > context:
         raise UserError(f"the stride of {stride} tokens is longer than the context of {context}; lower it")
     for prompt in prompts:
-        encode_prompt(tokenizer, prompt, min(int(load_config(name).max_position_embeddings) for name in models.values()))
+        encode_prompt(
+            tokenizer, prompt, min(int(load_config(name).max_position_embeddings) for name in models.values())
+        )
     readings = [
         SideBySide(name, one, context=context, stride=stride, max_tokens=max_tokens) for name, one in data_sets.items()
     ]

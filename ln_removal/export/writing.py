@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from safetensors import SafetensorError
 
+from ln_removal.atomic_directory import written_whole
+from ln_removal.disk_space import check_room, is_full, shortage
 from ln_removal.errors import UserError
 from ln_removal.export.modelling_file import add_modelling_file
 from ln_removal.export.normfree_gpt2 import NormFreeGPT2LMHeadModel, from_folded
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 Format = Literal["normfree", "stock"]
 DIRECTORIES: dict[Format, str] = {"normfree": "model", "stock": "stock"}
+
+BESIDE_WEIGHTS = 1 << 22
+"""Bytes of a model's directory that are not weights, generously: the tokenizer of GPT-2 takes 3.6 MB."""
 
 
 def write_exports(
@@ -104,30 +107,36 @@ def save_model(
     dtype: str = "float32",
     with_code: bool = False,
 ) -> None:
-    """Save in Hugging Face format: into a temporary directory beside the target, then renamed over it.
+    """Save in Hugging Face format: into a temporary directory beside the target, which then takes its place.
 
     Args:
         with_code: also save the modelling file; for an LN-free model.
 
     Raises:
-        UserError: the disk is full or the directory cannot be written.
+        UserError: the disk is full or the directory cannot be written; what was there before stays as it was.
     """
-    temporary = directory.with_name(f".{directory.name}.tmp")
+    wanted = getattr(torch, dtype)
+    needed = export_bytes(model, dtype)
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        wanted = getattr(torch, dtype)
+        check_room(directory, needed)
         # A copy, because .to() would change the caller's model.
         written = model if model.dtype == wanted else copy.deepcopy(model).to(dtype=wanted)
-        with quiet_transformers():
-            written.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        if with_code:
-            add_modelling_file(temporary)
-        shutil.rmtree(directory, ignore_errors=True)
-        os.replace(temporary, directory)
+        with written_whole(directory) as temporary:
+            with quiet_transformers():
+                written.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+            if with_code:
+                add_modelling_file(temporary)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot write {directory}: {reason}; free some space or choose another --out") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        room = f"; {shortage(directory, needed)}" if is_full(error) else ""
+        raise UserError(
+            f"cannot write {directory}: {reason}{room}; free some space and run this again (a training: with --resume), or choose "
+            "another --out"
+        ) from error
+
+
+def export_bytes(model: PreTrainedModel, dtype: str = "float32") -> int:
+    """What `save_model` is going to write, in bytes; at most a few megabytes too high."""
+    count = sum(parameter.numel() for parameter in model.parameters())
+    return count * getattr(torch, dtype).itemsize + BESIDE_WEIGHTS

@@ -1,12 +1,14 @@
 """Checkpoints of a run in progress: safetensors and JSON only, written atomically, the newest valid one found on resume.
 
 A checkpoint `state/step-000120/` holds `model.safetensors` (parameters and buffers, so mixes, running and frozen stds too),
-`optimizer-0.safetensors`, ... and `trainer.json` (next step, counters, checksums). It is written under a temporary name, synced
-and renamed: a folder with a final name is complete.
+`optimizer-0.safetensors`, ... and `trainer.json` (next step, counters, checksums). It is written under a temporary name, synced,
+read back from the disk, compared with what was meant, and renamed: a folder with a final name is complete. Older ones are
+deleted after that.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -16,12 +18,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ln_removal.atomic_directory import sync, written_whole
 from ln_removal.data.tokens import checksum, write_json_atomically
+from ln_removal.disk_space import check_room, is_full, shortage
 from ln_removal.errors import UserError
+
+BESIDE_TENSORS = 1 << 18
+"""Bytes of a checkpoint that are not tensors, generously: headers, trainer.json, the file system's own."""
+
+Files = dict[str, dict[str, Tensor]]
+"""File name to tensors."""
 
 _NAME = re.compile(r"step-(\d{6,})")
 
@@ -41,41 +51,122 @@ class TrainerState:
     checksums: dict[str, str] = field(default_factory=dict)
 
 
+class _NotAsWritten(Exception):
+    """A file holds something else than what was written to it."""
+
+
 def save_checkpoint(
     directory: Path, state: TrainerState, model: nn.Module, optimizers: list[torch.optim.Optimizer], *, keep: int
 ) -> Path:
     """Write `directory/step-NNNNNN` atomically, then delete all but the newest `keep` checkpoints up to this one.
 
+    A checkpoint that does not read back as it was written is written once more.
+
     Raises:
-        UserError: when the disk is full or the directory cannot be written; earlier checkpoints stay as they were.
+        UserError: when the disk is full or failing or the directory cannot be written; earlier checkpoints stay as they were.
     """
     final = directory / f"step-{state.step:06d}"
-    temporary = directory / f".{final.name}.tmp"
+    files: Files = {"model.safetensors": _unshared(model.state_dict())}
+    for number, optimizer in enumerate(optimizers):
+        files[f"optimizer-{number}.safetensors"] = _flatten(optimizer)
+    needed = BESIDE_TENSORS + sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        save_file(_unshared(model.state_dict()), temporary / "model.safetensors")
-        for number, optimizer in enumerate(optimizers):
-            save_file(_flatten(optimizer), temporary / f"optimizer-{number}.safetensors")
-        state.checksums = {path.name: checksum(path) for path in sorted(temporary.glob("*.safetensors"))}
-        for path in temporary.iterdir():
-            _sync(path)
-        write_json_atomically(temporary / "trainer.json", asdict(state))
-        _sync(temporary)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(temporary, final)
-        _sync(directory)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        check_room(final, needed)
+        try:
+            _write(final, state, files)
+        except _NotAsWritten:  # once may be chance
+            _write(final, state, files)
+    except _NotAsWritten as error:
         raise UserError(
-            f"cannot write the checkpoint {final}: {error}; free some space, then continue from the one before with --resume"
+            f"the checkpoint {final} does not read back as it was written ({error}, twice): the disk or the memory is failing; "
+            f"{_before(final)} is intact, continue from there with --resume on a disk that works"
         ) from error
-    # Later ones are damaged (resuming passed them over): counted in, they would push out the one just written.
-    kept = [path for step, path in checkpoints(directory) if step <= state.step][-keep:]
-    for _, path in checkpoints(directory):
-        if path not in kept:
-            shutil.rmtree(path, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        advice = (
+            f"{shortage(final, needed)}; free some space" if is_full(error) else "check the directory and its rights"
+        )
+        raise UserError(
+            f"cannot write the checkpoint {final}: {reason}; {advice}, then continue from {_before(final)} with --resume"
+        ) from error
+    # Later ones are damaged: resuming passed them over. Counted in, they would push out the one just written.
+    for step, path in checkpoints(directory):
+        if step > state.step:
+            _delete(path)
+    prune(directory, keep=keep)
     return final
+
+
+def prune(directory: Path, *, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints. Only when the newest is known to be whole."""
+    for _, path in checkpoints(directory)[:-keep]:
+        _delete(path)
+
+
+def _write(final: Path, state: TrainerState, files: Files) -> None:
+    """Write a checkpoint and see that it is on the disk as it was meant; raises _NotAsWritten, and leaves nothing, if not."""
+    with written_whole(final) as temporary:
+        state.checksums = {}
+        for name, tensors in files.items():
+            path = temporary / name
+            save_file(tensors, path)
+            sync(path)
+            _forget_cached(path)
+            state.checksums[name] = checksum(path)
+            _check_reads_back(path, tensors)
+        values = json.loads(json.dumps(asdict(state)))
+        path = temporary / "trainer.json"
+        write_json_atomically(path, {**values, "sha256": _digest(values)})
+        try:
+            _read_state(temporary)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise _NotAsWritten(f"{path.name}: {error}") from error
+
+
+def _check_reads_back(path: Path, tensors: dict[str, Tensor]) -> None:
+    try:
+        with safe_open(path, framework="pt") as file:
+            same = sorted(file.keys()) == sorted(tensors) and all(
+                _same_bits(file.get_tensor(name), tensor) for name, tensor in tensors.items()
+            )
+    except (OSError, SafetensorError, ValueError) as error:
+        raise _NotAsWritten(f"{path.name}: {error}") from error
+    if not same:
+        raise _NotAsWritten(path.name)
+
+
+def _same_bits(found: Tensor, meant: Tensor) -> bool:
+    """Equal to the last bit: a NaN is the same as itself."""
+    if found.shape != meant.shape or found.dtype != meant.dtype:
+        return False
+    return torch.equal(found.flatten().view(torch.uint8), meant.detach().cpu().flatten().view(torch.uint8))
+
+
+def _forget_cached(path: Path) -> None:
+    """Have the next read of a synced file come from the disk and not from memory, where the system allows to ask for that."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
+
+
+def _delete(checkpoint: Path) -> None:
+    """Under a temporary name first: one that is half deleted is no checkpoint."""
+    doomed = checkpoint.with_name(f".{checkpoint.name}.tmp")
+    try:
+        os.replace(checkpoint, doomed)
+    except OSError:
+        doomed = checkpoint
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _before(final: Path) -> str:
+    """The newest checkpoint but `final`, to go on from."""
+    others = [path for _, path in checkpoints(final.parent) if path != final]
+    return str(others[-1]) if others else "the beginning"
 
 
 def checkpoints(directory: Path) -> list[tuple[int, Path]]:
@@ -98,7 +189,8 @@ def load_newest(
         optimizers: receive their state; None loads the model only.
 
     Returns:
-        The state, None when there is no checkpoint at all, and one line for each newer checkpoint passed over as damaged.
+        The state, None when there is no checkpoint at all, and one line for each newer checkpoint passed over as damaged,
+        which also names the one loaded instead.
 
     Raises:
         UserError: when there are checkpoints and every one of them is damaged, or the newest is of another model or
@@ -115,20 +207,33 @@ def load_newest(
         _load_model(path, model, tensors["model.safetensors"])
         for number, optimizer in enumerate(optimizers or []):
             _load_optimizer(path / f"optimizer-{number}.safetensors", optimizer, tensors)
-        return state, faults
+        return state, [f"{fault}; going on from {path} instead" for fault in faults]
     if faults:
         raise UserError("; ".join(faults) + "; no whole checkpoint is left: start again with another --out")
     return None, []
 
 
 def _read_trainer(path: Path) -> TrainerState:
-    state = TrainerState(**json.loads((path / "trainer.json").read_text(encoding="utf-8")))
+    """trainer.json of a checkpoint whose files are all as it says."""
+    state = _read_state(path)
     for name, expected in state.checksums.items():
         if Path(name).name != name or checksum(path / name) != expected:
             raise ValueError(f"{name} does not match its checksum")
     if "model.safetensors" not in state.checksums:
         raise ValueError("it names no model.safetensors")
     return state
+
+
+def _read_state(path: Path) -> TrainerState:
+    values = json.loads((path / "trainer.json").read_text(encoding="utf-8"))
+    if values.pop("sha256", None) not in (None, _digest(values)):  # None: written before there was one
+        raise ValueError("trainer.json does not match its checksum")
+    return TrainerState(**values)
+
+
+def _digest(values: dict[str, Any]) -> str:
+    """SHA-256 of what trainer.json says besides."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _load_model(path: Path, model: nn.Module, tensors: dict[str, Tensor]) -> None:
@@ -183,11 +288,3 @@ def _load_optimizer(path: Path, optimizer: torch.optim.Optimizer, files: dict[st
     if not fits:
         raise UserError(f"{path.parent} has no state for this optimizer; resume with the recipe the run began with")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,0 +1,452 @@
+"""Ctrl-C and SIGTERM: what is being done is finished and saved, one line says what to type next, and typing that goes on."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pty
+import shlex
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import termios
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from forked_commands import ROOT, Command, Commands, commands
+from small_model import write_corpus, write_model
+
+from ln_removal.commands.console import guard
+from ln_removal.training.interruption import Interrupted, StopRequest, deferred, termination_raises
+
+STEPS = 60
+SETTINGS = {
+    "data.context": "32",
+    "data.weights": "{}",
+    "data.validation_tokens": "512",
+    "training.tokens_per_step": "128",
+    "training.evaluate_every": "1000",
+    "training.evaluation_tokens": "512",
+    "training.checkpoint_every": "1000",
+    "training.precision": "float32",
+    "training.compile": "false",
+}
+
+# ---------------------------------------------------------------------------------------------------------- the handlers
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_asks_and_the_second_stops(number: int, capfd: pytest.CaptureFixture[str]) -> None:
+    def work() -> None:
+        with deferred("step") as stop:
+            assert not stop
+            signal.raise_signal(number)
+            assert stop and stop.signal == number
+            signal.raise_signal(number)
+            pytest.fail("the second one has to stop at once")
+
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Interrupted) as caught:
+        work()
+    assert caught.value.exit_code == 128 + number
+    assert capfd.readouterr().err == f"{caught.value.cause}: stopping after this step; once more stops at once\n"
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_a_request_that_nobody_honoured_is_raised_at_the_end() -> None:
+    with pytest.raises(Interrupted), deferred("step"):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_an_error_of_the_block_comes_first() -> None:
+    def work() -> None:
+        with deferred("step"):
+            signal.raise_signal(signal.SIGINT)
+            raise RuntimeError("the disk")
+
+    with pytest.raises(RuntimeError, match="the disk"):
+        work()
+
+
+def test_an_ignored_signal_stays_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with deferred("step") as stop:
+            signal.raise_signal(signal.SIGINT)
+            assert not stop
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_in_another_thread_nothing_changes() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    found: list[object] = []
+
+    def work() -> None:
+        with deferred("step") as stop, termination_raises():
+            found.append((bool(stop), signal.getsignal(signal.SIGINT)))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [(False, before)]
+
+
+def test_one_ctrl_c_that_reaches_a_rank_twice_is_one() -> None:
+    def work() -> None:
+        with deferred("step", ranks=2) as stop:
+            signal.raise_signal(signal.SIGINT)  # from the terminal
+            signal.raise_signal(signal.SIGTERM)  # and from torchrun
+            assert stop.signal == signal.SIGINT
+
+    with pytest.raises(Interrupted):
+        work()
+
+
+@pytest.mark.parametrize(("raised", "code"), [(KeyboardInterrupt(), 130), (Interrupted(signal.SIGTERM), 143)])
+def test_a_command_that_is_interrupted_says_one_line(
+    raised: BaseException, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import typer
+
+    def evaluate_hellaswag() -> None:
+        raise raised
+
+    with pytest.raises(typer.Exit) as caught:
+        guard(evaluate_hellaswag)()
+    assert caught.value.exit_code == code
+    told = capsys.readouterr().err
+    assert told.startswith("stopped by ") and told.count("\n") == 1 and "; to start again: evaluate-hellaswag" in told
+
+
+# -------------------------------------------------------------------------------------------------------- whole commands
+
+
+def arguments(out: str, *more: str, **changes: str) -> list[str]:
+    sets = [part for key, value in (SETTINGS | changes).items() for part in ("--set", f"{key}={value}")]
+    given = [
+        "--model",
+        "model",
+        "--recipe",
+        "tiny",
+        "--tokens",
+        "tokens",
+        "--out",
+        out,
+        "--control",
+        "--steps",
+        str(STEPS),
+    ]
+    return [*given, "--questions", "none", "--device", "cpu", *sets, *more]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("a place")
+    write_model(directory / "model")
+    write_corpus(directory / "corpus")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def forked(place: Path) -> Iterator[Commands]:
+    with commands(place) as started:
+        started.run("ln-prepare", "corpus", "--tokenizer", "model", "--out", "tokens")
+        yield started
+
+
+def when(command: Command, happened: Callable[[], bool]) -> Command:
+    """Wait for something that a command does."""
+    deadline = time.monotonic() + 120
+    while not happened() and time.monotonic() < deadline:
+        assert not command.ended(), f"it ended with {command.wait()}: {command.said()}"
+        time.sleep(0.001)
+    return command
+
+
+def last_line(said: str, *, asks: bool) -> str:
+    """The line about the stop; above it only the one that says what comes first, and progress."""
+    lines = said.splitlines()
+    assert "Traceback" not in said and "Exception" not in said, said
+    assert ("once more stops at once" in said) == asks, said
+    assert said.endswith("\n") and lines[-1].startswith("stopped by "), said
+    return lines[-1]
+
+
+def to_type(line: str) -> list[str]:
+    """The command that a line says to type."""
+    return shlex.split(line.partition(": ln-")[2])
+
+
+def weights(run: Path) -> dict[str, bytes]:
+    return {name: (run / name / "model.safetensors").read_bytes() for name in ("model", "stock", "control/model")}
+
+
+@pytest.fixture(scope="module")
+def whole(place: Path, forked: Commands) -> dict[str, bytes]:
+    forked.run("ln-remove", *arguments("whole"))
+    return weights(place / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_removal_saves_its_step_and_goes_on_from_it(
+    place: Path, forked: Commands, whole: dict[str, bytes], number: int, code: int
+) -> None:
+    out = place / f"removal-{code}"
+    command = forked.start("ln-remove", *arguments(out.name))
+    metrics = out / "metrics.jsonl"
+    when(command, lambda: metrics.exists() and b'"train"' in metrics.read_bytes()).send(number)
+    assert command.wait() == code
+    line = last_line(command.said(), asks=True)
+    (saved,) = (out / "state").glob("step-*")
+    step = int(saved.name.removeprefix("step-"))
+    assert 0 < step < STEPS
+    cause = "Ctrl-C" if code == 130 else "SIGTERM"
+    again = shlex.join(["ln-remove", *arguments(out.name, "--resume")])
+    assert line == f"stopped by {cause}: step {step} of {STEPS} is saved in {out.name}/state; continue with: {again}"
+    name, *given = ["ln-remove", *to_type(line)[1:]]
+    forked.run(name, *given)
+    assert weights(out) == whole
+    rows = [json.loads(row) for row in metrics.read_text().splitlines()]
+    assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(STEPS))
+
+
+@pytest.mark.slow
+def test_a_control_saves_its_step_and_goes_on_from_it(place: Path, forked: Commands, whole: dict[str, bytes]) -> None:
+    out = place / "control"
+    command = forked.start("ln-remove", *arguments(out.name))
+    metrics = out / "control" / "metrics.jsonl"
+    when(command, lambda: metrics.exists() and metrics.stat().st_size > 0).send(signal.SIGINT)
+    assert command.wait() == 130
+    line = last_line(command.said(), asks=True)
+    assert " is saved in control/control/state; continue with: ln-remove " in line
+    forked.run("ln-remove", *to_type(line)[1:])
+    assert weights(out) == whole
+
+
+@pytest.mark.slow
+def test_outside_of_the_training_it_says_what_is_kept(place: Path, forked: Commands) -> None:
+    out = place / "scored"
+    command = forked.start("ln-remove", *arguments(out.name))
+    when(command, lambda: (out / "control" / "model").exists()).send(signal.SIGINT)
+    assert command.wait() == 130
+    line = last_line(command.said(), asks=False)
+    assert line.startswith(
+        "stopped by Ctrl-C: scored/model and scored/control/model are kept; continue with: ln-remove "
+    )
+    forked.run("ln-remove", *to_type(line)[1:])
+    assert (out / "results.json").exists()
+
+
+@pytest.mark.slow
+def test_before_anything_was_done_nothing_is_kept(place: Path, forked: Commands) -> None:
+    out = place / "nothing"
+    command = forked.start("ln-remove", *arguments(out.name))
+    when(command, lambda: (out / "recipe.toml").exists()).send(signal.SIGTERM)
+    assert command.wait() == 143
+    line = last_line(command.said(), asks=False)
+    again = shlex.join(["ln-remove", *arguments(out.name)])
+    assert line == (
+        f"stopped by SIGTERM: nothing was trained or prepared yet, so nothing is kept; to start again: {again}"
+    )
+    assert not out.exists()
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_stops_at_once(place: Path, forked: Commands) -> None:
+    out = place / "twice"
+    many = {"training.tokens_per_step": str(32 * 40_000), "training.micro_batch": "64"}  # a step takes a minute or more
+    command = forked.start("ln-remove", *arguments(out.name, **many))
+    when(command, lambda: (out / "metrics.jsonl").exists())
+    time.sleep(1)
+    command.send(signal.SIGINT)
+    when(command, lambda: "once more" in command.said())
+    sent = time.monotonic()
+    command.send(signal.SIGINT)
+    assert command.wait() == 130
+    assert time.monotonic() - sent < 10
+    assert last_line(command.said(), asks=True).startswith("stopped by Ctrl-C")
+
+
+@pytest.mark.slow
+def test_a_pretraining_saves_its_step(place: Path, forked: Commands) -> None:
+    out = place / "pretrained"
+    sets = {"data.context": "32", "data.weights": "{}", "data.tokenizer": "model", "architecture.n_layer": "1"}
+    sets |= {"architecture.n_embd": "32", "architecture.n_head": "2", "architecture.n_positions": "64"}
+    sets |= {"architecture.vocab_size": "320", "training.tokens_per_step": "128", "training.precision": "float32"}
+    sets |= {"training.compile": "false", "training.checkpoint_every": "1000", "training.evaluate_every": "1000"}
+    sets |= {"training.micro_batch": "auto"}
+    given = [part for key, value in sets.items() for part in ("--set", f"{key}={value}")]
+    given = [
+        "--recipe",
+        "tiny-gpt2",
+        "--tokens",
+        "tokens",
+        "--steps",
+        "40",
+        "--out",
+        out.name,
+        "--device",
+        "cpu",
+        *given,
+    ]
+    command = forked.start("ln-pretrain", *given)
+    metrics = out / "metrics.jsonl"
+    when(command, lambda: metrics.exists() and metrics.stat().st_size > 0).send(signal.SIGINT)
+    assert command.wait() == 130
+    line = last_line(command.said(), asks=True)
+    assert line.endswith("continue with: " + shlex.join(["ln-pretrain", *given, "--resume"]))
+    assert " of 40 is saved in pretrained/state" in line
+    forked.run("ln-pretrain", *to_type(line)[1:])
+    assert (out / "model" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_a_preparation_keeps_its_tokens(place: Path, forked: Commands) -> None:
+    lines = "".join(f"def function_{n}(value):\n    return value * {n % 97} + {n}\n\n" for n in range(150_000))
+    (place / "long.txt").write_text(lines)
+    given = ["long.txt", "--tokenizer", "model", "--out", "long"]
+    command = forked.start("ln-prepare", *given)
+    when(command, lambda: any(path.stat().st_size for path in place.glob("long/train-*.bin"))).send(signal.SIGINT)
+    assert command.wait() == 130
+    line = last_line(command.said(), asks=True)
+    assert line.endswith(" tokens are kept in long; continue with: " + shlex.join(["ln-prepare", *given]))
+    kept = json.loads((place / "long" / "progress.json").read_text())
+    assert kept["consumed"] > 0 and not (place / "long" / "index.json").exists()
+    forked.run("ln-prepare", *to_type(line)[1:])
+    forked.run("ln-prepare", "long.txt", "--tokenizer", "model", "--out", "undisturbed")
+    for shard in (place / "undisturbed").glob("*.bin"):
+        assert (place / "long" / shard.name).read_bytes() == shard.read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [0.7, 1.5])
+def test_an_evaluation_has_nothing_to_save(place: Path, forked: Commands, seconds: float) -> None:
+    command = forked.start("evaluate-hellaswag", "tiny", "--device", "cpu")
+    time.sleep(seconds)
+    command.send(signal.SIGINT)
+    assert command.wait() == 130
+    assert command.said() == "stopped by Ctrl-C; to start again: evaluate-hellaswag tiny --device cpu\n"
+
+
+@pytest.mark.slow
+def test_the_terminal_is_left_clean(place: Path, forked: Commands) -> None:
+    """The command as a user starts it, with a progress bar on a terminal."""
+    out = place / "terminal"
+    screen, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    code = "from ln_removal.commands.remove import main; main()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments(out.name, **{"training.checkpoint_every": "5"})],
+        cwd=place,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+        stdin=theirs,
+        stdout=subprocess.DEVNULL,
+        stderr=theirs,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    os.close(theirs)
+    shown: list[bytes] = []
+
+    def read() -> None:
+        while True:
+            try:
+                shown.append(os.read(screen, 4096))
+            except OSError:  # nobody has the other end any more
+                return
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    deadline = time.monotonic() + 120
+    while not list(out.glob("state/step-*")) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    reader.join()
+    os.close(screen)
+    text = b"".join(shown).decode()
+    assert "Traceback" not in text
+    assert "removal" in text and "%|" in text, "there was a bar"
+    *before, line, after = text.split("\r\n")
+    assert after == ""
+    assert line.startswith("stopped by Ctrl-C: step "), "it stands at the beginning of a line of its own"
+    (asked,) = [each for each in before if "once more stops at once" in each]
+    assert asked.rpartition("\x1b[K")[2] == "Ctrl-C: stopping after this step; once more stops at once"
+
+
+# --------------------------------------------------------------------------------------------------------- several ranks
+
+
+def test_ranks_agree_where_they_may_wait_for_each_other() -> None:
+    alone = SimpleNamespace(num_processes=1)
+    # The other of two ranks was asked with SIGTERM.
+    both = SimpleNamespace(num_processes=2, device="cpu", reduce=lambda mine, reduction: mine + mine.new_tensor([0, 1]))
+    stop = StopRequest()
+    assert not stop.agreed(alone, together=True) and not stop.agreed(both, together=False)
+    assert stop.agreed(both, together=True)
+    assert stop.signal == signal.SIGTERM
+    assert stop.agreed(alone, together=False)
+
+
+def test_a_signal_that_comes_while_the_ranks_wait_for_each_other_counts_the_next_time() -> None:
+    stop = StopRequest()
+
+    def reduce(mine: torch.Tensor, reduction: str) -> torch.Tensor:
+        stop.ask(signal.SIGINT)
+        return mine
+
+    ranks = SimpleNamespace(num_processes=2, device="cpu", reduce=reduce)
+    assert not stop.agreed(ranks, together=True), "the other rank knows nothing of it"
+    assert stop.agreed(ranks, together=True)
+
+
+@pytest.mark.slow
+def test_two_ranks_stop_at_the_same_step(place: Path, forked: Commands) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    out = place / "ranks"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    code = "from ln_removal.commands.remove import main; main()"
+    many = ["--steps", "400"]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, *arguments(out.name, *many)],
+            cwd=place,
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+        for rank in range(2)
+    ]
+    try:
+        metrics = out / "metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while not (metrics.exists() and b'"train"' in metrics.read_bytes()) and time.monotonic() < deadline:
+            assert all(rank.poll() is None for rank in ranks), [rank.communicate()[1] for rank in ranks]
+            time.sleep(0.01)
+        ranks[1].send_signal(signal.SIGINT)  # the other one hears of it at the next log step
+        said = [rank.communicate(timeout=120)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [130, 130], said
+    (saved,) = (out / "state").glob("step-*")
+    step = int(saved.name.removeprefix("step-"))
+    assert step % 10 == 0
+    assert not any("Traceback" in each for each in said), said
+    expected = f"step {step:,} of 400 is saved in ranks/state; continue with: the same command with --resume"
+    assert said[0].splitlines()[-1] == f"stopped by Ctrl-C: {expected}"
+    assert "stopped by" not in said[1]
