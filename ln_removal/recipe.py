@@ -248,6 +248,14 @@ def validate_recipe(document: Mapping[str, Any], *, source: str) -> Recipe:
     raise UserError(f"the recipe {source} has {count}:\n" + "\n".join(f"  {fault}" for fault in faults))
 
 
+def with_defaults(document: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's nested dictionary with every default written out; one with faults comes back as it is."""
+    try:
+        return Recipe.model_validate(document).model_dump(exclude_none=True)
+    except ValidationError:
+        return dict(document)
+
+
 def dump_toml(recipe: Recipe) -> str:
     """The resolved recipe as TOML, defaults written out; loading it gives an equal Recipe."""
     return write_toml(recipe.model_dump())

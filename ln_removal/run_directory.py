@@ -237,12 +237,17 @@ def _unwritable(out: Path, error: OSError) -> UserError:
 
 
 def differences(before: bytes, now: str, *, record: str = RECIPE_FILE) -> str:
-    """What differs between two recipes as TOML, in words; empty when nothing does."""
+    """What differs between two recipes as TOML, in words; empty when nothing does.
+
+    A key that `before` lacks because the version that wrote it did not know it counts as its default.
+    """
+    from ln_removal.recipe import with_defaults
+
     try:
-        old = _flat(tomllib.loads(before.decode()))
+        old = _flat(with_defaults(tomllib.loads(before.decode())))
     except ValueError as error:
         return f"its {record} is damaged ({error})"
-    new = _flat(tomllib.loads(now))
+    new = _flat(with_defaults(tomllib.loads(now)))
     keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     shown = [f"{key} was {old.get(key, 'unset')}, now {new.get(key, 'unset')}" for key in keys[:_DIFFERENCES_SHOWN]]
     more = len(keys) - len(shown)

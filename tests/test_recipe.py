@@ -586,3 +586,14 @@ def test_faults_of_an_architecture(tmp_path: Path, overrides: dict[str, object],
 def test_a_removal_has_no_entropy_penalty(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"training.entropy_weight: a removal, a recipe with \[schedule\], has none"):
         load_recipe("tiny", {"training.entropy_weight": 1e-5})
+
+
+def test_a_key_that_an_older_version_did_not_write_counts_as_its_default() -> None:
+    from ln_removal.run_directory import differences
+
+    now = dump_toml(load_recipe("tiny"))
+    older = "\n".join(line for line in now.splitlines() if not line.startswith(("on_spike", "entropy_", "odd_text")))
+    assert older != now.rstrip() and differences(older.encode(), now) == ""
+    changed = dump_toml(load_recipe("tiny", {"schedule.on_spike": "ignore"}))
+    assert differences(older.encode(), changed) == "schedule.on_spike was wait, now ignore"
+    assert "seed was 0, now 1" in differences(older.encode(), dump_toml(load_recipe("tiny", {"seed": 1})))
