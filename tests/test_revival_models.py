@@ -260,7 +260,7 @@ def test_leaky_relu_and_its_gradient() -> None:
     assert module(torch.ones(2, dtype=torch.bfloat16)).dtype == torch.bfloat16
     module.slope.data.fill_(0.7)
     module.reset_parameters()
-    assert float(module.slope) == 0.1
+    assert module.slope.item() == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
