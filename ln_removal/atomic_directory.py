@@ -6,6 +6,7 @@ moment between two renames. A process that was killed can leave either; `clean_l
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -58,6 +59,9 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):
+            raise  # some file systems cannot sync the names in a directory
     finally:
         os.close(descriptor)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -111,15 +111,26 @@ def explicit_causal_attention(
     return output.transpose(1, 2), probabilities
 
 
-@contextmanager
-def explicit_attention(model: PreTrainedModel) -> Iterator[None]:
+def explicit_attention(model: PreTrainedModel) -> AbstractContextManager[None]:
     """Give `model` attention whose modules return their probabilities, and afterwards what it had."""
+    return attention_without_mask(model, EXPLICIT_ATTENTION, explicit_causal_attention)
+
+
+@contextmanager
+def attention_without_mask(model: PreTrainedModel, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Give `model` an attention function that is causal by itself, and afterwards what it had.
+
+    transformers makes no mask for an attention that has no entry in its mask interface.
+
+    Args:
+        name: under which transformers is to know it.
+        function: as transformers' AttentionInterface wants it.
+    """
     from transformers import AttentionInterface
 
-    # transformers makes no mask for an attention that has no entry in its mask interface.
-    AttentionInterface.register(EXPLICIT_ATTENTION, explicit_causal_attention)
+    AttentionInterface.register(name, function)
     before = model.config._attn_implementation
-    model.set_attn_implementation(EXPLICIT_ATTENTION)
+    model.set_attn_implementation(name)
     try:
         yield
     finally:

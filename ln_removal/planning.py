@@ -5,11 +5,11 @@ pass: for B sequences of T tokens, L layers of width D and a vocabulary of V,
 
     activations = B T (L c D + 12 D)  +  10 V min(B T, positions of one chunk)        [bytes]
 
-(and with a teacher its weights in the run's precision, twice the last term, and 8 B T L D to match the residual streams), with c
-measured on this project's model (bytes kept by autograd per layer, token and unit of width, with dropout off and
-fused attention): 40 compiled and 82 not in bfloat16 autocast, 76 and 140 in float32. Time is estimated as
-tokens * (6 N + 12 L D T) FLOPs (N parameters, the second term for attention; a third more with a teacher) at an assumed share of
-the device's peak.
+(and with a teacher its weights in the run's precision, twice the last term, and 8 B T L D to match the residual streams; with the
+entropy penalty 15 B H T T L for H heads), with c measured on this project's model (bytes kept by autograd per layer, token and
+unit of width, with dropout off and fused attention): 40 compiled and 82 not in bfloat16 autocast, 76 and 140 in float32. Time is
+estimated as tokens * (6 N + 12 L D T) FLOPs (N parameters, the second term for attention; a third more with a teacher) at an
+assumed share of the device's peak.
 """
 
 from __future__ import annotations
@@ -359,6 +359,8 @@ def estimate_memory(recipe: Recipe, shape: ArchitectureSpec, micro_batch: int) -
     # bfloat16 logits, their float32 copy and its gradient, for one chunk at a time.
     logits = 10 * min(tokens, POSITIONS_IN_A_CHUNK) * shape.vocab_size
     activations += logits
+    if training.entropy_weight > 0:  # scores, probabilities and their gradients, (B, H, T, T) in float32
+        activations += tokens * shape.n_layer * shape.n_head * recipe.data.context * 15
     teacher = 0
     if _has_teacher(recipe):
         teacher = (4 if training.precision == "float32" else 2) * count

@@ -228,6 +228,8 @@ def load_recipe(name_or_path: str, overrides: Mapping[str, object] | None = None
         raise UserError(f"cannot read the recipe {path}: {error.strerror}; give a readable TOML file") from error
     except (ValueError, RecursionError) as error:  # TOMLDecodeError, UnicodeDecodeError, brackets by the thousand
         raise UserError(f"the recipe {path} is not TOML: {error}; mend that line") from error
+    if "arms" in document:
+        raise UserError(f"{path} is a grid, not a recipe; train it with ln-pretrain --grid {name_or_path}")
     document.setdefault("name", path.stem)
     for key, value in (overrides or {}).items():
         _override(document, key, value)

@@ -25,10 +25,12 @@ def may_go_on_with(metrics: Path, before: bytes, now: str) -> bool:
         metrics: the run's metrics.jsonl.
         before: recipe.toml as it is. now: the new one.
     """
+    from ln_removal.recipe import with_defaults
+
     if _last_row(metrics).get("kind") not in (ROLLBACK, RECIPE_CHANGE):
         return False
     try:
-        old, new = tomllib.loads(before.decode()), tomllib.loads(now)
+        old, new = with_defaults(tomllib.loads(before.decode())), with_defaults(tomllib.loads(now))
     except ValueError:  # recipe.toml is damaged
         return False
     was, wanted = old.get("training", {}), new.get("training", {})

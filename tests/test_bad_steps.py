@@ -101,6 +101,18 @@ def test_a_checkpoint_from_which_no_sound_step_was_made_is_passed_over(tmp_path:
     assert resumed.metrics("rollback") == [row], "it is not forgotten"
 
 
+def test_a_checkpoint_that_is_set_aside_twice(tmp_path: Path) -> None:
+    """After the first time the run goes on with less, as it was told to, comes to the same step, and diverges again."""
+    for resume in (False, True):
+        run = TinyRun(tmp_path / "run", objective=FaultyObjective)
+        # Steps are counted by calls: the resumed run begins at step 5.
+        run.objective.bad_steps = frozenset(range(5 if resume else 10, STEPS))
+        with pytest.raises(DivergedError, match="step-000010 set aside"):
+            run.train(resume=resume)
+        assert [step for step, _ in checkpoints(run.state)] == [5]
+    assert (run.state / "suspect-000010" / "trainer.json").exists()
+
+
 def test_nothing_is_saved_and_nothing_pruned_while_steps_are_bad(tmp_path: Path) -> None:
     run = TinyRun(tmp_path / "run", spec=tiny_spec(checkpoint_every=1, keep_checkpoints=2), objective=FaultyObjective)
     run.objective.bad_steps = frozenset(range(12, STEPS))

@@ -588,3 +588,12 @@ def test_what_a_failed_run_leaves(tmp_path: Path, keep: Callable[[Path], Any]) -
     with pytest.raises(ZeroDivisionError):
         fail(tmp_path / "kept", keep)
     assert any((tmp_path / "kept").iterdir())
+
+
+def test_what_to_type_after_a_command_of_a_group(copied: Path) -> None:
+    from ln_removal.commands import console
+
+    assert run("ln-analyze entropy run --json").exit_code == 2  # it was not observed
+    assert console._to_type("entropy", resumes=False) == "ln-analyze entropy run --json"
+    assert run("ln-report nowhere").exit_code == 2
+    assert console._to_type("report", resumes=False) == "ln-report nowhere"

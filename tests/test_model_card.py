@@ -234,3 +234,10 @@ def test_base_model_card_says_what_was_chosen(
     assert expected in text and absent not in text
     assert ("import ln_removal" in text) == bool(changes)
     assert "perplexity 25.79" in text
+
+
+def test_a_base_model_that_diverged_has_a_card_too(tmp_path: Path) -> None:
+    recipe = load_recipe("tiny-gpt2", {"data.tokenizer": "/home/alice/secret/tokenizer"})
+    write_base_model_card(tmp_path, recipe, cross_entropy=5000.0, bits_per_byte=None, validation_tokens=1000)
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "5000.0000 nats" in text and "alice" not in text

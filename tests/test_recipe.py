@@ -597,3 +597,10 @@ def test_a_key_that_an_older_version_did_not_write_counts_as_its_default() -> No
     changed = dump_toml(load_recipe("tiny", {"schedule.on_spike": "ignore"}))
     assert differences(older.encode(), changed) == "schedule.on_spike was wait, now ignore"
     assert "seed was 0, now 1" in differences(older.encode(), dump_toml(load_recipe("tiny", {"seed": 1})))
+
+
+def test_a_grid_is_not_a_recipe() -> None:
+    with pytest.raises(
+        UserError, match=r"table.toml is a grid, not a recipe; train it with ln-pretrain --grid normfree/table"
+    ):
+        load_recipe("normfree/table")

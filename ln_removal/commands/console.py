@@ -39,6 +39,9 @@ Device = Literal["auto", "cpu", "cuda"]
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 
+_program: list[str] = []
+"""The name of the group that the command belongs to, if it does."""
+
 _typed: list[str] = []
 """The arguments that the command was given, for a message that says what to type next."""
 
@@ -128,7 +131,9 @@ class _Command(typer.core.TyperCommand):
     """A command that says what is wrong with its options in one line, like every other mistake."""
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
-        _typed[:] = args
+        # Of a group the word for the command comes first.
+        _typed[:] = args if parent is None else [info_name or "", *args]
+        _program[:] = [] if parent is None else [str(parent.info_name)]
         try:
             return super().make_context(info_name, args, parent, **extra)
         except _UsageError as error:
@@ -183,8 +188,9 @@ def _to_type(name: str, *, resumes: bool) -> str:
     """The command as it was typed, with --resume if that is how it goes on."""
     if "WORLD_SIZE" in os.environ:  # torchrun's; what came before the command is not known here
         return "the same command" + (" with --resume" if resumes else "")
-    program = name.replace("_", "-")
-    words = [program if program.startswith("evaluate-") else f"ln-{program}", *_typed]
+    own = name.replace("_", "-")
+    program = _program[0] if _program else own if own.startswith("evaluate-") else f"ln-{own}"
+    words = [program, *_typed]
     return shlex.join(words if not resumes or "--resume" in words else [*words, "--resume"])
 
 

@@ -53,6 +53,7 @@ def write_base_model_card(
         license_id="mit",
         measured=measured,
     )
+    perplexity = exp(min(cross_entropy, 700.0))  # of a model that diverged it would overflow
     rows = [
         ("parameters", f"{count_parameters(shape):,}"),
         ("layers, heads, width", f"{shape.n_layer}, {shape.n_head}, {shape.n_embd}"),
@@ -62,7 +63,7 @@ def write_base_model_card(
         ("weights", recipe.export.dtype),
         (
             "cross-entropy",
-            f"{cross_entropy:.4f} nats per token on {validation_tokens:,} held-out tokens (perplexity {exp(cross_entropy):.2f})",
+            f"{cross_entropy:.4f} nats per token on {validation_tokens:,} held-out tokens (perplexity {perplexity:.2f})",
         ),
     ]
     if bits_per_byte is not None:
@@ -81,12 +82,16 @@ tokenizer = AutoTokenizer.from_pretrained("THIS-DIRECTORY")
 ```"""
     if not shape.is_plain:
         loading = loading.replace("\nfrom", "\nimport ln_removal  # makes transformers know the class\nfrom", 1)
-    command = f"```\nln-pretrain --recipe {recipe.name}\n```"
+    # By its file: the name may be that of one run of a grid, and values may have been set on the command line.
+    own = Path(recipe.data.tokenizer)
+    data = recipe.data.model_copy(update={"tokenizer": own.name if own.is_absolute() else recipe.data.tokenizer})
+    written = dump_toml(recipe.model_copy(update={"data": data})).strip()
+    command = "Save this as recipe.toml and run `ln-pretrain --recipe recipe.toml`:"
     sections = [
         "\n\n".join(part for part in about if part),
         table_of(("", ""), rows),
         f"## Use\n\n{loading}",
-        f"## How it was made\n\n{command}\n\n```toml\n{dump_toml(recipe).strip()}\n```",
+        f"## How it was made\n\n{command}\n\n```toml\n{written}\n```",
         "## Limits\n\nA model of this size writes code that looks like code and seldom works. It is for experiments on "
         "normalization, not for writing programs.",
     ]

@@ -140,7 +140,7 @@ def build_model(architecture: ArchitectureSpec, *, eot_token_id: int) -> PreTrai
     """A freshly initialised model (by its class: transformers' way, or see `revival_models`) without dropout, on the CPU, in float32.
 
     transformers' own class where it has the architecture, else one of `revival_models`. Models of one shape that are
-    built from the same random state begin with the same matrices, whatever else they choose.
+    built from the same random state begin with the same matrices if they have the same `biases`, whatever else they choose.
     """
     from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
 

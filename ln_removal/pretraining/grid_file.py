@@ -1,7 +1,7 @@
 """The schema of a grid file: several arms, changes to one base recipe each, trained with the same seeds on the same tokens.
 
     name = "table"
-    base = "small-python"        # a recipe: a file beside the grid file, with or without .toml, or a built-in name
+    base = "small-python"        # a recipe: a file beside the grid file, with or without .toml, or a built-in's name
     seeds = [0, 1]
     baseline = "LN + GELU"       # the arm that changes are counted against
 

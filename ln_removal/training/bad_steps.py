@@ -8,6 +8,7 @@ it aside, for the user to look at.
 from __future__ import annotations
 
 import math
+import shutil
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -121,7 +122,9 @@ def roll_back(
     accelerator.wait_for_everyone()  # all of them have looked
     if accelerator.is_main_process:
         for path in aside:
-            path.rename(path.with_name(path.name.replace("step-", "suspect-")))
+            doomed = path.with_name(path.name.replace("step-", "suspect-"))
+            shutil.rmtree(doomed, ignore_errors=True)  # of an earlier rollback
+            path.rename(doomed)
     accelerator.wait_for_everyone()
     found, faults = load_newest(state_directory, model, optimizers)
     for fault in faults:

@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ln_removal.errors import DivergedError, UserError
 
@@ -159,9 +159,12 @@ def _connections(rank: int, ranks: int) -> list[socket.socket]:
 
     host = os.environ.get("MASTER_ADDR", "localhost")  # what all the launchers set
     listener = _listener(host, ranks) if rank == 0 else None
-    offer: list[Any] = [(listener.getsockname()[1], secrets.token_bytes(16)) if listener is not None else None]
-    torch.distributed.broadcast_object_list(offer, src=0)
-    port, token = offer[0]
+    numbers = [0] * 17 if listener is None else [listener.getsockname()[1], *secrets.token_bytes(16)]
+    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+    offer = torch.tensor(numbers, dtype=torch.int64, device=device)
+    torch.distributed.broadcast(offer, src=0)
+    port, *rest = offer.tolist()
+    token = bytes(rest)
     try:
         if listener is None:
             peer = socket.create_connection((host, port), CONNECT_SECONDS)
@@ -192,7 +195,14 @@ def _accepted(listener: socket.socket, count: int, token: bytes) -> list[socket.
     deadline = time.monotonic() + CONNECT_SECONDS
     while len(found) < count:
         listener.settimeout(max(0.01, deadline - time.monotonic()))
-        peer, _ = listener.accept()
+        try:
+            peer, _ = listener.accept()
+        except OSError:
+            for known in found:  # else they would take the close for a lost process
+                with suppress(OSError):
+                    known.sendall(_GOODBYE)
+                known.close()
+            raise
         peer.settimeout(5.0)
         with suppress(OSError):
             if secrets.compare_digest(peer.recv(len(token), socket.MSG_WAITALL), token):

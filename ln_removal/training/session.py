@@ -109,6 +109,7 @@ def train_model(
     """
     spec = recipe.training
     sampler = sampler_of(recipe, data, tokenizer)
+    observer = _observer(recipe, data)  # on every rank, so that all of them find what is wrong with it
     objective = _objective(model.to(accelerator.device), spec, data.eot_token_id, removal=removal, teacher=teacher)
     tracker = Tracker(
         directory / "metrics.jsonl",
@@ -139,7 +140,7 @@ def train_model(
             micro_batch=micro_batch,
             removal=removal,
             evaluate=evaluate,
-            observer=_observer(recipe, data) if accelerator.is_main_process else None,
+            observer=observer if accelerator.is_main_process else None,
             resume=resume,
         )
 

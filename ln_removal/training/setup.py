@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from ln_removal.attention_entropy import explicit_attention
+from ln_removal.attention_entropy import attention_without_mask, explicit_attention
 from ln_removal.errors import UserError
 from ln_removal.norm import FreezableNorm
 from ln_removal.precision import autocast
@@ -67,24 +66,15 @@ def build_accelerator(device: str) -> Accelerator:
     return accelerator
 
 
-@contextmanager
-def causal_attention(model: PreTrainedModel) -> Iterator[None]:
+def causal_attention(model: PreTrainedModel) -> AbstractContextManager[None]:
     """Give `model` attention that is causal by definition, for batches without padding or packing.
 
     transformers else looks at the position ids of each batch for packed sequences: in eager mode that waits for the device,
     and a compiled step gets a (B, T, T) mask, which flash attention does not take.
     """
-    from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    # transformers makes no mask for an attention that has no entry in its mask interface; without one SDPA is causal.
-    AttentionInterface.register(CAUSAL_ATTENTION, sdpa_attention_forward)
-    before = model.config._attn_implementation
-    model.set_attn_implementation(CAUSAL_ATTENTION)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
+    return attention_without_mask(model, CAUSAL_ATTENTION, sdpa_attention_forward)  # without a mask SDPA is causal
 
 
 def training_attention(model: PreTrainedModel, *, context: int, shown: bool = False) -> AbstractContextManager[None]:
