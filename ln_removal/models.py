@@ -215,8 +215,8 @@ def _fetch(repo_id: str, *, config: bool, weights: bool, tokenizer: bool) -> Pat
 
     short = Path(repo_id).name
     advice = (
-        f"download on another machine with `hf download {repo_id} --local-dir {short}`, copy that folder here and pass "
-        f"--model ./{short}"
+        f"download on another machine with `hf download {repo_id} --local-dir {short}`, copy that folder here and "
+        + (f"pass --model ./{short}" if config else f"name ./{short} in its place")
     )
     try:
         info = first_answer(lambda: HfApi().model_info(repo_id, timeout=HUB_SECONDS - 2))
