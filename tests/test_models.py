@@ -351,10 +351,11 @@ def test_no_network_fails_fast_and_says_what_to_do(tmp_path: Path) -> None:
         endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
     code = PRELUDE + 'report("gpt2", load_model)\nreport("gpt2", load_config)\nreport("gpt2", load_tokenizer)\n'
     done = run_client(code, endpoint, tmp_path)
-    for result in map(json.loads, done.stdout.splitlines()):
+    advice = ["pass --model ./gpt2", "pass --model ./gpt2", "name ./gpt2 in its place"]
+    for result, expected in zip(map(json.loads, done.stdout.splitlines()), advice, strict=True):
         assert "cannot reach 127.0.0.1" in result["error"]
         assert "`hf download gpt2 --local-dir gpt2`" in result["error"]
-        assert "--model ./gpt2" in result["error"]
+        assert expected in result["error"]
         assert result["seconds"] < 15
     done = run_client(PRELUDE + 'report("owner/name", load_config)\n', "http://no-such-host.invalid", tmp_path)
     assert "cannot reach no-such-host.invalid" in json.loads(done.stdout)["error"]
