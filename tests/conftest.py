@@ -15,9 +15,12 @@ EOT = 100
 """End-of-text token of the tiny_gpt2 fixture: the last of its 101 tokens."""
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Tiny tensors gain nothing from threads, and the machine may be busy."""
+    """Tiny tensors gain nothing from threads, and the machine may be busy.
+
+    For the whole session: what a module's fixture trains and what its tests train must agree to the last bit.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
