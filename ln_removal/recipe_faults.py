@@ -223,8 +223,10 @@ def _dotted(
 
 def _suggestion(key: str, schema: type[BaseModel], sections: Mapping[str, type[BaseModel]]) -> str:
     """Where an unknown key probably belongs, or which keys there are."""
-    section, _, name = key.rpartition(".")
-    known = sections[section].model_fields if section else schema.model_fields
+    section, dot, name = key.partition(".")  # the first: a quoted key may have dots of its own
+    if not dot:
+        section, name = "", key
+    known = sections[section].model_fields if section in sections else schema.model_fields
     close = did_you_mean(name, known, prefix=f"{section}." if section else "")
     if close:
         return close

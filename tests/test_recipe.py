@@ -604,3 +604,9 @@ def test_a_grid_is_not_a_recipe() -> None:
         UserError, match=r"table.toml is a grid, not a recipe; train it with ln-pretrain --grid normfree/table"
     ):
         load_recipe("normfree/table")
+
+
+def test_an_unknown_key_with_dots_of_its_own(tmp_path: Path) -> None:
+    assert faults_of(tmp_path, PRETRAINING.replace("n_layer = 1", 'n_layer = 1\n"." = 1'))[0].startswith(
+        "architecture..: unknown key"
+    )
