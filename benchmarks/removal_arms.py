@@ -137,6 +137,9 @@ ARMS: dict[str, Arm] = {
     "short-std-fading": Arm(
         "the same, from the teacher alone to the text alone", together(taper=0.1, special=0.25), {**STD, **FADING}
     ),
+    "staged-std-fading": Arm(
+        "the same losses, layer by layer over a fifth", staged(until=0.2, taper=0.05, special=0.25), {**STD, **FADING}
+    ),
     "short-std-faded": Arm(
         "the same, with the teacher gone at half time",
         together(taper=0.1, special=0.25),

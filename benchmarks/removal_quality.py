@@ -86,7 +86,7 @@ def run_arm(recipe: Recipe, tokens: Path, work: Path, *, control: bool, device: 
         "worst_training_loss": max(math.inf if loss is None else loss for loss in training),  # null: it was not finite
         "tokens_per_second": statistics.median(row["tokens_per_second"] for row in rows if row["kind"] == "train"),
         "seconds": round(time.perf_counter() - began, 1),
-        **scores(recipe, work / ("control/model" if control else "model"), tokens),
+        **scores(recipe, work / ("control/model" if control else "model"), tokens, device),
     }
 
 
@@ -101,13 +101,13 @@ def train_control(recipe: Recipe, tokens: Path, work: Path, device: str) -> None
     )
 
 
-def scores(recipe: Recipe, model: Path, tokens: Path) -> dict[str, Any]:
+def scores(recipe: Recipe, model: Path, tokens: Path, device: str) -> dict[str, Any]:
     """Held-out cross-entropy and loss on odd text of a finished model."""
     from ln_removal.data.tokens import TokenDataset
     from ln_removal.evaluation.loss import cross_entropy
     from ln_removal.models import load_model
 
-    loaded = load_model(str(model))
+    loaded = load_model(str(model), device=device)
     loss = cross_entropy(
         loaded.model,
         TokenDataset.open(tokens).split("validation"),

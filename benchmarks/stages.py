@@ -4,7 +4,8 @@
 
 One training run goes through its stages: every norm real, the first half of the sites frozen, everything frozen and the special
 constants dropped. Beside it, in turns on a CPU and after it on a GPU, a second process trains the folded model, which has no norms.
-`graphs` counts what torch.compile has made by the end of a sample: it must not grow after the first.
+`graphs` counts what torch.compile has made by the end of a sample: it must not grow after the first. On a GPU the places where the
+host waited for it are counted, too: one a log step is expected, where the losses are read.
 """
 
 from __future__ import annotations
@@ -43,11 +44,14 @@ def main() -> None:
             "compile": not options.eager,
             "warmup_steps": BLOCK,
             "sample_steps": BLOCK,
+            **({"micro_batch": tokens_per_step // shape.context} if options.without_folded else {}),
         }
         # One block of warm-up, then `samples` blocks a stage; a freeze falls on the first step of a block.
         first = BLOCK * (1 + options.samples)
-        removal = {**settings, "half_at": first, "all_at": first + BLOCK * options.samples}
-        samples = _run(removal, {**settings, "folded": True}, options, in_turns=not cuda)
+        removal = {**settings, "half_at": first, "all_at": first + BLOCK * options.samples, "watch_syncs": cuda}
+        removal |= {"teacher": options.teacher}
+        folded = None if options.without_folded else {**settings, "folded": True}
+        samples = _run(removal, folded, options, in_turns=not cuda)
     result = summary(samples, tokens_per_step, options.samples)
     print(report(result))
     result |= {
@@ -55,6 +59,7 @@ def main() -> None:
         "precision": options.precision,
         "compiled": not options.eager,
         "tokens_per_step": tokens_per_step,
+        "teacher": options.teacher,
         "machine": machine(options.device, options.threads),
     }
     write_result(f"stages-{options.shape}-{device_label(options.device)}", result, options.out)
@@ -67,16 +72,19 @@ def summary(samples: dict[str, list[dict[str, Any]]], tokens_per_step: int, coun
     speeds = {
         who: [sample["steps"] * tokens_per_step / sample["seconds"] for sample in samples[who]]
         for who in ("removal", "folded")
+        if who in samples
     }
     by_stage = {
         stage: spread(speeds["removal"][number * count : (number + 1) * count]) for number, stage in enumerate(STAGES)
     }
-    by_stage["folded"] = spread(speeds["folded"])
+    if "folded" in speeds:
+        by_stage["folded"] = spread(speeds["folded"])
     graphs = [sample["graphs"] for sample in samples["removal"]]
     return {
         "tokens_per_second": by_stage,
         "graphs": {"after the warm-up": samples["ready"][0]["graphs"], "at the end": graphs[-1], "samples": graphs},
         "stage_labels": [sample["stage"] for sample in samples["removal"]],
+        "synchronisations": samples["end"][0].get("synchronisations"),
     }
 
 
@@ -91,13 +99,15 @@ def report(result: dict[str, Any]) -> str:
 
 
 def _run(
-    removal: dict[str, Any], folded: dict[str, Any], options: argparse.Namespace, *, in_turns: bool
+    removal: dict[str, Any], folded: dict[str, Any] | None, options: argparse.Namespace, *, in_turns: bool
 ) -> dict[str, list[dict[str, Any]]]:
     blocks = {"removal": len(STAGES) * options.samples, "folded": options.samples}
     environment = {"PYTHONPATH": f"{HERE}:{HERE.parent}", "OMP_NUM_THREADS": str(options.threads)}
     contestants = {}
     try:
         for who, settings in (("removal", removal), ("folded", folded)):
+            if settings is None:
+                continue
             contestants[who] = Contestant(who, HERE / "contestants" / "ours.py", settings, environment)
             contestants[who].wait_until_ready(options.limit)
             if not in_turns:
@@ -114,7 +124,8 @@ def _run(
         if contestant.error:
             sys.exit(f"{contestant.name}: {contestant.error}")
     ready = [contestants["removal"].ready["details"]]
-    return {"ready": ready, **{who: contestant.samples for who, contestant in contestants.items()}}
+    end = [contestants["removal"].end.get("details", {})]
+    return {"ready": ready, "end": end, **{who: contestant.samples for who, contestant in contestants.items()}}
 
 
 def _sample(contestant: Contestant, count: int, limit: float) -> None:
@@ -131,6 +142,8 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--precision", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--samples", type=int, default=5, help="samples of 10 steps at each stage")
     parser.add_argument("--tokens-per-step", type=int, help="default: by shape on a GPU, 8 sequences on a CPU")
+    parser.add_argument("--teacher", action="store_true", help="with the losses of recipes/gpt2.toml")
+    parser.add_argument("--without-folded", action="store_true", help="leave the folded model out")
     parser.add_argument("--eager", action="store_true", help="do not compile")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=cores(), help="CPU threads of each process")

@@ -29,6 +29,9 @@ CONTESTANTS = HERE / "contestants"
 
 WHAT = {
     "ours": "this project: freezable norms, all real, compiled, statistics gathered",
+    "ours_teacher": "this project with the losses of recipes/gpt2.toml: teacher, std loss at every norm",
+    "ours_cudnn": "this project with cuDNN's attention",
+    "ours_flash": "this project with PyTorch's flash attention",
     "ours_eager": "this project, not compiled",
     "hf_trainer_compiled": "Hugging Face Trainer, GPT2LMHeadModel, SDPA, torch_compile",
     "hf_trainer": "Hugging Face Trainer, GPT2LMHeadModel, SDPA, not compiled",
@@ -36,7 +39,7 @@ WHAT = {
     "removing_layer_norm": "removing-layer-norm: its LayerNorm wrapper and Trainer arguments, dropout 0, masters in float32",
     "removing_layer_norm_as_published": "removing-layer-norm as published: bfloat16 weights, dropout 0.1",
 }
-OURS = ("ours", "ours_eager")
+OURS = ("ours", "ours_teacher", "ours_cudnn", "ours_flash", "ours_eager")
 PEER_FOLDERS = {
     "gpt2_noln": "gpt2_noLN",
     "removing_layer_norm": "removing-layer-norm",
@@ -54,7 +57,10 @@ def main() -> None:
     for name in options.shape:
         for precision in options.precision:
             run = measure(name, precision, options)
-            runs = [old for old in runs if (old["shape"], old["precision"]) != (name, precision)] + [run]
+            before = [old for old in runs if (old["shape"], old["precision"]) == (name, precision)]
+            if before and before[0]["tokens_per_step"] == run["tokens_per_step"]:
+                run["contestants"] = before[0]["contestants"] | run["contestants"]
+            runs = [old for old in runs if old not in before] + [run]
             print(report(run), flush=True)
             write_result(f"train_throughput-{label}", {"machine": machine(device, options.threads), "runs": runs}, path)
 
@@ -72,13 +78,14 @@ def measure(name: str, precision: str, options: argparse.Namespace) -> dict[str,
         def start(who: str, micro_batch: int) -> Contestant:
             return _start(who, shape, precision, tokens_per_step, micro_batch, tokens, options)
 
-        entries = _one_by_one(chosen, start, shape, options) if cuda else _in_turns(chosen, start, shape, options)
+        one_by_one = cuda and not options.together
+        entries = (_one_by_one if one_by_one else _in_turns)(chosen, start, shape, options)
     return {
         "shape": name,
         "architecture": asdict(shape),
         "precision": precision,
         "tokens_per_step": tokens_per_step,
-        "order": "one after the other" if cuda else "in turns, sample by sample",
+        "order": "one after the other" if one_by_one else "in turns, sample by sample",
         "flops_per_token": _flops_per_token(shape),
         "peak_flops": _peak(precision, options.device),
         "contestants": {
@@ -103,7 +110,8 @@ def report(run: dict[str, Any]) -> str:
 
 
 def _available(options: argparse.Namespace, precision: str, shape: Shape) -> list[str]:
-    names = [*OURS, "hf_trainer_compiled", "hf_trainer"]
+    names = [name for name in OURS if name not in ("ours_cudnn", "ours_flash") or options.device == "cuda"]
+    names += ["hf_trainer_compiled", "hf_trainer"]
     if options.peers is not None:
         # Its table of constants ends at layer 11.
         names += ["gpt2_noln"] if shape.n_layer <= 12 else []
@@ -127,11 +135,17 @@ def _start(
         "tokens_per_step": tokens_per_step,
         "tokens": str(tokens),
         "device": options.device,
-        "compile": who in ("ours", "hf_trainer_compiled"),
+        "compile": who != "ours_eager" and (who in OURS or who == "hf_trainer_compiled"),
         "warmup_steps": 10 if who in OURS else options.warmup_steps,
         "sample_steps": 10 if who in OURS else options.sample_steps,
     }
-    if who not in OURS:
+    if who in OURS:
+        variant = who.removeprefix("ours").strip("_")
+        settings |= {"teacher": variant == "teacher", "attention": variant if variant in ("cudnn", "flash") else None}
+        if options.together:
+            settings["micro_batch"] = min(micro_batch, tokens_per_step // shape.context)
+        settings |= {"profile": str(options.profile)} if options.profile and who == "ours" else {}
+    else:
         settings |= {"micro_batch": micro_batch, "weights": "float32", "dropout": 0.0}
     if who in PEER_FOLDERS:
         settings["peer"] = str(_peer(options.peers, PEER_FOLDERS[who]))
@@ -150,12 +164,15 @@ def _start(
 
 
 def _in_turns(names: list[str], start: Any, shape: Shape, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Warm up one contestant after the other, then sample them in turns."""
+    """Warm up one contestant after the other, or with --together all at once; then sample them in turns."""
     running: list[Contestant] = []
     try:
         for name in names:
             running.append(start(name, shape.peer_micro_batch))
-            running[-1].wait_until_ready(options.limit)
+            if not options.together:
+                running[-1].wait_until_ready(options.limit)
+        for contestant in running if options.together else ():
+            contestant.wait_until_ready(options.limit)
         for _ in range(options.samples):
             for contestant in running:
                 if contestant.alive:
@@ -275,6 +292,10 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=cores(), help="CPU threads of each contestant")
     parser.add_argument("--limit", type=float, default=900, help="seconds that a warm-up or a sample may take")
+    parser.add_argument(
+        "--together", action="store_true", help="warm all up at once and sample them in turns, on a GPU too"
+    )
+    parser.add_argument("--profile", type=Path, help="profile ten more steps of `ours` and write the table there")
     parser.add_argument("--fresh", action="store_true", help="drop the runs that the result file already holds")
     parser.add_argument(
         "--out", type=Path, help="result file; default benchmarks/results/train_throughput-<device>.json"

@@ -109,15 +109,20 @@ def main() -> None:
 
 def _wrap_layer_norms(model: GPT2LMHeadModel, peer: str) -> None:
     """Replace LayerNorms by the peer's FakeLayerNorm with the peer's own function."""
-    for name in ("wandb", "devtools", "docopt", "jaxtyping"):
-        if importlib.util.find_spec(name) is None:
-            sys.modules[name] = _Stub(name)
+    missing = [
+        name
+        for name in ("datasets", "wandb", "devtools", "docopt", "jaxtyping")
+        if importlib.util.find_spec(name) is None
+    ]
+    sys.modules.update({name: _Stub(name) for name in missing})
     # Imports transformer_lens.HookedTransformer, which TransformerLens 4 no longer has; a training step does not use it.
     sys.modules["pile_eval"] = _Stub("pile_eval")
     sys.path.insert(0, peer)
     os.chdir(peer)  # It opens files beside it.
     import train as removing_layer_norm  # type: ignore[import-not-found]
 
+    for name in missing:  # so that transformers does not take them for the real ones
+        del sys.modules[name]
     if not hasattr(model.config, "n_ctx"):
         model.config.n_ctx = model.config.n_positions  # transformers 5 dropped the second name
     model.to(removing_layer_norm.device)

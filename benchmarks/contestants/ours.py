@@ -5,11 +5,17 @@ The loop reports after every LOG_EVERY (10) steps, which is where it first waits
 
 from __future__ import annotations
 
+import json
 import tempfile
+import traceback
+import warnings
+from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.attention
 from pacing import Finished, Pace
 from shapes import Shape
 
@@ -17,7 +23,7 @@ from ln_removal.architectures import all_sites
 from ln_removal.data.sampler import WindowSampler
 from ln_removal.data.tokens import TokenDataset
 from ln_removal.export.normfree_gpt2 import NormFreeGPT2Config, NormFreeGPT2LMHeadModel
-from ln_removal.objective import Objective
+from ln_removal.objective import Auxiliary, Distillation, Objective, as_teacher
 from ln_removal.recipe import ArchitectureSpec, DataSpec, Recipe, TrainingSpec
 from ln_removal.schedule import Event, RemovalSchedule
 from ln_removal.surgery import install
@@ -25,14 +31,23 @@ from ln_removal.training.loop import LOG_EVERY, Removal, train
 from ln_removal.training.setup import build_accelerator, causal_attention, choose_micro_batch, compile_if_worthwhile
 
 NEVER = 10**6
+KERNELS = {
+    "flash": torch.nn.attention.SDPBackend.FLASH_ATTENTION,
+    "cudnn": torch.nn.attention.SDPBackend.CUDNN_ATTENTION,
+}
 
 
 class PacedTracker:
-    """What `train` tells about its progress, turned into step boundaries."""
+    """What `train` tells about its progress, turned into step boundaries.
 
-    def __init__(self, pace: Pace, last_step: int) -> None:
+    With `profile`, a path, the LOG_EVERY steps after the last sample run under torch.profiler, whose table is written there.
+    """
+
+    def __init__(self, pace: Pace, last_step: int, profile: str | None = None) -> None:
         self._pace = pace
         self._last_step = last_step
+        self._profile = profile
+        self._profiler: torch.profiler.profile | None = None
 
     def forget_after(self, step: int) -> None: ...
 
@@ -41,10 +56,48 @@ class PacedTracker:
     def say(self, line: str) -> None: ...
 
     def show(self, step: int, *, stage: str, loss: float, tokens_per_second: float) -> None:
+        if self._profiler is not None:
+            write_profile(self._profiler, Path(str(self._profile)))
+            raise Finished
         self._pace.details = {"stage": stage, "loss": loss, "graphs": compiled_graphs(), "after_step": step}
-        self._pace.steps_done(LOG_EVERY)
+        try:
+            self._pace.steps_done(LOG_EVERY)
+        except Finished:
+            if self._profile is None:
+                raise
+            self._profiler = torch.profiler.profile()
+            self._profiler.start()
         if step >= self._last_step:
             raise Finished
+
+
+class SyncWatch:
+    """Counts the places where the host waits for a GPU, by the innermost line of this project (CUDA only)."""
+
+    def __init__(self) -> None:
+        self.places: Counter[str] = Counter()
+        if torch.cuda.is_available():
+            torch.cuda.set_sync_debug_mode("warn")
+            warnings.simplefilter("always")
+            warnings.showwarning = self._note
+
+    def _note(self, message: Warning | str, *rest: Any) -> None:
+        if "synchroniz" in str(message):
+            ours = [frame for frame in traceback.extract_stack() if "ln_removal" in frame.filename]
+            self.places[f"{ours[-1].filename}:{ours[-1].lineno}" if ours else "elsewhere"] += 1
+
+
+def write_profile(profiler: torch.profiler.profile, path: Path) -> None:
+    """The costliest kernels of the profiled steps as text, and as JSON beside it (microseconds of the device in all)."""
+    torch.cuda.synchronize() if torch.cuda.is_available() else None
+    profiler.stop()
+    averages = profiler.key_averages()
+    by = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    path.write_text(averages.table(sort_by=by, row_limit=60, max_name_column_width=90))
+    rows = sorted(averages, key=lambda row: -getattr(row, by))[:80]
+    path.with_suffix(".json").write_text(
+        json.dumps([{"name": row.key, "count": row.count, "microseconds": getattr(row, by)} for row in rows], indent=1)
+    )
 
 
 def compiled_graphs() -> int:
@@ -62,9 +115,13 @@ def stages(n_layer: int, half_at: int, all_at: int) -> RemovalSchedule:
 
 
 def main() -> None:
-    """Settings: shape, precision, compile, tokens_per_step, half_at, all_at, folded, device, last_step."""
+    """Settings: shape, precision, compile, tokens_per_step, half_at, all_at, folded, device, last_step.
+
+    Also: teacher (with the losses of recipes/gpt2.toml), attention ("flash" or "cudnn"), profile (a path), watch_syncs.
+    """
     pace = Pace()
     settings = pace.settings
+    watch = SyncWatch() if settings.get("watch_syncs") else None
     shape = Shape(**settings["shape"])
     recipe = Recipe(
         name="benchmark",
@@ -97,15 +154,29 @@ def main() -> None:
     if not folded:
         schedule = stages(shape.n_layer, settings.get("half_at", NEVER - 1), settings.get("all_at", NEVER - 1))
         removal = Removal(install(model, eot_token_id=shape.eot_token_id), schedule)
-    objective = Objective(model.to(accelerator.device), eot_token_id=shape.eot_token_id)
     spec = recipe.training
+    teacher = None
+    if settings.get("teacher"):  # which only a removal recipe has
+        spec = spec.model_copy(update={"distillation": 1.0, "distillation_end": 0.0})
+        teacher = as_teacher(_gpt2(shape), spec.precision).to(accelerator.device)
+    objective = Objective(
+        model.to(accelerator.device),
+        eot_token_id=shape.eot_token_id,
+        auxiliary=None if teacher is None else Auxiliary(0.1, "constants", "all"),
+        distillation=None if teacher is None else Distillation(teacher, 1.0),
+    )
     sampler = WindowSampler(
         data.split("train"),
         context=shape.context,
         sequences_per_step=spec.tokens_per_step // shape.context,
         seed=0,
     )
-    with causal_attention(model), tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory() as directory, ExitStack() as attention:
+        for each in (model, teacher):
+            if each is not None:
+                attention.enter_context(causal_attention(each))
+        if kernel := settings.get("attention"):
+            attention.enter_context(torch.nn.attention.sdpa_kernel(KERNELS[kernel]))
         micro_batch = choose_micro_batch(recipe, objective, accelerator)
         compile_if_worthwhile(objective, spec.compile, tokens=recipe.tokens, device=accelerator.device)
         try:
@@ -114,13 +185,15 @@ def main() -> None:
                 sampler,
                 spec,
                 accelerator=accelerator,
-                tracker=PacedTracker(pace, settings.get("last_step", NEVER)),
+                tracker=PacedTracker(pace, settings.get("last_step", NEVER), settings.get("profile")),
                 state_directory=Path(directory),
                 micro_batch=micro_batch,
                 removal=removal,
             )
         except Finished:
             pace.details = {"micro_batch": micro_batch, "graphs": compiled_graphs()}
+            if watch is not None:
+                pace.details["synchronisations"] = dict(watch.places)
             pace.close()
 
 
