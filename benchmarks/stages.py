@@ -11,6 +11,7 @@ host waited for it are counted, too: one a log step is expected, where the losse
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 from dataclasses import asdict
@@ -102,7 +103,10 @@ def _run(
     removal: dict[str, Any], folded: dict[str, Any] | None, options: argparse.Namespace, *, in_turns: bool
 ) -> dict[str, list[dict[str, Any]]]:
     blocks = {"removal": len(STAGES) * options.samples, "folded": options.samples}
-    environment = {"PYTHONPATH": f"{HERE}:{HERE.parent}", "OMP_NUM_THREADS": str(options.threads)}
+    environment = {
+        "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": str(options.threads),
+    }
     contestants = {}
     try:
         for who, settings in (("removal", removal), ("folded", folded)):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 from dataclasses import asdict
@@ -153,7 +154,7 @@ def _start(
         settings |= {"weights": "bfloat16", "dropout": 0.1}
     script = "ours.py" if who in OURS else "gpt2_noln.py" if who == "gpt2_noln" else "hf_trainer.py"
     environment = {
-        "PYTHONPATH": f"{HERE}:{HERE.parent}",
+        "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]),
         "OMP_NUM_THREADS": str(options.threads),
         "TOKENIZERS_PARALLELISM": "false",
         "WANDB_MODE": "disabled",

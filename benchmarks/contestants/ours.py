@@ -72,7 +72,7 @@ class PacedTracker:
 
 
 class SyncWatch:
-    """Counts the places where the host waits for a GPU, by the innermost line of this project (CUDA only)."""
+    """Counts the places where the host waits for a GPU: the innermost line, and the innermost of this project (CUDA only)."""
 
     def __init__(self) -> None:
         self.places: Counter[str] = Counter()
@@ -83,8 +83,11 @@ class SyncWatch:
 
     def _note(self, message: Warning | str, *rest: Any) -> None:
         if "synchroniz" in str(message):
-            ours = [frame for frame in traceback.extract_stack() if "ln_removal" in frame.filename]
-            self.places[f"{ours[-1].filename}:{ours[-1].lineno}" if ours else "elsewhere"] += 1
+            stack = traceback.extract_stack()[:-1]
+            ours = [frame for frame in stack if "ln_removal/" in frame.filename]
+            self.places[
+                " < ".join(f"{frame.filename}:{frame.lineno} {frame.line}" for frame in (stack[-1:] + ours[-1:]))
+            ] += 1
 
 
 def write_profile(profiler: torch.profiler.profile, path: Path) -> None:

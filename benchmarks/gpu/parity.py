@@ -31,7 +31,18 @@ STEPS = 3
 def build(layers: int, width: int) -> tuple[GPT2LMHeadModel, Tensor]:
     """A model whose norms are half frozen at stds of its own, and a batch (B, T + 1)."""
     torch.manual_seed(0)
-    config = GPT2Config(n_layer=layers, n_head=4, n_embd=width, n_positions=128, vocab_size=1003, eos_token_id=0)
+    config = GPT2Config(
+        n_layer=layers,
+        n_head=4,
+        n_embd=width,
+        n_positions=128,
+        vocab_size=1003,
+        eos_token_id=0,
+        bos_token_id=0,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    )
     model = GPT2LMHeadModel(config)
     for name, parameter in model.named_parameters():
         if "ln_" in name:
