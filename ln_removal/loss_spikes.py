@@ -15,12 +15,11 @@ from __future__ import annotations
 
 import math
 import statistics
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
-from ln_removal.delayed_schedule import DelayedSchedule, Pace
-from ln_removal.schedule import RemovalSchedule
+from ln_removal.schedule import Change, Event, RemovalSchedule
 
 WINDOW = 16
 """Sound losses that are looked back on."""
@@ -84,9 +83,17 @@ class LossSpikes:
 
 
 @dataclass
-class SpikePace(Pace):
-    """Where such a schedule stands, and what was seen of the losses."""
+class SpikePace:
+    """Where a schedule that waits stands; kept in checkpoints.
 
+    Attributes:
+        delay: steps by which what has not begun comes later than planned.
+        begun: the steps at which the first events began, in the schedule's order.
+        spikes: what was seen of the losses.
+    """
+
+    delay: int = 0
+    begun: list[int] = field(default_factory=list)
     spikes: LossSpikes = field(default_factory=LossSpikes)
 
     def __post_init__(self) -> None:
@@ -94,37 +101,96 @@ class SpikePace(Pace):
             self.spikes = LossSpikes(**self.spikes)
 
 
-class SpikeSchedule(DelayedSchedule):
+class SpikeSchedule:
     """A fixed schedule: as planned while the loss is calm, and nothing new begins during a spike.
 
-    Losses are read some steps late (loop.LOG_EVERY), and so is what is decided: a step waits for no device. Waiting takes at
-    most half of the steps that are planned for recovery.
+    It answers as a `RemovalSchedule` does, for the events as they are and will be if nothing else is put off. What has begun
+    stays where it began; the rest is put off together, so its order and the gaps in it stay. Losses are read some steps late
+    (loop.LOG_EVERY), and so is what is decided: a step waits for no device, and ranks that are told the same losses decide
+    the same. Waiting takes at most half of the steps that are planned for recovery.
+
+    Args:
+        planned: with the smallest gaps; valid.
     """
 
-    pace: SpikePace
-
     def __init__(self, planned: RemovalSchedule) -> None:
-        super().__init__(planned, SpikePace())
+        self.planned = planned
+        self.pace = SpikePace()
+        self._current = planned
+
+    @property
+    def current(self) -> RemovalSchedule:
+        """The events that have begun, when they did, and the others as now expected."""
+        return self._current
+
+    @property
+    def waiting(self) -> tuple[Event, ...]:
+        """The events that have not begun, in order."""
+        return self._current.events[len(self.pace.begun) :]
+
+    @property
+    def complete_at(self) -> int:
+        """As `RemovalSchedule.complete_at`, as now expected."""
+        return self._current.complete_at
 
     @property
     def latest_complete_at(self) -> int:
         """The last step at which everything can be frozen, however long the spikes last."""
         return self.planned.complete_at + (self.planned.steps - 1 - self.planned.complete_at) // 2
 
-    def observe(self, step: int, loss: float) -> list[dict[str, Any]]:
-        """Take note of a step's loss; a spike that begins or ends is worth a row."""
+    def changes(self, step: int) -> list[Change]:
+        """As `RemovalSchedule.changes`; notes what begins. To be asked once for each step, in order."""
+        for event in self.waiting:
+            if event.step > step:
+                break
+            self.pace.begun.append(event.step)
+        return self._current.changes(step)
+
+    def stage(self, step: int) -> str:
+        """As `RemovalSchedule.stage`."""
+        return self._current.stage(step)
+
+    def observe(self, loss: float) -> list[dict[str, Any]]:
+        """Take note of a step's training loss (nats per token).
+
+        Returns:
+            What is worth a row in metrics.jsonl: a spike that begins or ends.
+        """
         seen = self.pace.spikes.observe(loss)
         if seen is None:
             return []
         return [{"incident": seen, "loss": loss, "usual_loss": self.pace.spikes.level()[0]}]
 
-    def decide(self, step: int, until: int) -> list[dict[str, Any]]:
-        """During a spike, put off what would begin before step `until` to that step, as far as there is time."""
+    def decide(self, until: int) -> list[dict[str, Any]]:
+        """During a spike, put off what would begin before step `until` to that step, as far as there is time.
+
+        Returns:
+            As `observe`.
+        """
         waiting = self.waiting
         if not self.pace.spikes.spiking or not waiting:
             return []
         steps = min(until - waiting[0].step, self.latest_complete_at - self.complete_at)
         if steps <= 0:
             return []
-        self._put_off(steps)
+        self.pace.delay += steps
+        self._current = self._expected()
         return [{"incident": "waiting", "site": waiting[0].site, "delay": self.pace.delay}]
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return asdict(self.pace)
+
+    def restore(self, state: dict[str, Any] | None, step: int) -> None:
+        """Go on from what `state` returned after `step` steps; None: from where the plan is then."""
+        if state is None:
+            state = {"begun": [event.step for event in self.planned.events if event.step < step]}
+        self.pace = SpikePace(**state)
+        self._current = self._expected()
+
+    def _expected(self) -> RemovalSchedule:
+        events: list[Event] = []
+        for number, event in enumerate(self.planned.events):
+            step = self.pace.begun[number] if number < len(self.pace.begun) else event.step + self.pace.delay
+            events.append(replace(event, step=step))
+        return RemovalSchedule(tuple(events), self.planned.n_layer, self.planned.steps)

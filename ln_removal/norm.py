@@ -23,15 +23,6 @@ ORDINARY, END_OF_TEXT, FIRST = 0, 1, 2
 
 N_CLASSES = 3
 
-CONSTANTS = {"mean": (1, 0), "rms": (2, 0), "harmonic": (0, -1), "least_squares": (2, 1)}
-"""Which constant stands for the stds sigma of many positions: exponents (a, b) of
-
-    (sum sigma^a / sum sigma^b)^(1 / (a - b))
-
-The papers take the mean. With x centred and of std sigma, a real norm gives x / sigma and a frozen one x / c; `least_squares`
-is the c that minimises the sum over positions of |x / sigma - x / c|^2 = D (1 - sigma / c)^2, and `harmonic` the one whose
-scale is the mean of the real scales."""
-
 _FORWARD_ORDER = (
     "input_ids",
     "past_key_values",
@@ -121,16 +112,15 @@ class FreezableNorm(nn.Module):
         eps: added to the variance, as in LayerNorm.
         classes: the model's shared position classes.
         readers: R, how many readers with a mix of their own the norm has.
-        constant: which summary of the stds becomes the constant, a key of `CONSTANTS`.
 
     Buffers (float32, or float64 for float64 weights):
         mix: (R,) 0 real, 1 frozen.
         frozen_std: (R, K) the constants in use, units of the residual stream.
         captured_std: (R, K) what they were when the reader left mix 0, before any special value was dropped.
         dropped: (K,) how far each special class has moved from its own constant (0) to the ordinary one (1).
-        running_std: (K,) running mean over steps of the batch's constant for each class: of sqrt(var + eps), summarised.
+        running_std: (K,) running mean over steps of the batch's mean std of each class, a std being sqrt(var + eps).
         running_initialized: (K,) bool, whether a class was ever seen.
-        std_sum, std_count: (K,) the two sums of `CONSTANTS` since the last `update_running`; sum and number for the mean.
+        std_sum, std_count: (K,) sum and number of the stds since the last `update_running`.
     """
 
     mix: Tensor
@@ -150,18 +140,15 @@ class FreezableNorm(nn.Module):
         *,
         classes: PositionClasses,
         readers: int = 1,
-        constant: str = "mean",
     ) -> None:
         super().__init__()
         assert weight.shape == bias.shape and weight.ndim == 1, (weight.shape, bias.shape)
         assert readers >= 1, readers
-        assert constant in CONSTANTS, constant
         self.weight = weight
         self.bias = bias
         self.eps = eps
         self.readers = readers
         self.classes = classes
-        self.constant = constant
         dtype = torch.promote_types(weight.dtype, torch.float32)
 
         def buffer(name: str, initial: Tensor) -> None:
@@ -204,30 +191,26 @@ class FreezableNorm(nn.Module):
 
     @torch.no_grad()
     def _observe(self, variance: Tensor, classes: Tensor) -> None:
-        """Add the powers of sqrt(variance) (B, T, 1) of each class to the sums, unless all readers are frozen."""
+        """Add sqrt(variance) (B, T, 1) of each class to the sums, unless all readers are frozen."""
         members = classes.expand(variance.shape[:-1]).unsqueeze(-1) == torch.arange(N_CLASSES, device=variance.device)
-        weights = members * (self.mix < 1).any()  # (B, T, K); 0 everywhere once nothing is real: no branch, no sync
+        counted = members * (self.mix < 1).any()  # (B, T, K); false everywhere once nothing is real: no branch, no sync
         # where, not a product: a non-finite std of one class must not reach the others
-        for total, power in zip((self.std_sum, self.std_count), CONSTANTS[self.constant], strict=True):
-            total.add_(torch.where(weights, variance.pow(power / 2), 0.0).sum((0, 1)) if power else weights.sum((0, 1)))
+        self.std_sum.add_(torch.where(counted, variance.sqrt(), 0.0).sum((0, 1)))
+        self.std_count.add_(counted.sum((0, 1)))
 
     @torch.no_grad()
     def update_running(self, momentum: float, discard: Tensor | None = None) -> None:
         """Fold the sums since the last call into `running_std` and zero them. Does not wait for the device.
 
-        running = momentum * running + (1 - momentum) * mean, for each class, `mean` being the batch's constant. A class
-        seen for the first time takes the mean itself; a class that was absent, or whose mean is not finite, keeps its
-        value.
+        running = momentum * running + (1 - momentum) * mean, for each class. A class seen for the first time takes the
+        mean itself; a class that was absent, or whose mean is not finite, keeps its value.
 
         Args:
             momentum: weight of the old value, in [0, 1].
             discard: scalar; not 0 drops the sums instead, as of a step whose update was not made.
         """
         assert 0 <= momentum <= 1, momentum
-        above, below = CONSTANTS[self.constant]
         mean = self.std_sum / torch.where(self.std_count > 0, self.std_count, 1.0)
-        if above - below != 1:
-            mean = mean.pow(1 / (above - below))
         seen = (self.std_count > 0) & torch.isfinite(mean)
         if discard is not None:
             seen = seen & (discard == 0)

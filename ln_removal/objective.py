@@ -1,7 +1,7 @@
 """What a training step minimises: next-token cross-entropy, and what a removal may add to it.
 
-    loss = (1 - s) CE + s KL(teacher || model) + w_m matching + w_a auxiliary          (removal)
-    loss = CE + w_e entropy penalty                                                    (pretraining)
+    loss = (1 - s) CE + s KL(teacher || model) + w_a auxiliary          (removal)
+    loss = CE + w_e entropy penalty                                     (pretraining)
 
 The teacher is the model before the removal. Which of the terms are in is decided once, so a compiled step has no branches.
 
@@ -51,12 +51,10 @@ class Distillation:
     Attributes:
         teacher: of the model's layout and vocabulary; see `as_teacher`.
         share: s, how much of the token loss is the divergence from the teacher's next-token distribution.
-        matching: w_m, weight of `residual_matching_loss`, the mean over blocks.
     """
 
     teacher: PreTrainedModel
-    share: float = 0.0
-    matching: float = 0.0
+    share: float
 
 
 def as_teacher(model: PreTrainedModel, precision: Precision) -> PreTrainedModel:
@@ -99,20 +97,6 @@ def constant_std_loss(residual: Tensor, constant: Tensor) -> Tensor:
     """
     variance = residual.float().var(dim=-1, correction=0)
     return (0.5 * torch.log(variance + 1e-5) - constant.log()).square().mean()
-
-
-def residual_matching_loss(residual: Tensor, taught: Tensor) -> Tensor:
-    """Mean over all positions of |residual - taught|^2 / |taught|^2, a position of large norm counting no more than others.
-
-    Args:
-        residual, taught: (B, T, D) of model and teacher after the same block.
-
-    Returns:
-        Scalar in float32.
-    """
-    wanted = taught.float()
-    distance = (residual.float() - wanted).square().sum(-1)
-    return (distance / wanted.square().sum(-1).clamp(min=1e-6)).mean()
 
 
 @dataclass(frozen=True)
@@ -169,21 +153,18 @@ class Objective(nn.Module):
         self.entropy = None if entropy is None else entropy.regulariser.to(model.device)
         self.eot_token_id = eot_token_id
         self.auxiliary = auxiliary if auxiliary is not None and auxiliary.weight > 0 else None
-        self.matching, self.soft = 0.0, False
         self.teacher: PreTrainedModel | None = None
         # A buffer: it changes from step to step, and a compiled graph should not.
         self.register_buffer("share", torch.zeros((), device=model.device), persistent=False)
-        if distillation is not None and (distillation.share > 0 or distillation.matching > 0):
-            self.teacher, self.matching, self.soft = distillation.teacher, distillation.matching, distillation.share > 0
+        if distillation is not None and distillation.share > 0:
+            self.teacher = distillation.teacher
             self.set_share(distillation.share)
             _check_same_layout(model, self.teacher)
         _switch_dropout_off(model)
         # Filled by hooks during a forward pass of this module, and of no other (the model is evaluated by itself), and
-        # emptied at its end: what each norm read, and what each block wrote.
+        # emptied at its end: what each norm read, and where each head looked.
         self._listening = False
         self._read: list[tuple[nn.Module, Tensor]] = []
-        self._written: list[Tensor] = []
-        self._taught: list[Tensor] = []
         self._attended: list[Tensor] = []
         if self.entropy is not None:
             for block in blocks_of(model):
@@ -191,11 +172,6 @@ class Objective(nn.Module):
         if self.auxiliary is not None:
             for norm in _norms_to_watch(model, self.auxiliary):
                 norm.register_forward_pre_hook(self._keep_read)
-        if self.matching > 0:
-            assert self.teacher is not None
-            for block, its_teacher in zip(blocks_of(model), blocks_of(self.teacher), strict=True):
-                block.register_forward_hook(self._keep_written)
-                its_teacher.register_forward_hook(self._keep_taught)
 
     @property
     def trained(self) -> nn.Module:
@@ -210,14 +186,6 @@ class Objective(nn.Module):
     def _keep_read(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if self._listening:
             self._read.append((module, args[0]))
-
-    def _keep_written(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._listening:
-            self._written.append(output[0] if isinstance(output, tuple) else output)
-
-    def _keep_taught(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._listening:
-            self._taught.append(output[0] if isinstance(output, tuple) else output)
 
     def _keep_attended(self, module: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:
         if self._listening:
@@ -243,19 +211,15 @@ class Objective(nn.Module):
         self._listening = True
         taught = self._teach(inputs)
         hidden = self.model.base_model(input_ids=inputs, use_cache=False).last_hidden_state
-        soft = taught is not None and self.soft
         loss = linear_cross_entropy(
             hidden.reshape(-1, hidden.shape[-1]),
             _head(self.model),
             targets.reshape(-1),
-            teacher_hidden=taught.reshape(-1, taught.shape[-1]) if soft and taught is not None else None,
-            teacher_head=_head(self.teacher) if soft and self.teacher is not None else None,
+            teacher_hidden=taught.reshape(-1, taught.shape[-1]) if taught is not None else None,
+            teacher_head=_head(self.teacher) if self.teacher is not None else None,
             share=self.share,
         )
         total = loss.total
-        if self.matching > 0:
-            pairs = list(zip(self._written, self._taught, strict=True))
-            total = total + self.matching * sum(residual_matching_loss(*pair) for pair in pairs) / len(pairs)
         if self.auxiliary is not None:
             total = total + self.auxiliary.weight * self._auxiliary_loss(inputs)
         if self.entropy is not None:
@@ -266,7 +230,7 @@ class Objective(nn.Module):
     def forget(self) -> None:
         """Let go of what the hooks have gathered: the end of a forward pass, or of one that was cut short."""
         self._listening = False
-        self._read, self._written, self._taught, self._attended = [], [], [], []
+        self._read, self._attended = [], []
 
     def _teach(self, inputs: Tensor) -> Tensor | None:
         """The teacher's final hidden states (B, T, D'), in its own precision; None without a teacher."""

@@ -5,10 +5,10 @@ pass: for B sequences of T tokens, L layers of width D and a vocabulary of V,
 
     activations = B T (L c D + 12 D)  +  10 V min(B T, positions of one chunk)        [bytes]
 
-(and with a teacher its weights in the run's precision, twice the last term, and 8 B T L D to match the residual streams; with the
-entropy penalty 15 B H T T L for H heads), with c measured on this project's model (bytes kept by autograd per layer, token and
-unit of width, with dropout off and fused attention): 40 compiled and 82 not in bfloat16 autocast, 76 and 140 in float32. Time is
-estimated as tokens * (6 N + 12 L D T) FLOPs (N parameters, the second term for attention; a third more with a teacher) at an
+(and with a teacher its weights in the run's precision and twice the last term; with the entropy penalty 15 B H T T L
+for H heads), with c measured on this project's model (bytes kept by autograd per layer, token and unit of width, with
+dropout off and fused attention): 40 compiled and 82 not in bfloat16 autocast, 76 and 140 in float32. Time is estimated
+as tokens * (6 N + 12 L D T) FLOPs (N parameters, the second term for attention; a third more with a teacher) at an
 assumed share of the device's peak.
 """
 
@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ln_removal.adaptive_schedule import AdaptiveSchedule
 from ln_removal.errors import UserError
 from ln_removal.recipe import ArchitectureSpec, Recipe, dump_toml
 from ln_removal.schedule import RemovalSchedule, expand
@@ -195,7 +194,6 @@ class Plan:
         if self.schedule is not None:
             length, start = self.schedule.recovery_steps, self.schedule.complete_at
             lines.append(("recovery", f"{length:,} steps with everything constant, from step {start:,}"))
-            lines += self._waiting()
         parts = ", ".join(f"{name} {_size(size)}" for name, size in asdict(self.memory).items() if size)
         lines.append(("memory", f"about {_size(self.memory.total)}: {parts}"))
         time = "measured when it runs" if self.seconds is None else f"about {_duration(self.seconds)}"
@@ -203,20 +201,6 @@ class Plan:
         lines += [("", f"about {_duration(seconds)} on one {name}") for name, seconds in self.seconds_elsewhere.items()]
         lines += [("assumed", assumption) for assumption in self.assumptions]
         return lines
-
-    def _waiting(self) -> list[tuple[str, str]]:
-        """What an adaptive schedule may add; the table shows it without any waiting."""
-        spec = self.recipe.schedule.adaptive if self.recipe.schedule is not None else None
-        if spec is None or self.schedule is None:
-            return []
-        latest = AdaptiveSchedule(self.schedule, spec).latest_complete_at
-        return [
-            (
-                "adaptive",
-                f"waits until the loss is within {spec.tolerance:g} of what it was before the last freeze, at most "
-                f"{spec.largest_gap} steps; all constant by step {latest:,} at the latest",
-            )
-        ]
 
 
 def plan(
@@ -364,8 +348,7 @@ def estimate_memory(recipe: Recipe, shape: ArchitectureSpec, micro_batch: int) -
     teacher = 0
     if _has_teacher(recipe):
         teacher = (4 if training.precision == "float32" else 2) * count
-        activations += logits if training.distillation > 0 else 0
-        activations += 8 * tokens * shape.n_layer * shape.n_embd if training.residual_matching > 0 else 0
+        activations += logits
     if training.precision != "float32":
         activations += 2 * matrices  # autocast's copies of the weights
     return Memory(
@@ -374,7 +357,7 @@ def estimate_memory(recipe: Recipe, shape: ArchitectureSpec, micro_batch: int) -
 
 
 def _has_teacher(recipe: Recipe) -> bool:
-    return recipe.schedule is not None and recipe.training.has_teacher
+    return recipe.schedule is not None and recipe.training.distillation > 0
 
 
 def peak_of(device: str) -> DevicePeak | None:

@@ -25,7 +25,7 @@ from pydantic import (
 )
 
 from ln_removal.errors import UserError
-from ln_removal.recipe_faults import all_faults, cross_field_faults, did_you_mean, follow
+from ln_removal.recipe_faults import all_faults, cross_field_faults, did_you_mean, follow, without_removed_keys
 from ln_removal.resources import recipes_directory
 from ln_removal.toml_writer import write_toml
 
@@ -48,29 +48,14 @@ class DataSpec(_Spec):
     odd_text: Annotated[float, Field(ge=0, le=0.5)] = 0.0  # share of sequences of tabs, random tokens and the like
 
 
-class AdaptiveSpec(_Spec):
-    """When what freezes next waits: until the loss has recovered from what froze last (see adaptive_schedule.py).
-
-    `tolerance` is in nats per token above the smoothed loss before the last freeze, `smoothing` the weight of the old value
-    in it. The gaps of the schedule are the smallest; the largest is `largest_gap`. Waiting never leaves fewer than `recovery`
-    steps for the end of the run.
-    """
-
-    tolerance: NonNegativeFloat = 0.05
-    smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    largest_gap: PositiveInt
-    recovery: NonNegativeInt
-
-
 class ScheduleSpec(_Spec):
     """When each site freezes; every number counts optimizer steps, and the first step is 0.
 
     The four kinds go one after the other: each kind begins where the last gap of the one before ends (start +
     n_layer * gap), unless its own start is given. `eot_after` counts from ln_f, `first_after` from the drop of the
     end-of-text constant. `taper` is the number of intermediate steps between LayerNorm and constant (0: at once);
-    `special_taper` the same for the constants of the special positions. `layers` says from which end each kind goes,
-    `constant` which summary of the stds a site freezes at (norm.CONSTANTS). With `on_spike` = "wait" nothing new begins
-    while the loss spikes (see loss_spikes.py); an `adaptive` schedule waits by its own rule.
+    `special_taper` the same for the constants of the special positions. With `on_spike` = "wait" nothing new begins
+    while the loss spikes (see loss_spikes.py).
     """
 
     ln_2_start: NonNegativeInt
@@ -84,10 +69,7 @@ class ScheduleSpec(_Spec):
     first_after: NonNegativeInt
     taper: NonNegativeInt = 0
     special_taper: NonNegativeInt = 0
-    layers: Literal["first to last", "last to first"] = "first to last"
-    constant: Literal["mean", "rms", "harmonic", "least_squares"] = "mean"
     on_spike: Literal["wait", "ignore"] = "wait"
-    adaptive: AdaptiveSpec | None = None
 
 
 class TrainingSpec(_Spec):
@@ -110,14 +92,11 @@ class TrainingSpec(_Spec):
     ] = (0.9, 0.95)
     clip: PositiveFloat = 1.0
     std_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    rewarm_steps: NonNegativeInt = 0  # of a fresh warm-up when a kind of site begins to freeze
     auxiliary_weight: NonNegativeFloat = 0.0  # of the residual-std loss, see objective.Auxiliary
     auxiliary_target: Literal["batch", "constants"] = "batch"
     auxiliary_sites: Literal["ln_f", "all"] = "ln_f"
     distillation: Annotated[float, Field(ge=0, le=1)] = 0.0  # share of the loss that is KL from the original model
-    distillation_end: Annotated[float, Field(ge=0, le=1)] | None = None  # that share in the end; None: the same
-    distillation_until: Annotated[float, Field(gt=0, le=1)] = 1.0  # share of the run after which it is reached
-    residual_matching: NonNegativeFloat = 0.0  # weight of the distance to the original's residual stream
+    distillation_end: Annotated[float, Field(ge=0, le=1)] | None = None  # that share in the last step; None: the same
     entropy_weight: NonNegativeFloat = 0.0  # of the attention entropy penalty, see attention_entropy.EntropyRegulariser
     entropy_tolerance: Annotated[float, Field(ge=0, lt=1)] = 0.2  # gamma: what it lets pass, as a share of log T
     precision: Literal["float32", "bfloat16", "float16"] = "bfloat16"
@@ -126,11 +105,6 @@ class TrainingSpec(_Spec):
     evaluation_tokens: PositiveInt = 1_048_576
     checkpoint_every: PositiveInt = 100
     keep_checkpoints: PositiveInt = 2
-
-    @property
-    def has_teacher(self) -> bool:
-        """Whether a removal with these settings learns from the original model."""
-        return self.distillation > 0 or self.residual_matching > 0
 
 
 class ArchitectureSpec(_Spec):
@@ -239,9 +213,12 @@ def load_recipe(name_or_path: str, overrides: Mapping[str, object] | None = None
 def validate_recipe(document: Mapping[str, Any], *, source: str) -> Recipe:
     """Build a Recipe from a nested dictionary; `source` names it in messages.
 
+    It may be of an older version and have removed keys, as long as they were off.
+
     Raises:
         UserError: one line for each fault (unknown keys, wrong types, fields that contradict one another).
     """
+    document = without_removed_keys(document)
     try:
         return Recipe.model_validate(document)
     except ValidationError as error:
@@ -251,11 +228,15 @@ def validate_recipe(document: Mapping[str, Any], *, source: str) -> Recipe:
 
 
 def with_defaults(document: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe's nested dictionary with every default written out; one with faults comes back as it is."""
+    """A recipe's nested dictionary with every default written out and without removed keys that were off.
+
+    One with faults comes back without its defaults.
+    """
+    document = without_removed_keys(document)
     try:
         return Recipe.model_validate(document).model_dump(exclude_none=True)
     except ValidationError:
-        return dict(document)
+        return document
 
 
 def dump_toml(recipe: Recipe) -> str:

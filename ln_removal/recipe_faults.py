@@ -9,6 +9,31 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
+REMOVED_KEYS = {
+    "schedule.layers": "first to last",
+    "schedule.constant": "mean",
+    "schedule.adaptive": None,
+    "training.rewarm_steps": 0,
+    "training.distillation_until": 1.0,
+    "training.residual_matching": 0.0,
+}
+"""Keys that version 0.2.0 removed, with the value that switched each one off.
+
+Version 0.1 wrote every default into recipe.toml, so the recipe of any of its runs has these keys (but not `adaptive`, whose off
+value was to be absent).
+"""
+
+
+def without_removed_keys(document: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's nested dictionary without the removed keys that were off; with any other value they stay, and are faults."""
+    kept = dict(document)
+    for key, off in REMOVED_KEYS.items():
+        section, _, name = key.partition(".")
+        table = kept.get(section)
+        if isinstance(table, Mapping) and name in table and table[name] == off:
+            kept[section] = {other: value for other, value in table.items() if other != name}
+    return kept
+
 
 def did_you_mean(word: str, candidates: Iterable[str], prefix: str = "") -> str:
     """ "; did you mean 'gpt2'?" for the closest candidate, or nothing when none is close."""
@@ -117,10 +142,8 @@ def _batch_faults(tokens: int | None, context: int | None, micro_batch: int | st
 
 ONLY_IN_REMOVALS = (
     "data.odd_text",
-    "training.rewarm_steps",
     "training.auxiliary_weight",
     "training.distillation",
-    "training.residual_matching",
 )
 
 
@@ -144,7 +167,7 @@ def _pretraining_faults(value: Callable[[str], Any]) -> list[str]:
 
 
 def _removal_faults(value: Callable[[str], Any]) -> list[str]:
-    """Details of something that is switched off, and a schedule that could never wait.
+    """Details of something that is switched off.
 
     A weight that is written as 0 is meant: so a recipe can be tried without one of its terms.
     """
@@ -164,17 +187,6 @@ def _removal_faults(value: Callable[[str], Any]) -> list[str]:
         faults.append(
             f"training.distillation_end: has no effect while training.distillation is 0, found {end}; {advice}"
         )
-    until = value("training.distillation_until")
-    if share and end is None and until is not None and until < 1:
-        advice = "give the share that is reached then"
-        faults.append(f"training.distillation_until: has no effect without training.distillation_end; {advice}")
-    longest = follow(value("schedule.adaptive") or {}, "largest_gap")
-    gaps = {key: value(f"schedule.{key}") for key in ("ln_2_gap", "qk_gap", "v_gap")}
-    shorter = [key for key, gap in gaps.items() if isinstance(longest, int) and gap is not None and gap > longest]
-    if shorter:
-        widest = max(gaps[key] for key in shorter)
-        found = f"found {longest}; raise it, or lower {' and '.join(shorter)}"
-        faults.append(f"schedule.adaptive.largest_gap: must be at least the smallest gaps ({widest}), {found}")
     return faults
 
 
@@ -193,6 +205,8 @@ def _trapezoid_faults(value: Callable[[str], Any]) -> list[str]:
 
 def _message(error: ErrorDetails, key: str, schema: type[BaseModel], sections: Mapping[str, type[BaseModel]]) -> str:
     """The fault in words, without the key."""
+    if error["type"] == "extra_forbidden" and key in REMOVED_KEYS:
+        return "this option was removed in version 0.2.0; leave it out, or use version 0.1"
     if error["type"] == "extra_forbidden":
         return "unknown key" + _suggestion(key, schema, sections)
     if error["type"] == "missing" and len(error["loc"]) <= key.count(".") + 1:

@@ -109,11 +109,7 @@ def with_steps(recipe: Recipe, steps: int) -> Recipe:
     if steps < least:
         raise UserError(f"a run of {steps} steps is too short for recipe {recipe.name!r}; give at least {least}")
     old = recipe.training.steps
-    changes: dict[str, object] = {
-        "steps": steps,
-        "warmup_steps": recipe.training.warmup_steps * steps // old,
-        "rewarm_steps": recipe.training.rewarm_steps * steps // old,
-    }
+    changes: dict[str, object] = {"steps": steps, "warmup_steps": recipe.training.warmup_steps * steps // old}
     if recipe.training.decay_steps is not None:
         changes["decay_steps"] = max(1, recipe.training.decay_steps * steps // old)
     schedule = recipe.schedule
@@ -133,11 +129,7 @@ def with_layers(recipe: Recipe, *, written_for: int, n_layer: int) -> Recipe:
     """
     if recipe.schedule is None or written_for == n_layer:
         return recipe
-    changes: dict[str, object] = {key: getattr(recipe.schedule, key) * written_for // n_layer for key in _GAPS}
-    adaptive = recipe.schedule.adaptive
-    if adaptive is not None:
-        longest = max(1, adaptive.largest_gap * written_for // n_layer)
-        changes["adaptive"] = adaptive.model_copy(update={"largest_gap": longest})
+    changes = {key: getattr(recipe.schedule, key) * written_for // n_layer for key in _GAPS}
     return recipe.model_copy(update={"schedule": recipe.schedule.model_copy(update=changes)})
 
 
@@ -149,7 +141,4 @@ def _scaled(spec: ScheduleSpec, new: int, old: int) -> ScheduleSpec:
             changes[key] = 1 + (value - 1) * new // old if value > 0 else 0
         elif isinstance(value, int):
             changes[key] = value * new // old
-    if spec.adaptive is not None:
-        longest, recovery = spec.adaptive.largest_gap * new // old, spec.adaptive.recovery * new // old
-        changes["adaptive"] = spec.adaptive.model_copy(update={"largest_gap": max(1, longest), "recovery": recovery})
     return spec.model_copy(update=changes)

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
     from ln_removal.data.tokens import TokenDataset
-    from ln_removal.delayed_schedule import DelayedSchedule
     from ln_removal.evaluation.results import Results
     from ln_removal.evaluation.scoring import QuestionSet
+    from ln_removal.loss_spikes import SpikeSchedule
     from ln_removal.recipe import Recipe
     from ln_removal.schedule import RemovalSchedule
     from ln_removal.training.loop import Removal, TrainResult
@@ -196,9 +196,8 @@ def _is_model(directory: Path) -> bool:
     return (directory / "config.json").is_file()
 
 
-def _fitting_schedule(recipe: Recipe, model: GPT2LMHeadModel) -> RemovalSchedule | DelayedSchedule:
+def _fitting_schedule(recipe: Recipe, model: GPT2LMHeadModel) -> RemovalSchedule | SpikeSchedule:
     """The schedule for this model's depth; checks what recipe and model must agree on."""
-    from ln_removal.adaptive_schedule import AdaptiveSchedule
     from ln_removal.architectures import check_supported
     from ln_removal.export.stock import is_disarmed
     from ln_removal.loss_spikes import SpikeSchedule
@@ -213,8 +212,6 @@ def _fitting_schedule(recipe: Recipe, model: GPT2LMHeadModel) -> RemovalSchedule
         )
     assert recipe.schedule is not None
     schedule = expand(recipe.schedule, model.config.n_layer, recipe.training.steps)
-    if recipe.schedule.adaptive is not None:
-        return AdaptiveSchedule(schedule, recipe.schedule.adaptive)
     return schedule if recipe.schedule.on_spike == "ignore" else SpikeSchedule(schedule)
 
 
@@ -296,7 +293,7 @@ def _train_removal(
     run: _Run,
     model: GPT2LMHeadModel,
     tokenizer: PreTrainedTokenizerBase,
-    schedule: RemovalSchedule | DelayedSchedule,
+    schedule: RemovalSchedule | SpikeSchedule,
 ) -> None:
     """Train through the schedule, fold, verify, write `model/` and the other export formats; nothing if that is done."""
     from ln_removal.data.tokens import write_json_atomically
@@ -309,9 +306,8 @@ def _train_removal(
     if run.resume and _is_exported(run.out, run.recipe):
         return
     spec = run.recipe.training
-    teacher = as_teacher(copy.deepcopy(model), spec.precision) if spec.has_teacher else None
-    assert run.recipe.schedule is not None
-    sites = install(model, eot_token_id=run.data.eot_token_id, constant=run.recipe.schedule.constant)
+    teacher = as_teacher(copy.deepcopy(model), spec.precision) if spec.distillation > 0 else None
+    sites = install(model, eot_token_id=run.data.eot_token_id)
     result = _train(run, model, tokenizer, run.out, label="removal", removal=Removal(sites, schedule), teacher=teacher)
     if run.accelerator.is_main_process:
         report = run.out / "training.json"

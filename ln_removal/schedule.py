@@ -119,13 +119,6 @@ class RemovalSchedule:
         latest = max(counts, key=SITE_KINDS.index)
         return latest if latest == "ln_f" else f"{latest} {counts[latest]}/{self.n_layer}"
 
-    def begins_of_kinds(self) -> list[int]:
-        """The step at which the first site of each kind, and each special constant, begins; in order, each step once."""
-        first: dict[str, int] = {}
-        for event in self.events:
-            first.setdefault(_kind(event), event.step)
-        return sorted(set(first.values()))
-
     def to_json(self, tokens_per_step: int | None = None) -> list[dict[str, object]]:
         """One dictionary an event: site, step, action, taper, and with tokens_per_step the tokens seen before it."""
         rows: list[dict[str, object]] = []
@@ -236,16 +229,14 @@ class RemovalSchedule:
 def expand(spec: ScheduleSpec, n_layer: int, steps: int) -> RemovalSchedule:
     """Expand a recipe's [schedule] for a model of n_layer layers and a run of `steps` optimizer steps.
 
-    ln_2.i freezes at ln_2_start + i * ln_2_gap (with `layers` = "last to first", ln_2 of the i-th layer from the end).
-    The queries' and keys' sites start where the last ln_2 gap ends, at ln_2_start + n_layer * ln_2_gap; the values'
-    sites, then ln_f, follow in the same way, unless the recipe gives their starts. The end-of-text constant is dropped
-    eot_after steps after ln_f, that of position 0 first_after steps after that. Order and chaining: Heimersheim 2024
-    (arXiv 2409.13710), Baroni et al. 2025 (arXiv 2507.02559); the
-    tapers are ours.
+    ln_2.i freezes at ln_2_start + i * ln_2_gap. The queries' and keys' sites start where the last ln_2 gap ends, at
+    ln_2_start + n_layer * ln_2_gap; the values' sites, then ln_f, follow in the same way, unless the recipe gives their
+    starts. The end-of-text constant is dropped eot_after steps after ln_f, that of position 0 first_after steps after
+    that. Order and chaining: Heimersheim 2024 (arXiv 2409.13710), Baroni et al. 2025 (arXiv 2507.02559); the tapers are
+    ours.
 
     Raises:
-        UserError: the schedule does not fit the run (see `RemovalSchedule.validate`), or leaves an adaptive one less than
-            its recovery before anything has waited.
+        UserError: the schedule does not fit the run (see `RemovalSchedule.validate`).
     """
     qk_start = spec.ln_2_start + n_layer * spec.ln_2_gap if spec.qk_start is None else spec.qk_start
     v_start = qk_start + n_layer * spec.qk_gap if spec.v_start is None else spec.v_start
@@ -261,20 +252,13 @@ def expand(spec: ScheduleSpec, n_layer: int, steps: int) -> RemovalSchedule:
             step = ln_f_at
         else:
             start, gap = begins[site.kind]
-            place = site.layer if spec.layers == "first to last" else n_layer - 1 - site.layer
-            step = start + place * gap
+            step = start + site.layer * gap
         events.append(Event(step, str(site), "freeze", spec.taper))
     eot_at = ln_f_at + spec.eot_after
     events.append(Event(eot_at, "eot", "drop_special", spec.special_taper))
     events.append(Event(eot_at + spec.first_after, "first", "drop_special", spec.special_taper))
     schedule = RemovalSchedule(tuple(events), n_layer, steps)
     schedule.validate()
-    if spec.adaptive is not None and steps - 1 - schedule.complete_at < spec.adaptive.recovery:
-        raise UserError(
-            f"schedule.adaptive.recovery is {spec.adaptive.recovery}, but with the smallest gaps everything is constant at "
-            f"step {schedule.complete_at} of {steps}, so nothing could ever wait; lower it to less than "
-            f"{steps - 1 - schedule.complete_at}, or the gaps"
-        )
     return schedule
 
 

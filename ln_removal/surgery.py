@@ -33,7 +33,7 @@ SPECIALS = {"eot": END_OF_TEXT, "first": FIRST}
 """Names of the special position classes, as schedules write them."""
 
 
-def install(model: GPT2LMHeadModel, *, eot_token_id: int | None, constant: str = "mean") -> NormSites:
+def install(model: GPT2LMHeadModel, *, eot_token_id: int | None) -> NormSites:
     """Replace every LayerNorm of `model`, in place, by a freezable norm at mix 0. Its outputs stay the same.
 
     Parameters keep their identity (the same nn.Parameter objects, weights still tied); names change only for ln_1,
@@ -43,7 +43,6 @@ def install(model: GPT2LMHeadModel, *, eot_token_id: int | None, constant: str =
         model: a GPT-2 with its LayerNorms.
         eot_token_id: id of the end-of-text token, whose positions get a constant of their own until it is dropped;
             None when the vocabulary has none.
-        constant: which summary of the stds a norm is frozen at, a key of `norm.CONSTANTS`.
 
     Raises:
         UserError: the model is not a GPT-2 with LayerNorms, or the norms are already installed.
@@ -54,7 +53,7 @@ def install(model: GPT2LMHeadModel, *, eot_token_id: int | None, constant: str =
 
     def freezable(norm: nn.Module, readers: int = 1) -> FreezableNorm:
         assert isinstance(norm, nn.LayerNorm)
-        return FreezableNorm(norm.weight, norm.bias, norm.eps, classes=classes, readers=readers, constant=constant)
+        return FreezableNorm(norm.weight, norm.bias, norm.eps, classes=classes, readers=readers)
 
     for block in model.transformer.h:
         projection = block.attn.c_attn

@@ -460,6 +460,23 @@ def test_a_damaged_checkpoint_is_passed_over(copied: Path) -> None:
     assert json.loads(resumed.stdout)["cross_entropy"] == pytest.approx(results["cross_entropy"], abs=1e-5)
 
 
+def test_a_run_of_version_0_1_goes_on(copied: Path) -> None:
+    """It wrote the defaults of options that are gone now."""
+    file = copied / "run" / "recipe.toml"
+    text = file.read_text(encoding="utf-8")
+    text = text.replace("[schedule]\n", '[schedule]\nlayers = "first to last"\nconstant = "mean"\n')
+    gone = "rewarm_steps = 0\ndistillation_until = 1.0\nresidual_matching = 0.0\n"
+    file.write_text(text.replace("[training]\n", f"[training]\n{gone}"), encoding="utf-8")
+    results = json.loads((copied / "run" / "results.json").read_text(encoding="utf-8"))
+    shutil.rmtree(copied / "run" / "model")
+    for command in ("ln-remove --out run --resume --questions none --json", "ln-evaluate run --json"):
+        found = json.loads(done(command).stdout)["cross_entropy"]
+        assert found == pytest.approx(results["cross_entropy"], abs=1e-5)
+    done("ln-export run --out new")
+    done("ln-report run")
+    assert gone in file.read_text(encoding="utf-8"), "a run that is resumed keeps its recipe as it is"
+
+
 def test_damaged_checkpoints_only(copied: Path) -> None:
     for checkpoint in (copied / "run" / "state").iterdir():
         damage(checkpoint)

@@ -122,8 +122,8 @@ def test_a_teacher_takes_memory_and_time() -> None:
     small = planning.KNOWN_ARCHITECTURES["gpt2"]
     alone = recipe_for("gpt2")
     taught = recipe_for("gpt2", {"training.distillation": 0.5})
-    matched = recipe_for("gpt2", {"training.residual_matching": 0.1, "training.precision": "float32"})
-    one, two, three = (estimate_memory(recipe, small, 8) for recipe in (alone, taught, matched))
+    wide = recipe_for("gpt2", {"training.distillation": 0.5, "training.precision": "float32"})
+    one, two, three = (estimate_memory(recipe, small, 8) for recipe in (alone, taught, wide))
     count = count_parameters(small)
     assert (one.teacher, two.teacher, three.teacher) == (0, 2 * count, 4 * count)
     assert two.activations - one.activations == 10 * 8192 * 50257

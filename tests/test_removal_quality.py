@@ -17,14 +17,11 @@ from removal_quality import recipe_of, show, stays_below, table, without_infinit
 from ln_removal.recipe import TrainingSpec
 
 TERMS = (
-    "rewarm_steps",
     "auxiliary_weight",
     "auxiliary_target",
     "auxiliary_sites",
     "distillation",
     "distillation_end",
-    "distillation_until",
-    "residual_matching",
 )
 
 

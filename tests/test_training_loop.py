@@ -35,7 +35,7 @@ from ln_removal.training.learning_rate import learning_rate_at
 from ln_removal.training.state import checkpoints, load_newest
 from ln_removal.training.tracking import Tracker, truncate_metrics
 
-TERMS = {"auxiliary_weight": 0.1, "distillation": 0.5, "residual_matching": 0.1}
+TERMS = {"auxiliary_weight": 0.1, "distillation": 0.5}
 """Every term that a removal can add to its loss."""
 
 WITHOUT_SPEED = ("step", "loss", "gradient_norm", "learning_rate")

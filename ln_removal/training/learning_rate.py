@@ -6,7 +6,6 @@ Pure Python: a run that resumes asks for any step and gets the same number.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -47,29 +46,11 @@ def learning_rate_at(step: int, spec: TrainingSpec) -> float:
     return minimum + (peak - minimum) * remaining
 
 
-def rewarm_factor(step: int, begins: Sequence[int], length: int) -> float:
-    """What the learning rate is multiplied with while it warms up again after something new began to freeze.
-
-    (step - begin + 1) / (length + 1) for the newest begin up to `step`, at most 1: a taper of the rate where the loss jumps.
-
-    Args:
-        step: from 0.
-        begins: the steps at which a kind of site begins to freeze, rising.
-        length: steps with a lowered rate; 0 for none.
-    """
-    newest = max((begin for begin in begins if begin <= step), default=None)
-    if newest is None:
-        return 1.0
-    return min(1.0, (step - newest + 1) / (length + 1))
-
-
 def distillation_at(step: int, spec: TrainingSpec) -> float:
-    """The share of the loss that comes from the teacher: linear from `distillation` to `distillation_end`.
-
-    It gets there after `distillation_until` of the run, in the last step by default.
+    """The share of the loss that comes from the teacher: linear from `distillation` to `distillation_end` in the last step.
 
     Early on the teacher says what freezing has destroyed; later the text can teach what the teacher never knew.
     """
     end = spec.distillation if spec.distillation_end is None else spec.distillation_end
-    progress = min(1.0, step / max(1.0, (spec.steps - 1) * spec.distillation_until))
+    progress = min(1.0, step / max(1, spec.steps - 1))
     return spec.distillation + (end - spec.distillation) * progress

@@ -98,7 +98,7 @@ def train_model(
         label: names the training on its progress bar and in wandb.
         evaluate: measures the model while training pauses.
         removal: sites and schedule; None keeps the norms (pretraining, control) and leaves out the losses of a removal.
-        teacher: for `training.distillation` and `residual_matching`: the model as it was, see `objective.as_teacher`.
+        teacher: for `training.distillation`: the model as it was, see `objective.as_teacher`.
         tokenizer: the model's, for `data.odd_text`.
         resume: continue from the newest checkpoint in `directory`.
         wandb_project: also log to this Weights & Biases project.
@@ -193,9 +193,9 @@ def _objective(
     if removal is None:
         return Objective(model, eot_token_id=eot_token_id, entropy=_entropy_penalty(model, spec))
     distillation = None
-    if spec.has_teacher:
+    if spec.distillation > 0:
         assert teacher is not None, "the caller keeps a copy of the original model"
-        distillation = Distillation(teacher.to(model.device), spec.distillation, spec.residual_matching)
+        distillation = Distillation(teacher.to(model.device), spec.distillation)
     auxiliary = Auxiliary(spec.auxiliary_weight, spec.auxiliary_target, spec.auxiliary_sites)
     return Objective(model, eot_token_id=eot_token_id, auxiliary=auxiliary, distillation=distillation)
 

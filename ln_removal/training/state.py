@@ -40,7 +40,7 @@ _NAME = re.compile(r"step-(\d{6,})")
 class TrainerState:
     """Where a run stands. `step` is the next optimizer step; `seconds` counts training time over all sessions.
 
-    `schedule` is where an adaptive schedule stands; None for a fixed one, which the step alone determines.
+    `schedule` is where a schedule that waits stands; None for a fixed one, which the step alone determines.
     """
 
     step: int = 0

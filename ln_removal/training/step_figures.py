@@ -30,10 +30,6 @@ class StepFigures:
         self._rates.append(rate)
         return bad
 
-    def newest_loss(self) -> float:
-        """The loss that was added last. Waits for the device."""
-        return float(self._rows[-1][0])
-
     def read(self) -> list[tuple[float, float, float]]:
         """(loss, gradient norm, learning rate) of every step since the last call. Waits for the device."""
         figures = zip(torch.stack(self._rows).tolist(), self._rates, strict=True)
