@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ln_removal.recipe import ScheduleSpec, load_recipe
-from ln_removal.recipe_scaling import with_layers, with_steps
+from ln_removal.config.presets import with_layers, with_steps
+from ln_removal.config.recipe import ScheduleSpec, load_recipe
 
 
 @dataclass(frozen=True)

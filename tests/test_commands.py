@@ -25,8 +25,9 @@ from click.testing import Result
 from small_model import write_corpus, write_model
 from typer.testing import CliRunner
 
-from ln_removal import removal, run_directory
 from ln_removal.data.tokens import TokenDataset
+from ln_removal.files import run_directory
+from ln_removal.pipelines import removal
 from ln_removal.training import session
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -594,7 +595,7 @@ def test_unfinished_tokens_of_another_process_stay(tmp_path: Path) -> None:
 )
 def test_what_a_failed_run_leaves(tmp_path: Path, keep: Callable[[Path], Any]) -> None:
     def fail(out: Path, leave: Callable[[Path], Any]) -> None:
-        with run_directory.run_directory(out, "seed = 0\n", resume=False):
+        with run_directory.run_directory(out, "seed = 0\n", with_defaults=dict, resume=False):
             (out / "tokens").mkdir()
             leave(out)
             raise ZeroDivisionError
@@ -608,7 +609,7 @@ def test_what_a_failed_run_leaves(tmp_path: Path, keep: Callable[[Path], Any]) -
 
 
 def test_what_to_type_after_a_command_of_a_group(copied: Path) -> None:
-    from ln_removal.commands import console
+    from ln_removal.cli import console
 
     assert run("ln-analyze entropy run --json").exit_code == 2  # it was not observed
     assert console._to_type("entropy", resumes=False) == "ln-analyze entropy run --json"

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ln_removal.recipe import TrainingSpec, load_recipe
-from ln_removal.training.learning_rate import distillation_at, learning_rate_at
+from ln_removal.config.recipe import TrainingSpec, load_recipe
+from ln_removal.training.optimizers import distillation_at, learning_rate_at
 
 
 def spec(**changes: object) -> TrainingSpec:

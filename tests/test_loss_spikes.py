@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_training import LAYERS, FaultyObjective, Stop, TinyRun, tiny_spec
 
-from ln_removal.loss_spikes import LEAST_WINDOW, LossSpikes, SpikeSchedule
-from ln_removal.recipe import ScheduleSpec
-from ln_removal.schedule import RemovalSchedule, expand
+from ln_removal.config.recipe import ScheduleSpec
+from ln_removal.norms.schedule import RemovalSchedule, expand
+from ln_removal.training.checkpoint import checkpoints
+from ln_removal.training.divergence import LEAST_WINDOW, LossSpikes, SpikeSchedule
 from ln_removal.training.loop import LOG_EVERY
-from ln_removal.training.state import checkpoints
 
 STEPS = 140
 

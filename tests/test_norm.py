@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, GPT2LMHeadModel, StaticCache
 
-from ln_removal.norm import (
+from ln_removal.norms.freezable import (
     END_OF_TEXT,
     FIRST,
     N_CLASSES,

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from ln_removal import linear_cross_entropy as linear
 from ln_removal.errors import UserError
-from ln_removal.objective import Auxiliary, Distillation, Objective, as_teacher, residual_std_loss
-from ln_removal.surgery import install
+from ln_removal.norms.surgery import install
+from ln_removal.training import cross_entropy as linear
+from ln_removal.training.loss import Auxiliary, Distillation, Objective, as_teacher, residual_std_loss
 from ln_removal.training.setup import checkpoint_activations
 
 if TYPE_CHECKING:

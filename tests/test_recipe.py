@@ -11,9 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from ln_removal import resources
-from ln_removal.errors import UserError
-from ln_removal.recipe import (
+from ln_removal.config.presets import default_recipe, with_layers, with_steps
+from ln_removal.config.recipe import (
     ArchitectureSpec,
     Recipe,
     available_recipes,
@@ -21,11 +20,13 @@ from ln_removal.recipe import (
     load_recipe,
     parse_overrides,
     validate_recipe,
+    with_defaults,
 )
-from ln_removal.recipe_faults import REMOVED_KEYS
-from ln_removal.recipe_scaling import default_recipe, with_layers, with_steps
-from ln_removal.schedule import expand
-from ln_removal.toml_writer import write_toml
+from ln_removal.config.toml import write_toml
+from ln_removal.config.validation import REMOVED_KEYS
+from ln_removal.errors import UserError
+from ln_removal.files import resources
+from ln_removal.norms.schedule import expand
 
 GOOD = """
 model = "gpt2"
@@ -559,14 +560,16 @@ def test_a_removal_has_no_entropy_penalty(tmp_path: Path) -> None:
 
 
 def test_a_key_that_an_older_version_did_not_write_counts_as_its_default() -> None:
-    from ln_removal.run_directory import differences
+    from ln_removal.files.run_directory import differences
 
     now = dump_toml(load_recipe("tiny"))
     older = "\n".join(line for line in now.splitlines() if not line.startswith(("on_spike", "entropy_", "odd_text")))
-    assert older != now.rstrip() and differences(older.encode(), now) == ""
+    assert older != now.rstrip() and differences(older.encode(), now, with_defaults) == ""
     changed = dump_toml(load_recipe("tiny", {"schedule.on_spike": "ignore"}))
-    assert differences(older.encode(), changed) == "schedule.on_spike was wait, now ignore"
-    assert "seed was 0, now 1" in differences(older.encode(), dump_toml(load_recipe("tiny", {"seed": 1})))
+    assert differences(older.encode(), changed, with_defaults) == "schedule.on_spike was wait, now ignore"
+    assert "seed was 0, now 1" in differences(
+        older.encode(), dump_toml(load_recipe("tiny", {"seed": 1})), with_defaults
+    )
 
 
 def as_version_0_1_wrote_it(recipe: Recipe) -> str:
@@ -581,23 +584,22 @@ def as_version_0_1_wrote_it(recipe: Recipe) -> str:
 
 @pytest.mark.parametrize("name", ["tiny", "gpt2-fast", "normfree/small-python"])
 def test_a_recipe_of_version_0_1_is_the_same_recipe(name: str, tmp_path: Path) -> None:
-    from ln_removal.rollback import may_go_on_with
-    from ln_removal.run_directory import differences
+    from ln_removal.files.run_directory import differences, may_go_on_with
 
     recipe = load_recipe(name)
     older, now = as_version_0_1_wrote_it(recipe), dump_toml(recipe)
     assert "rewarm_steps = 0\n" in older and "residual_matching = 0.0\n" in older and older != now
     assert load_recipe(recipe_file(tmp_path, older)) == recipe
-    assert differences(older.encode(), now) == ""
+    assert differences(older.encode(), now, with_defaults) == ""
     changed = dump_toml(load_recipe(name, {"seed": 1}))
-    assert differences(older.encode(), changed) == "seed was 0, now 1"
+    assert differences(older.encode(), changed, with_defaults) == "seed was 0, now 1"
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text('{"kind": "rollback", "step": 5}\n', encoding="utf-8")
     lower = dump_toml(load_recipe(name, {"training.learning_rate": 1e-5, "training.minimum_learning_rate": 0.0}))
-    assert may_go_on_with(metrics, older.encode(), lower)
+    assert may_go_on_with(metrics, older.encode(), lower, with_defaults)
     # The arms of a grid are kept without a name, which a recipe needs.
     nameless = [text.replace(f'name = "{name}"\n', "", 1) for text in (older, now)]
-    assert differences(nameless[0].encode(), nameless[1]) == ""
+    assert differences(nameless[0].encode(), nameless[1], with_defaults) == ""
 
 
 @pytest.mark.parametrize(

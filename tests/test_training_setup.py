@@ -9,12 +9,12 @@ import pytest
 import torch
 from tiny_training import CONTEXT, EOT, tiny_model
 
-from ln_removal.attention_entropy import EXPLICIT_ATTENTION, EntropyRegulariser
-from ln_removal.evaluation.odd_text import odd_sequences
-from ln_removal.objective import Auxiliary, Distillation, EntropyPenalty, Objective, as_teacher
-from ln_removal.recipe import load_recipe
-from ln_removal.surgery import install
+from ln_removal.config.recipe import load_recipe
+from ln_removal.data.stress_text import odd_sequences
+from ln_removal.models.attention import EXPLICIT_ATTENTION, EntropyRegulariser
+from ln_removal.norms.surgery import install
 from ln_removal.training import session, setup
+from ln_removal.training.loss import Auxiliary, Distillation, EntropyPenalty, Objective, as_teacher
 
 
 def test_the_probe_leaves_nothing_and_gives_a_teacher_no_moments(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,7 +51,7 @@ def _out_of_memory(*_: object) -> None:
 
 
 def test_the_odd_text_that_is_scored_is_not_trained_on() -> None:
-    from ln_removal.models import load_tokenizer
+    from ln_removal.models.loading import load_tokenizer
 
     tokenizer = load_tokenizer("tiny")
     recipe = load_recipe("tiny", {"data.context": 256, "data.odd_text": 0.1})

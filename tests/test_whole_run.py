@@ -30,7 +30,7 @@ SMALL = {
 
 def command(name: str, *arguments: str) -> list[str]:
     module = name.removeprefix("ln-").replace("-", "_")
-    return [sys.executable, "-c", f"from ln_removal.commands.{module} import main; main()", *arguments]
+    return [sys.executable, "-c", f"from ln_removal.cli.{module} import main; main()", *arguments]
 
 
 def run(name: str, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:

@@ -18,16 +18,17 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
+from ln_removal.config.recipe import ScheduleSpec, TrainingSpec
 from ln_removal.data.sampler import WindowSampler
-from ln_removal.data.tokens import Shard, TokenDataset, TokenIndex, checksum, write_index
-from ln_removal.loss_spikes import SpikeSchedule
-from ln_removal.objective import Auxiliary, Distillation, Objective, StepLoss, as_teacher
-from ln_removal.recipe import ScheduleSpec, TrainingSpec
-from ln_removal.schedule import RemovalSchedule, expand
-from ln_removal.surgery import NormSites, install
+from ln_removal.data.tokens import Shard, TokenDataset, TokenIndex, write_index
+from ln_removal.files.atomic import checksum
+from ln_removal.norms.schedule import RemovalSchedule, expand
+from ln_removal.norms.surgery import NormSites, install
+from ln_removal.training.divergence import SpikeSchedule
 from ln_removal.training.loop import Removal, TrainResult, train
+from ln_removal.training.loss import Auxiliary, Distillation, Objective, StepLoss, as_teacher
+from ln_removal.training.metrics import Tracker
 from ln_removal.training.setup import build_accelerator, causal_attention
-from ln_removal.training.tracking import Tracker
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel

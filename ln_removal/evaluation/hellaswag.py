@@ -26,15 +26,16 @@ import torch
 from torch import nn
 
 from ln_removal.errors import UserError
-from ln_removal.evaluation.multiple_choice import Prompt, ending_log_probs
-from ln_removal.evaluation.paired_comparison import compare_accuracies
+from ln_removal.evaluation.bootstrap import compare_accuracies
+from ln_removal.evaluation.choices import Prompt, ending_log_probs
 from ln_removal.evaluation.questions import Question
-from ln_removal.precision import Precision
+from ln_removal.models.precision import Precision
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Protocol = Literal["lm-eval", "nanogpt", "code"]
+
 PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
 
 Texts = tuple[str, tuple[str, ...]]

@@ -15,6 +15,7 @@ from typing import Any
 from ln_removal.errors import UserError
 
 ENDINGS = 4
+
 HUB_NAME = "Rowan/hellaswag"
 
 
@@ -96,7 +97,7 @@ def load_from_hub(*, split: str = "validation") -> list[Question]:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import OfflineModeIsEnabled
 
-    from ln_removal.hub_access import first_answer, hub_error
+    from ln_removal.files.hub import first_answer, hub_error
 
     advice = (
         "give --data FILE (hellaswag_val.jsonl from github.com/rowanz/hellaswag), or, if it was downloaded before, set "

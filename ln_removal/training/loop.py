@@ -19,28 +19,30 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ln_removal.data.read_ahead import read_ahead
-from ln_removal.data.sampler import WindowSampler
-from ln_removal.loss_spikes import SpikeSchedule
-from ln_removal.precision import LOSS_SCALE, autocast
-from ln_removal.training.bad_steps import BadSteps, are_finite, roll_back
-from ln_removal.training.interruption import deferred
-from ln_removal.training.learning_rate import distillation_at, learning_rate_at
-from ln_removal.training.optimizers import build_optimizers, set_learning_rate, step_unless_bad
-from ln_removal.training.state import TrainerState, load_newest, prune, save_checkpoint
-from ln_removal.training.step_figures import StepFigures
+from ln_removal.data.sampler import WindowSampler, read_ahead
+from ln_removal.files.signals import deferred
+from ln_removal.models.precision import LOSS_SCALE, autocast
+from ln_removal.training.checkpoint import TrainerState, load_newest, prune, save_checkpoint
+from ln_removal.training.divergence import BadSteps, SpikeSchedule, StepFigures, are_finite, roll_back
+from ln_removal.training.optimizers import (
+    build_optimizers,
+    distillation_at,
+    learning_rate_at,
+    set_learning_rate,
+    step_unless_bad,
+)
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import nn
     from transformers import PreTrainedModel
 
-    from ln_removal.analysis.observer import Figures, Observer
-    from ln_removal.objective import Objective
-    from ln_removal.recipe import TrainingSpec
-    from ln_removal.schedule import RemovalSchedule
-    from ln_removal.surgery import NormSites
-    from ln_removal.training.tracking import Metrics, Tracker
+    from ln_removal.config.recipe import TrainingSpec
+    from ln_removal.norms.schedule import RemovalSchedule
+    from ln_removal.norms.surgery import NormSites
+    from ln_removal.training.loss import Objective
+    from ln_removal.training.metrics import Metrics, Tracker
+    from ln_removal.training.probe import Figures, Observer
 
 LOG_EVERY = 10
 """Steps between two synchronisations with the device, at which metrics are written and the bar moves."""

@@ -1,0 +1,168 @@
+"""Asking the Hugging Face Hub, and telling it: a first answer in bounded time, and failures in one line that says what to do."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+from ln_removal.errors import UserError
+
+T = TypeVar("T")
+
+HUB_SECONDS = 12.0
+"""How long the Hub may take to give its first answer before it counts as out of reach."""
+
+
+def first_answer(request: Callable[[], T], *, seconds: float = HUB_SECONDS) -> T:
+    """Run a Hub request and wait at most `seconds` for it.
+
+    The client's own time-out holds for one address of one connection attempt and not for name look-up, so a network
+    that swallows packets can keep it for minutes. The request then goes on in a daemon thread that is left behind.
+
+    Raises:
+        TimeoutError: when there was no answer in time; otherwise whatever the request raises.
+    """
+    outcome: list[T] = []
+    failure: list[Exception] = []
+
+    def run() -> None:
+        try:
+            outcome.append(request())
+        except Exception as error:  # noqa: BLE001 (raised again by the caller)
+            failure.append(error)
+
+    thread = threading.Thread(target=run, daemon=True, name="hub-first-answer")
+    thread.start()
+    thread.join(seconds)
+    if failure:
+        raise failure[0]
+    if not outcome:
+        raise TimeoutError(f"no answer in {seconds:.0f} seconds")
+    return outcome[0]
+
+
+def is_unreachable(error: BaseException | None) -> bool:
+    """Whether an error of the Hub client, or one it was raised from, means that no connection could be made or kept.
+
+    The client has changed its HTTP library more than once, so its transport errors are told by their base's name.
+    """
+    from huggingface_hub.errors import HfHubHTTPError
+
+    seen: list[BaseException] = []
+    while error is not None and error not in seen and not isinstance(error, HfHubHTTPError):
+        if isinstance(error, (ConnectionError, TimeoutError)):
+            return True
+        if any(base.__name__ in ("TransportError", "ClientConnectionError") for base in type(error).__mro__):
+            return True
+        seen.append(error)
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def hub_error(error: BaseException, what: str, repo_id: str, advice: str) -> UserError:
+    """The one-line message for a failure of the Hub client.
+
+    Args:
+        error: what the client raised.
+        what: `model` or `data set`.
+        repo_id: the repository asked for.
+        advice: what to do without network.
+    """
+    from huggingface_hub import constants, errors
+
+    host = constants.ENDPOINT.partition("://")[2]
+    page = f"{constants.ENDPOINT}/{'datasets/' if what == 'data set' else ''}{repo_id}"
+    status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
+    if isinstance(error, errors.RevisionNotFoundError):
+        return UserError(f"the {what} {repo_id} on {host} lacks the revision asked for; see {page}")
+    if isinstance(error, errors.RepositoryNotFoundError) and not isinstance(error, errors.GatedRepoError):
+        return UserError(
+            f"{host} has no {what} {repo_id!r} that you may read; check the spelling, or, if it is private, log in "
+            "with `hf auth login`"
+        )
+    if status in (401, 403):
+        return UserError(f"the {what} {repo_id} is gated: accept its terms at {page} and log in with `hf auth login`")
+    if is_unreachable(error):
+        reason = "HF_HUB_OFFLINE is set" if isinstance(error, errors.OfflineModeIsEnabled) else one_line(error)
+        return UserError(f"cannot reach {host} for the {what} {repo_id} ({reason}); {advice}")
+    reason = f"it answered {status}" if status else one_line(error)
+    return UserError(f"the {what} {repo_id} could not be fetched from {host}: {reason}; try again later, or {advice}")
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message as one short line without secrets, or its type when it has none."""
+    # Cut last: half a token would no longer be known as one.
+    return without_secrets(" ".join(str(error).split()))[:300] or type(error).__name__
+
+
+_BEARER = re.compile(r"Bearer [^\s'\"]+")
+
+_QUERY = re.compile(r"(https?://[^\s'\"?]+)\?[^\s'\"]+")
+
+
+def without_secrets(text: str) -> str:
+    """A text without the user's token and without the signatures of upload addresses, which errors of HTTP libraries quote.
+
+    A token that no header can hold is quoted with its odd characters escaped, so what follows `Bearer` goes as a whole.
+    """
+    from huggingface_hub import get_token
+
+    token = get_token()
+    shown = _BEARER.sub("Bearer (token)", _QUERY.sub(r"\1?...", text))
+    return shown.replace(token, "(token)") if token else shown
+
+
+PASSING_STATUSES = (408, 409, 412, 425, 429, 500, 502, 503, 504)
+"""Answers that another attempt may change: busy, overloaded, or somebody else's commit came first."""
+
+
+def is_passing(error: BaseException | None) -> bool:
+    """Whether another attempt at publishing may succeed where this one failed: a lost connection, a Hub that is busy."""
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        if isinstance(error, OfflineModeIsEnabled):
+            return False
+        if isinstance(error, HfHubHTTPError):
+            return error.response.status_code in PASSING_STATUSES
+        if is_unreachable(error):
+            return True
+        seen.append(error)
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def publish_error(error: BaseException, repo_id: str, *, attempts: int = 1) -> UserError:
+    """The one-line message for a failure to publish; the token is in none of them.
+
+    Args:
+        error: what the Hub client raised.
+        repo_id: the repository to be published to.
+        attempts: how often it was tried.
+    """
+    from huggingface_hub import constants, errors
+
+    host = constants.ENDPOINT.partition("://")[2]
+    tokens = f"{constants.ENDPOINT}/settings/tokens"
+    refused = error
+    while not isinstance(refused, errors.HfHubHTTPError) and (refused.__cause__ or refused.__context__):
+        refused = refused.__cause__ or refused.__context__ or refused
+    status = refused.response.status_code if isinstance(refused, errors.HfHubHTTPError) else None
+    tried = f" after {attempts} attempts" if attempts > 1 else ""
+    if status == 401:
+        return UserError(
+            f"{host} does not accept the token; make one that may write at {tokens} and log in with `hf auth login`, or set "
+            "HF_TOKEN (which wins)"
+        )
+    if status == 403:
+        return UserError(
+            f"the token may not write to {repo_id}; check the spelling, or make a token that may write at {tokens}"
+        )
+    if status is None and is_unreachable(error):
+        reason = "HF_HUB_OFFLINE is set" if isinstance(error, errors.OfflineModeIsEnabled) else one_line(error)
+        return UserError(f"cannot reach {host} to publish {repo_id}{tried} ({reason}); check the network")
+    reason = f"{host} answered {status}: {one_line(refused)}" if status else one_line(error)
+    return UserError(f"{repo_id} could not be published{tried}: {reason}")
