@@ -21,7 +21,6 @@ RunsArgument = Annotated[
         metavar="RUN...", help="Runs trained with observation.every, or directories of them.", show_default=False
     ),
 ]
-
 OutOption = Annotated[
     Path | None,
     typer.Option(

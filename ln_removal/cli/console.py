@@ -54,29 +54,23 @@ def _print_version(asked: bool) -> None:
 
 
 DeviceOption = Annotated[Device, typer.Option(help="Where to compute; auto takes a CUDA GPU when there is one.")]
-
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")]
-
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-
 SettingsOption = Annotated[
     list[str] | None,
     typer.Option(
         "--set", metavar="KEY=VALUE", help="Change one value of the recipe; may be repeated.", show_default=False
     ),
 ]
-
 TokensOption = Annotated[
     Path | None,
     typer.Option(
         metavar="DIR", help="Tokens from ln-prepare. Default: prepare the recipe's corpus.", show_default=False
     ),
 ]
-
 WandbOption = Annotated[
     str | None, typer.Option(metavar="PROJECT", help="Also log to this Weights & Biases project.", show_default=False)
 ]
-
 PushOption = Annotated[
     str | None,
     typer.Option(
@@ -86,14 +80,11 @@ PushOption = Annotated[
         show_default=False,
     ),
 ]
-
 PrivateOption = Annotated[bool, typer.Option("--private", help="With --push-to-hub: make a new repository private.")]
-
 TagOption = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="With --push-to-hub: also tag the commit, to pin it.", show_default=False),
 ]
-
 VersionOption = Annotated[
     bool, typer.Option("--version", help="Print the version and stop.", callback=_print_version, is_eager=True)
 ]

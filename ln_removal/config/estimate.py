@@ -36,6 +36,13 @@ KNOWN_ARCHITECTURES = {
 _OWNERS = ("openai-community/", "distilbert/")
 
 
+def published_architecture(name: str) -> ArchitectureSpec | None:
+    """The architecture of a published size, with its Hub owner or without; None for any other model."""
+    for owner in _OWNERS:
+        name = name.removeprefix(owner)
+    return KNOWN_ARCHITECTURES.get(name)
+
+
 @dataclass(frozen=True)
 class DevicePeak:
     """A GPU's dense peak in FLOP/s, for bfloat16 or float16 and for float32 inputs (TensorFloat-32), and its memory in bytes."""
@@ -64,9 +71,7 @@ ACTIVATION_BYTES = {("bfloat16", True): 40, ("bfloat16", False): 82, ("float32",
 
 # The same numbers as in training/cross_entropy.py and training/setup.py, which import torch: planning answers without it.
 POSITIONS_IN_A_CHUNK = 8192  # on a GPU
-
 CPU_TOKENS_IN_A_PASS = 4096
-
 LARGEST_AUTOMATIC_MICRO_BATCH = 128
 
 

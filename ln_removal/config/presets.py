@@ -8,7 +8,6 @@ from ln_removal.config.recipe import ArchitectureSpec, Recipe, ScheduleSpec, loa
 from ln_removal.errors import UserError
 
 _MOMENTS = ("ln_2_start", "qk_start", "v_start", "ln_f_at")
-
 _GAPS = ("ln_2_gap", "qk_gap", "v_gap")
 
 _WRITTEN_FOR = {"distilgpt2": 6, "gpt2": 12, "gpt2-medium": 24, "gpt2-large": 36, "gpt2-xl": 48}

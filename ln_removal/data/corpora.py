@@ -21,8 +21,26 @@ from typing import BinaryIO, Literal, Protocol, runtime_checkable
 from ln_removal.errors import UserError
 
 Split = Literal["train", "validation"]
-
 SPLITS: tuple[Split, ...] = ("train", "validation")
+
+TEXT_SUFFIXES = (".txt", ".md", ".py")
+JSONL_SUFFIXES = (".jsonl", ".jsonl.gz")
+PARQUET_SUFFIXES = (".parquet",)
+SUFFIXES = TEXT_SUFFIXES + JSONL_SUFFIXES + PARQUET_SUFFIXES
+
+VALIDATION_FRACTION = 0.005
+
+WHOLE_FILE_BYTES = 1 << 20
+"""Text files up to this size are one document; larger ones are cut into pieces."""
+
+PIECE_BYTES = 64 << 10
+"""A piece ends at the first blank line after this many bytes..."""
+
+MAXIMUM_PIECE_BYTES = 256 << 10
+"""...or, when there is none, at the last line that ends before this many bytes."""
+
+PARQUET_ROWS = 512
+SOURCE = "local"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,30 +78,6 @@ class Corpus(Protocol):
     def identity(self) -> dict[str, object]:
         """What determines the content (name, options, interpreter or revision): stored in the index, compared on resume."""
         ...
-
-
-TEXT_SUFFIXES = (".txt", ".md", ".py")
-
-JSONL_SUFFIXES = (".jsonl", ".jsonl.gz")
-
-PARQUET_SUFFIXES = (".parquet",)
-
-SUFFIXES = TEXT_SUFFIXES + JSONL_SUFFIXES + PARQUET_SUFFIXES
-
-VALIDATION_FRACTION = 0.005
-
-WHOLE_FILE_BYTES = 1 << 20
-"""Text files up to this size are one document; larger ones are cut into pieces."""
-
-PIECE_BYTES = 64 << 10
-"""A piece ends at the first blank line after this many bytes..."""
-
-MAXIMUM_PIECE_BYTES = 256 << 10
-"""...or, when there is none, at the last line that ends before this many bytes."""
-
-PARQUET_ROWS = 512
-
-SOURCE = "local"
 
 
 def hash_split(index: int, key: str, fraction: float) -> Split:

@@ -42,6 +42,40 @@ END_OF_TEXT = "<|endoftext|>"
 CODE_PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+(?:\r?\n[ \t]*)?|\s*[\r\n]+[ \t]*|\s+(?!\S)|\s+"
 """Words with one leading symbol; up to three digits; symbols with a line break and its indentation; white space."""
 
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+"""How GPT-2 cuts text (Radford et al. 2019, encoder.py): the expression that the library's ByteLevel has built in."""
+
+PATTERNS = (GPT2_PATTERN, CODE_PATTERN)
+"""Expressions that both engines are known to read alike."""
+
+STABLE = (
+    r"\x00-\u052f"  # Latin, Greek, Cyrillic
+    r"\u2000-\u206f\u20a0-\u2bff"  # punctuation, currencies, arrows, mathematics, box drawing
+    r"\u3000-\u30ff\u4e00-\u9fa5\uac00-\ud7a3"  # Kana, Han, Hangul
+    r"\ufe00-\ufe0f\uff00-\uffdc\U0001f300-\U0001faff"  # variation selectors, full-width forms, emoji
+)
+"""Characters that have been a letter, a number, white space or none of these in every version of Unicode since 2014."""
+
+WORDS_KEPT = 1 << 18
+"""Words in the dictionary at most: some 50 MB. The frequent ones come first."""
+
+LONGEST_WORD_KEPT = 32
+LONG_TEXT = 1 << 23
+"""Characters from which the words of a text are not put into one list."""
+
+BYTES_ALONE = 8 << 20
+"""Text encoded in this process before workers are started: about a second's work, several times what a start takes."""
+
+BATCHES_A_WORKER = 2
+"""Batches given to each worker and not yet taken back."""
+
+MOST_WORKERS = 32
+"""Beyond, the process that reads and writes cannot keep up."""
+
+Batch = TypeVar("Batch")
+
+_START = "import sys; sys.path[:] = {path!r}; from ln_removal.data.encoder import work; work()"
+
 
 def train_code_tokenizer(texts: Iterable[str], vocab_size: int, *, model_max_length: int) -> PreTrainedTokenizerFast:
     """Train on `texts` and wrap the result for transformers.
@@ -82,29 +116,6 @@ def train_code_tokenizer(texts: Iterable[str], vocab_size: int, *, model_max_len
         model_max_length=model_max_length,
         clean_up_tokenization_spaces=False,
     )
-
-
-GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-"""How GPT-2 cuts text (Radford et al. 2019, encoder.py): the expression that the library's ByteLevel has built in."""
-
-PATTERNS = (GPT2_PATTERN, CODE_PATTERN)
-"""Expressions that both engines are known to read alike."""
-
-STABLE = (
-    r"\x00-\u052f"  # Latin, Greek, Cyrillic
-    r"\u2000-\u206f\u20a0-\u2bff"  # punctuation, currencies, arrows, mathematics, box drawing
-    r"\u3000-\u30ff\u4e00-\u9fa5\uac00-\ud7a3"  # Kana, Han, Hangul
-    r"\ufe00-\ufe0f\uff00-\uffdc\U0001f300-\U0001faff"  # variation selectors, full-width forms, emoji
-)
-"""Characters that have been a letter, a number, white space or none of these in every version of Unicode since 2014."""
-
-WORDS_KEPT = 1 << 18
-"""Words in the dictionary at most: some 50 MB. The frequent ones come first."""
-
-LONGEST_WORD_KEPT = 32
-
-LONG_TEXT = 1 << 23
-"""Characters from which the words of a text are not put into one list."""
 
 
 class Encoder:
@@ -215,20 +226,6 @@ def _byte_alphabet() -> dict[int, int]:
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     hidden = [byte for byte in range(256) if byte not in visible]
     return {byte: byte for byte in visible} | {byte: 256 + place for place, byte in enumerate(hidden)}
-
-
-BYTES_ALONE = 8 << 20
-"""Text encoded in this process before workers are started: about a second's work, several times what a start takes."""
-
-BATCHES_A_WORKER = 2
-"""Batches given to each worker and not yet taken back."""
-
-MOST_WORKERS = 32
-"""Beyond, the process that reads and writes cannot keep up."""
-
-Batch = TypeVar("Batch")
-
-_START = "import sys; sys.path[:] = {path!r}; from ln_removal.data.encoder import work; work()"
 
 
 class EncoderPool:

@@ -21,7 +21,6 @@ from ln_removal.errors import UserError
 from ln_removal.files.hub import HUB_SECONDS, first_answer, hub_error, is_unreachable
 
 NANOGPT_TEST_SIZE = 0.0005
-
 NANOGPT_SEED = 2357
 
 VALIDATION_DOCUMENTS = 10_000

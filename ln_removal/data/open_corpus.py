@@ -33,7 +33,6 @@ HELD_OUT_ONE_IN = 8
 """One standard-library module in this many is held out."""
 
 MAXIMUM_FILE_BYTES = 512 * 1024
-
 LONG_LINE = 32
 """Characters from which a line is specific enough to count as evidence of copying."""
 
@@ -45,6 +44,9 @@ TABLES = ("encodings/", "pydoc_data/", "lib2to3/tests/data/", "test/encoded_modu
 # Tests and end-user programs are trained on but never held out: some distributions do not ship them, and the validation
 # set should be the same text everywhere.
 NEVER_HELD_OUT = ("test/", "idlelib/", "lib2to3/", "turtledemo/", "ensurepip/", "config-", "__phello__")
+
+BYTES_A_TOKEN = 8
+"""More than a token of text usually has: reading stops once the bytes are certain to give enough tokens."""
 
 
 @dataclass(frozen=True)
@@ -235,10 +237,6 @@ def open_corpus(name_or_path: str, **options: Any) -> Corpus:
 
 def _is_path(text: str) -> bool:
     return text.startswith((".", "/", "~")) or "/" in text or "\\" in text or Path(text).expanduser().exists()
-
-
-BYTES_A_TOKEN = 8
-"""More than a token of text usually has: reading stops once the bytes are certain to give enough tokens."""
 
 
 class HeldOutText:

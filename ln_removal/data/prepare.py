@@ -32,17 +32,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 PROGRESS = "progress.json"
-
 LOCK = "prepare.lock"
-
 BATCH_BYTES = 1 << 20
-
 BATCH_DOCUMENTS = 1024
-
 QUEUED_BATCHES = 4
 
 Batch = list[Document | TokenDocument]
-
 Group = tuple[Split, str]
 """Split and source: what a shard holds."""
 

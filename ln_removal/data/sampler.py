@@ -21,10 +21,10 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from ln_removal.data.tokens import TokenSplit
+from ln_removal.data.tokens import Tokens, TokenSplit
 from ln_removal.errors import UserError
 
-Tokens = npt.NDArray[np.int64]
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -134,9 +134,6 @@ class WindowSampler:
         share = self._sequences_per_step // ranks
         for first in range(0, share, micro_batch):
             yield self.sequences(step, rank * share + first, min(micro_batch, share - first))
-
-
-Item = TypeVar("Item")
 
 
 def read_ahead(items: Iterable[Item], depth: int = 4) -> Generator[Item, None, None]:

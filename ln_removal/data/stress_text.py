@@ -12,14 +12,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
+from ln_removal.data.tokens import Tokens
 from ln_removal.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Tokens = npt.NDArray[np.int64]
 
 KINDS = ("form feeds", "tabs", "white space", "repeated token", "random tokens")
 """What `odd_sequences` makes, in this order."""

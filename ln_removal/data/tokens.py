@@ -23,7 +23,6 @@ from ln_removal.errors import UserError
 from ln_removal.files.atomic import checksum, write_json_atomically
 
 FORMAT = "ln-removal tokens 1"
-
 INDEX = "index.json"
 
 Tokens = npt.NDArray[np.int64]

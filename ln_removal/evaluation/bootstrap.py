@@ -18,7 +18,6 @@ from ln_removal.errors import UserError
 Array = npt.NDArray[Any]
 
 RESAMPLES = 2000
-
 CONFIDENCE = 0.95
 
 _INDICES_AT_ONCE = 1 << 22

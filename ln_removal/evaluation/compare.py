@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from torch import nn
 
 from ln_removal.data.sampler import Window
-from ln_removal.data.stress_text import Tokens
+from ln_removal.data.tokens import Tokens
 from ln_removal.evaluation.bootstrap import CONFIDENCE, bootstrap_means
 from ln_removal.evaluation.loss import LossResult
 from ln_removal.evaluation.results import (
@@ -39,13 +38,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ln_removal.data.tokens import TokenDataset
-    from ln_removal.models.precision import Precision
 
 WORST_SAMPLES = 6
-
 TOKENS_BEFORE, TOKENS_AFTER = 120, 40
-
 PAIRS = (("ln_free", "control"), ("ln_free", "original"), ("control", "original"))
+
+SAMPLE_TOKENS = 60
+"""Tokens of the worst sequence that are shown."""
 
 
 @dataclass(frozen=True)
@@ -199,10 +198,6 @@ class SideBySide:
                 )
             )
         return tuple(samples)
-
-
-SAMPLE_TOKENS = 60
-"""Tokens of the worst sequence that are shown."""
 
 
 def odd_losses(

@@ -22,13 +22,9 @@ from ln_removal.errors import UserError
 from ln_removal.evaluation.questions import ENDINGS, Question
 
 DEFAULT_COUNT = 2000
-
 CONTEXT_BYTES = (400, 700)
-
 ENDING_BYTES = (40, 160)
-
 ENDING_LINES = 3
-
 LENGTH_TOLERANCE = 0.15
 
 STRIDE_BYTES = 240
@@ -38,9 +34,7 @@ KNOWN_NAMES = 0.5
 """Share of a right ending's names that the context has shown. Without it a quarter of the questions is guesswork."""
 
 LONG_LINE = 20  # characters from which a line that stands in several places counts as boilerplate
-
 COMMON_LINE = 3  # places
-
 LEAST_LETTERS = 12  # in an ending: shorter ones are brackets and `pass`, right in too many places
 
 

@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Protocol = Literal["lm-eval", "nanogpt", "code"]
-
 PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
 
 Texts = tuple[str, tuple[str, ...]]

@@ -33,7 +33,6 @@ Measure = Callable[[Tensor, Tensor], Tensor]
 
 # Logits held at once, in elements. On the CPU small chunks stay near the cache; on a GPU larger ones fill it.
 CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 28}
-
 # Tokens in one forward when the batch size is chosen here.
 BATCH_TOKENS = {"cpu": 1 << 12, "cuda": 1 << 16}
 

@@ -15,7 +15,6 @@ from typing import Any
 from ln_removal.errors import UserError
 
 ENDINGS = 4
-
 HUB_NAME = "Rowan/hellaswag"
 
 

@@ -53,7 +53,6 @@ from pydantic import (
 )
 
 from ln_removal.errors import UserError
-from ln_removal.evaluation.loss import LossResult
 from ln_removal.files.atomic import write_json_atomically
 from ln_removal.files.resources import package_version
 from ln_removal.models.precision import Precision
@@ -63,7 +62,6 @@ if TYPE_CHECKING:
     from ln_removal.evaluation.loss import LossResult
 
 ROLES = ("original", "control", "ln_free")
-
 TITLES = {"original": "original", "control": "control", "ln_free": "LN-free"}
 
 T = TypeVar("T")

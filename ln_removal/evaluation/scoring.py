@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from ln_removal.models.precision import Precision
 
 COMPLETIONS = "completions"
-
 HELLASWAG = "hellaswag"
 
 ODD_SEQUENCES = 16

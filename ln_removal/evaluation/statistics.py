@@ -29,9 +29,11 @@ if TYPE_CHECKING:
 Array = npt.NDArray[Any]
 
 CALIBRATION_BINS = 15
-
 FEW_DOCUMENTS = 20
 """With fewer documents than this, a bootstrap over them would say more about the few than about chance."""
+
+MAX_TOKENS = 16_384
+"""Read at most: a mean over positions needs no more."""
 
 
 @dataclass(frozen=True)
@@ -187,10 +189,6 @@ def units_of(windows: Sequence[Window], split: TokenSplit, *, eot_token_id: int)
         return Units("documents", of_token.ravel(), counts)
     sizes = np.array([window.scored for window in windows])
     return Units("windows", np.repeat(np.arange(len(sizes)), sizes), sizes)
-
-
-MAX_TOKENS = 16_384
-"""Read at most: a mean over positions needs no more."""
 
 
 def residual_std(

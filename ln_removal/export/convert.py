@@ -227,8 +227,6 @@ def to_bridge(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase | None 
     # boot_transformers would look for a tokenizer on the Hub when it is given none.
     from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
-    from ln_removal.models.normfree_gpt2 import from_folded
-
     source = _ln_free(model)
     own = from_folded(source.config, source.state_dict())
     own.set_attn_implementation("eager")

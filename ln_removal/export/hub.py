@@ -31,6 +31,17 @@ WRITING_ROLES = ("write", "admin", "contributor")
 REPOSITORY = re.compile(r"\w([\w.-]*\w)?/\w([\w.-]{0,94}\w)?", re.ASCII)
 """What the Hub accepts as OWNER/NAME, apart from two hyphens or dots in a row and the ending .git."""
 
+Files = Mapping[str, Path | bytes]
+"""What goes up, by its path in the repository."""
+
+WAITS = (3.0, 10.0, 30.0)
+"""Seconds between attempts. The client has tried each request several times itself before one of ours counts as failed."""
+
+OURS = ("*.safetensors", "*.safetensors.index.json", "stock/*", "plots/*")
+"""Files of an earlier publication that would contradict a new one, and are removed with it if it has no such file."""
+
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class HubTarget:
@@ -168,18 +179,6 @@ def _host() -> str:
     from huggingface_hub import constants
 
     return constants.ENDPOINT.partition("://")[2]
-
-
-Files = Mapping[str, Path | bytes]
-"""What goes up, by its path in the repository."""
-
-WAITS = (3.0, 10.0, 30.0)
-"""Seconds between attempts. The client has tried each request several times itself before one of ours counts as failed."""
-
-OURS = ("*.safetensors", "*.safetensors.index.json", "stock/*", "plots/*")
-"""Files of an earlier publication that would contradict a new one, and are removed with it if it has no such file."""
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,14 @@ if TYPE_CHECKING:
 MODULE = "modeling_normfree_gpt2"
 """Name of the file in a model's directory, without its ending; transformers' own spelling."""
 
+Format = Literal["normfree", "stock"]
+DIRECTORIES: dict[Format, str] = {"normfree": "model", "stock": "stock"}
+
+logger = logging.getLogger(__name__)
+
+CHECK_TOKENS = 256
+"""Positions of the random token sequences on which the written form is compared with its source."""
+
 
 def add_modelling_file(directory: Path) -> None:
     """Copy the source of `normfree_gpt2` into a saved LN-free model and name its classes in config.json.
@@ -57,11 +65,6 @@ def add_modelling_file(directory: Path) -> None:
         "AutoModelForCausalLM": f"{MODULE}.{normfree_gpt2.NormFreeGPT2LMHeadModel.__name__}",
     }
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-Format = Literal["normfree", "stock"]
-
-DIRECTORIES: dict[Format, str] = {"normfree": "model", "stock": "stock"}
 
 
 def write_exports(
@@ -165,12 +168,6 @@ def save_model(
             f"cannot write {directory}: {reason}{room}; free some space and run this again (a training: with --resume), or choose "
             "another --out"
         ) from error
-
-
-logger = logging.getLogger(__name__)
-
-CHECK_TOKENS = 256
-"""Positions of the random token sequences on which the written form is compared with its source."""
 
 
 def export_model(
@@ -278,7 +275,7 @@ def _check_tokens(model: NormFreeGPT2LMHeadModel, *, rows: int, length: int = CH
 def _fold_checkpoint(run: Path) -> tuple[NormFreeGPT2LMHeadModel, PreTrainedTokenizerBase]:
     from ln_removal.evaluation.scoring import recipe_of
     from ln_removal.models.loading import load_model
-    from ln_removal.norms.surgery import fold, install
+    from ln_removal.norms.surgery import install
     from ln_removal.training.checkpoint import load_newest
 
     recipe = recipe_of(run)

@@ -20,6 +20,11 @@ from typing import Any
 
 from ln_removal.errors import UserError
 
+FULL = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG")}
+"""Error numbers of a write for which there was no room: on the disk, in the user's quota, in the largest file allowed."""
+
+_SYSTEM_ERROR = re.compile(r"os error (\d+)")
+
 
 @contextmanager
 def written_whole(final: Path) -> Iterator[Path]:
@@ -87,12 +92,6 @@ def _put_in_place(temporary: Path, final: Path) -> None:
         raise
     sync(final.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-FULL = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG")}
-"""Error numbers of a write for which there was no room: on the disk, in the user's quota, in the largest file allowed."""
-
-_SYSTEM_ERROR = re.compile(r"os error (\d+)")
 
 
 def free_bytes(path: Path) -> int | None:

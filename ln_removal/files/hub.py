@@ -98,7 +98,6 @@ def one_line(error: BaseException) -> str:
 
 
 _BEARER = re.compile(r"Bearer [^\s'\"]+")
-
 _QUERY = re.compile(r"(https?://[^\s'\"?]+)\?[^\s'\"]+")
 
 

@@ -17,6 +17,13 @@ METRICS_FILE = "metrics.jsonl"
 ROLLBACK, RECIPE_CHANGE = "rollback", "recipe"
 """Kinds of rows in metrics.jsonl; their `step` is the number of steps that the run then has behind it."""
 
+TAKEN_BACK_FILE = "diverged.jsonl"
+OBSERVATION = "observation"
+"""Kind of the rows of metrics.jsonl that `Observer.observe` made."""
+
+AFTER_STEPS = ("evaluation", ROLLBACK, RECIPE_CHANGE)
+"""Kinds of rows that are about the run after so many steps."""
+
 
 def note_change(metrics: Path, changed: str) -> None:
     """Append a row that says, in words, how the recipe changed; only after a rollback."""
@@ -38,12 +45,6 @@ def last_row(metrics: Path) -> dict[str, Any]:
         if isinstance(row, dict) and isinstance(row.get("step"), int):
             return row
     return {}
-
-
-TAKEN_BACK_FILE = "diverged.jsonl"
-
-OBSERVATION = "observation"
-"""Kind of the rows of metrics.jsonl that `Observer.observe` made."""
 
 
 def set_aside(metrics: Path, step: int) -> None:
@@ -76,10 +77,6 @@ def observation_rows(path: Path) -> Iterator[dict[str, Any]]:
                 yield row
         except (ValueError, KeyError, TypeError):
             continue
-
-
-AFTER_STEPS = ("evaluation", ROLLBACK, RECIPE_CHANGE)
-"""Kinds of rows that are about the run after so many steps."""
 
 
 def truncate_metrics(path: Path, step: int) -> None:

@@ -35,6 +35,9 @@ _DIFFERENCES_SHOWN = 4
 
 logger = logging.getLogger(__name__)
 
+MAY_BE_LOWERED = ("learning_rate", "minimum_learning_rate", "clip")
+"""Of [training]."""
+
 
 @contextmanager
 def run_directory(
@@ -286,10 +289,6 @@ def _clear(out: Path, made: list[Path]) -> None:
             path.rmdir()
         except OSError:  # something else is in it
             return
-
-
-MAY_BE_LOWERED = ("learning_rate", "minimum_learning_rate", "clip")
-"""Of [training]."""
 
 
 def may_go_on_with(metrics: Path, before: bytes, now: str, with_defaults: WithDefaults) -> bool:

@@ -27,8 +27,10 @@ SITE_KINDS = ("ln_2", "ln_1_qk", "ln_1_v", "ln_f")
 """Kinds of site, in the order in which a removal takes them."""
 
 _NORM_OF_KIND = {"ln_2": "ln_2", "ln_1_qk": "ln_1", "ln_1_v": "ln_1", "ln_f": "ln_f"}
-
 _READER_OF_KIND = {"ln_2": 0, "ln_1_qk": 0, "ln_1_v": 1, "ln_f": 0}
+
+DISARMING_EPSILON = 1e6
+"""Least layer_norm_epsilon that is taken to disarm a LayerNorm: the usual one is 1e-5, the published models have 1e12."""
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -155,10 +157,6 @@ def _named_norms(model: GPT2LMHeadModel) -> list[tuple[str, nn.Module]]:
     """(module path, module) of ln_1 and ln_2 of each block and of ln_f."""
     names = [f"transformer.h.{i}.{ln}" for i in range(model.config.n_layer) for ln in ("ln_1", "ln_2")]
     return [(name, model.get_submodule(name)) for name in [*names, "transformer.ln_f"]]
-
-
-DISARMING_EPSILON = 1e6
-"""Least layer_norm_epsilon that is taken to disarm a LayerNorm: the usual one is 1e-5, the published models have 1e12."""
 
 
 def is_disarmed(config: PretrainedConfig) -> bool:

@@ -24,15 +24,10 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 EMBEDDED_MODEL = "tiny"
-
 MODEL_TYPES = ("gpt2", "normfree_gpt2", "revival_gpt2", "gpt_neox", "revival_gpt_neox")
-
 WEIGHTS = "model.safetensors"
-
 WEIGHTS_INDEX = "model.safetensors.index.json"
-
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json")
-
 SIZES = {
     "n_layer": "num_hidden_layers",
     "n_head": "num_attention_heads",
@@ -41,9 +36,7 @@ SIZES = {
     "vocab_size": "vocab_size",
 }
 """A model's sizes as GPT-2 calls them, and as every configuration of transformers does."""
-
 ADAPTER = "adapter_config.json"
-
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 logger = logging.getLogger(__name__)

@@ -25,15 +25,14 @@ LOSS_SCALE: dict[Precision, float] = {"float32": 1.0, "bfloat16": 1.0, "float16"
 0 and 6e-8, and a mean over thousands of tokens has gradients there. Constant: an update skipped while a scale is searched
 would count as one that diverges (Micikevicius et al. 2018, arXiv 1710.03740, section 3.2)."""
 
+BESIDE_WEIGHTS = 1 << 22
+"""Bytes of a model's directory that are not weights, generously: the tokenizer of GPT-2 takes 3.6 MB."""
+
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:
     """The context of a forward pass in `precision`."""
     narrow = precision != "float32"
     return torch.autocast(device.type, dtype=DTYPES[precision] if narrow else torch.bfloat16, enabled=narrow)
-
-
-BESIDE_WEIGHTS = 1 << 22
-"""Bytes of a model's directory that are not weights, generously: the tokenizer of GPT-2 takes 3.6 MB."""
 
 
 def export_bytes(model: PreTrainedModel, dtype: str = "float32") -> int:

@@ -18,9 +18,7 @@ if TYPE_CHECKING:
     from ln_removal.config.recipe import ScheduleSpec
 
 Action = Literal["freeze", "drop_special"]
-
 SPECIALS = ("eot", "first")
-
 _SHADES = ".-+=#"
 
 

@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ln_removal.config.estimate import (
-    _OWNERS,
     ASSUMED_UTILISATION,
     DEVICE_PEAKS,
-    KNOWN_ARCHITECTURES,
     Memory,
     assumed_rate,
     count_parameters,
@@ -24,6 +22,7 @@ from ln_removal.config.estimate import (
     memory_assumption,
     micro_batch_of,
     peak_of,
+    published_architecture,
     readable_duration,
     readable_size,
 )
@@ -242,12 +241,10 @@ def architecture_of_model(name: str) -> ArchitectureSpec:
     Raises:
         UserError: the model is neither a published size nor a readable GPT-2 (see `models.load_config`).
     """
-    published = name
-    for owner in _OWNERS:
-        published = published.removeprefix(owner)
+    published = published_architecture(name)
     # A local directory of that name comes first, as it does when the model is loaded.
-    if published in KNOWN_ARCHITECTURES and not Path(name).is_dir():
-        return KNOWN_ARCHITECTURES[published]
+    if published is not None and not Path(name).is_dir():
+        return published
     from ln_removal.models.loading import load_config, sizes_of
 
     config = load_config(name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import shlex
 from dataclasses import replace
 from fnmatch import fnmatch
@@ -17,8 +16,6 @@ if TYPE_CHECKING:
     from ln_removal.report.model_card import Form
 
 LEFT_OUT = ("README.md", ".*", "*.tmp")
-
-logger = logging.getLogger(__name__)
 
 
 def publish_run(run: Path, target: HubTarget, *, progress: bool = False) -> Published:

@@ -54,6 +54,9 @@ if TYPE_CHECKING:
 GRID_FILE = "grid.toml"
 """The resolved grid, with every value of every arm's recipe."""
 
+LARGEST_CROSS_ENTROPY = 700.0
+"""Nats per token, above which exp() leaves the range of a float: such a run has diverged."""
+
 
 @contextmanager
 def grid_directory(out: Path, grid: Grid, *, resume: bool, is_main: bool) -> Iterator[list[str]]:
@@ -158,10 +161,6 @@ def _interrupted(error: KeyboardInterrupt, *, is_kept: bool, over: str) -> Inter
     elif not stopped.kept:
         stopped.kept, stopped.resume = "nothing was trained or prepared yet, so nothing is kept", False
     return stopped
-
-
-LARGEST_CROSS_ENTROPY = 700.0
-"""Nats per token, above which exp() leaves the range of a float: such a run has diverged."""
 
 
 def run_grid(

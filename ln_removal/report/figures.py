@@ -20,15 +20,15 @@ if TYPE_CHECKING:
     from ln_removal.evaluation.results import Results
 
 Point = tuple[float, float]
-
 Scale = Callable[[float], float]
 
 WIDE, NARROW = 760, 350
 """Widths in pixels: for a page, and for a phone. Text keeps its size in both."""
 
 TRACK_HEIGHT = 15
-
 LEFT, RIGHT, TOP, BOTTOM = 58, 12, 10, 40
+
+TRACK_NAMES = {"ln_2": "ln_2", "ln_1_qk": "qk", "ln_1_v": "v", "ln_f": "ln_f", "special": "special"}
 
 
 @dataclass(frozen=True)
@@ -229,9 +229,6 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-TRACK_NAMES = {"ln_2": "ln_2", "ln_1_qk": "qk", "ln_1_v": "v", "ln_f": "ln_f", "special": "special"}
-
-
 def loss_figure(record: RunRecord) -> str:
     """Training loss and held-out evaluations of removal and control, with the freezes below."""
     series: list[Series] = []
@@ -293,7 +290,6 @@ def position_figure(results: Results) -> str:
             for role in ROLES
             if (bins := getattr(data.by_position, role))
         ]
-        from html import escape
 
         caption = f"{escape(data.data)}: mean loss of the token after so many tokens of context."
         chart = Chart(series, "tokens of context", "nats per token", "Loss by position in the context", log_x=True)

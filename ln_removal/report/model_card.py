@@ -40,6 +40,10 @@ UNKNOWN_LICENSE = "unknown"
 
 TAGS = ["gpt2", "layernorm-free", "mechanistic-interpretability"]
 
+Form = Literal["normfree", "stock"]
+
+_TITLES = {"original": "original", "control": "control", "ln_free": "LN-free"}
+
 
 def metric_entries(metrics: dict[str, tuple[str, float | None]], *, dataset: tuple[str, str]) -> list[EvalResult]:
     """Model index entries of metrics (type: name, value) on a data set (type, name); without those not measured."""
@@ -140,11 +144,6 @@ def is_public_data(name: str) -> bool:
 def corpus_of(data_name: str) -> str:
     """The corpus that a data set in results.json comes from: what its name says before the split."""
     return data_name.removesuffix(", validation split").removesuffix(", held out")
-
-
-Form = Literal["normfree", "stock"]
-
-_TITLES = {"original": "original", "control": "control", "ln_free": "LN-free"}
 
 
 def write_model_card(directory: Path, recipe: Recipe, results: Results) -> None:

@@ -35,9 +35,7 @@ REPORT_FILE = "report.html"
 NOTHING = "&ndash;"
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-
 _VISIBLE = {code: chr(0x2400 + code) for code in range(0x20) if code not in (0x09, 0x0A)} | {0x7F: "\u2421"}
-
 _VISIBLE_SPACE = {0x20: "\u2423", 0x09: "\u21e5", 0x0A: "\u21b5\n"}
 
 

@@ -25,6 +25,27 @@ if TYPE_CHECKING:
 
 SPECIALS = ("eot", "first")
 
+SHOWN = 20
+"""Steps that are named in one line, and lines that are shown."""
+
+HEIMERSHEIM = "Heimersheim 2024"
+BARONI = "Baroni et al. 2025"
+
+SOURCES = {
+    HEIMERSHEIM: ("You can remove GPT2's LayerNorm by fine-tuning", "https://arxiv.org/abs/2409.13710"),
+    BARONI: (
+        "Transformers Don't Need LayerNorm at Inference Time: Scaling LayerNorm Removal to GPT-2 XL and the "
+        "Implications for Mechanistic Interpretability",
+        "https://arxiv.org/abs/2507.02559",
+    ),
+}
+"""Title and address of each paper."""
+
+LOSS_NOTE = (
+    "GPT-2 XL's 130.22 on the Pile comes from 3 of 10,000 samples, with form feeds and tabs that OpenWebText does not "
+    "have; its median is unremarkable."
+)
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -171,10 +192,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-SHOWN = 20
-"""Steps that are named in one line, and lines that are shown."""
-
-
 def incident_lines(metrics: Path) -> list[str]:
     """One sentence for each, in the order in which they happened; skipped steps first, by cause. Plain text, not HTML."""
     skipped: dict[str, list[int]] = {}
@@ -230,21 +247,6 @@ def _line(row: dict[str, Any]) -> str | None:
     return None
 
 
-HEIMERSHEIM = "Heimersheim 2024"
-
-BARONI = "Baroni et al. 2025"
-
-SOURCES = {
-    HEIMERSHEIM: ("You can remove GPT2's LayerNorm by fine-tuning", "https://arxiv.org/abs/2409.13710"),
-    BARONI: (
-        "Transformers Don't Need LayerNorm at Inference Time: Scaling LayerNorm Removal to GPT-2 XL and the "
-        "Implications for Mechanistic Interpretability",
-        "https://arxiv.org/abs/2507.02559",
-    ),
-}
-"""Title and address of each paper."""
-
-
 @dataclass(frozen=True, slots=True)
 class PublishedLoss:
     """Cross-entropy of one model on one data set, mean over its samples."""
@@ -286,11 +288,6 @@ LOSSES = (
     PublishedLoss("gpt2-medium", "262M", "The Pile", 2.5163, 2.5752, 2.6579, BARONI),
     PublishedLoss("gpt2-large", "315M", "The Pile", 2.5320, 2.6233, 2.7504, BARONI),
     PublishedLoss("gpt2-xl", "413M", "The Pile", 2.4436, 2.4673, 130.22, BARONI),
-)
-
-LOSS_NOTE = (
-    "GPT-2 XL's 130.22 on the Pile comes from 3 of 10,000 samples, with form feeds and tabs that OpenWebText does not "
-    "have; its median is unremarkable."
 )
 
 ACCURACIES = (

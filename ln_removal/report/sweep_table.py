@@ -32,7 +32,6 @@ RESULT_FILE = "result.json"
 """In the directory of a run of the grid; there once the run is over."""
 
 TABLE_JSON = "table.json"
-
 TABLE_MARKDOWN = "table.md"
 
 

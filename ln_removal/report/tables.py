@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 WORST_SHOWN = 2
 """Worst windows of a data set that the printed table shows; results.json and the report have more."""
 
+MODELS_A_TABLE = 6
+
 
 def render(results: Results, console: Console) -> None:
     """Print the table original / control / LN-free, with the differences that matter."""
@@ -137,9 +139,6 @@ def _further_tables(results: Results, shown: Sequence[str]) -> Iterator[Table]:
 
 def _percent(values: Trio[float]) -> Trio[float]:
     return Trio[float](**{role: 100 * share for role in ROLES if (share := getattr(values, role)) is not None})
-
-
-MODELS_A_TABLE = 6
 
 
 def entropy_tables(heads: Sequence[HeadEntropies]) -> list[Table]:

@@ -51,6 +51,19 @@ STEPS_REMEMBERED = 20
 
 Cause = Literal["loss", "gradient", "weights"]
 
+WINDOW = 16
+"""Sound losses that are looked back on."""
+
+LEAST_WINDOW = 8
+"""Before there are so many nothing is called high."""
+
+SIGMAS = 7.0
+LEAST_RISE = 0.5
+"""Nats per token: a bump that an ordinary freeze makes."""
+
+TO_BEGIN, TO_END = 2, 3
+"""High losses in a row that begin a spike, and losses in a row within half the rise that end it."""
+
 
 class BadSteps:
     """Keeps count of bad steps.
@@ -222,21 +235,6 @@ class StepFigures:
         rows = [(float(loss), float(norm), rate) for (loss, norm), rate in figures]
         self._rows, self._rates = [], []
         return rows
-
-
-WINDOW = 16
-"""Sound losses that are looked back on."""
-
-LEAST_WINDOW = 8
-"""Before there are so many nothing is called high."""
-
-SIGMAS = 7.0
-
-LEAST_RISE = 0.5
-"""Nats per token: a bump that an ordinary freeze makes."""
-
-TO_BEGIN, TO_END = 2, 3
-"""High losses in a row that begin a spike, and losses in a row within half the rise that end it."""
 
 
 @dataclass

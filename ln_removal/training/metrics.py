@@ -15,7 +15,6 @@ from ln_removal.errors import UserError
 from ln_removal.files.metrics_log import set_aside, truncate_metrics
 
 Figure = float | int | str | None | list["Figure"]
-
 Metrics = Mapping[str, Figure]
 
 Progress = bool | Literal["lines"]

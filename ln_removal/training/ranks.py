@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 BEAT_SECONDS = 5.0
-
 SILENT_BEATS = 60
 """Beats without a byte after which a process counts as gone: five minutes, since a live one may hold its interpreter."""
 
@@ -41,7 +40,6 @@ GONE = (
 )
 
 _BEAT, _GOODBYE = b".", b"!"
-
 _LOST_CONNECTION = re.compile(
     r"connection (was )?(closed|reset|refused)|broken pipe|socket (closed|timeout|error)|failed to (recv|send)"
     r"|timed out waiting \d+ ?ms|remote process (has )?exited|ncclremoteerror|ncclsystemerror",

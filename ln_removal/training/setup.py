@@ -22,9 +22,7 @@ if TYPE_CHECKING:
     from ln_removal.training.loss import Objective
 
 TOKENS_IN_A_CPU_PASS = 4096
-
 LARGEST_MICRO_BATCH = 128
-
 COMPILE_FROM_TOKENS = 400_000
 """On a CPU, compiling costs about as much time as it saves over this many tokens (measured: docs/LOG.md)."""
 
