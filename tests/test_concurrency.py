@@ -36,12 +36,12 @@ with run_directory(Path(sys.argv[1]), {recipe!r}, with_defaults=dict, resume={re
 PREPARE = """
 import sys, time
 from pathlib import Path
-from ln_removal.data import encoder as encoder_pool
+from ln_removal.data import encoder
 from ln_removal.data.corpora import LocalFiles
 from ln_removal.data.prepare import prepare
 from ln_removal.models.loading import load_tokenizer, tokenizer_fingerprint
 
-encoder_pool.BYTES_ALONE = 0
+encoder.BYTES_ALONE = 0
 class Stuck(LocalFiles):
     def documents(self, skip=0):
         yield from super().documents(skip)

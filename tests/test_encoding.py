@@ -218,10 +218,10 @@ def test_leaving_early_ends_the_workers(tokenizer: Tokenizer, at_once: None) -> 
 SCRIPT = """
 import sys
 sys.path[:0] = [{root!r}]
-from ln_removal.data import encoder as encoder_pool
-encoder_pool.BYTES_ALONE = 0
+from ln_removal.data import encoder
+encoder.BYTES_ALONE = 0
 print("once")
-with encoder_pool.EncoderPool(open({tokenizer!r}).read(), eot_token_id=0, dtype="uint16", workers=2) as encoders:
+with encoder.EncoderPool(open({tokenizer!r}).read(), eot_token_id=0, dtype="uint16", workers=2) as encoders:
     print(len(list(encoders.in_order([["a"], ["b"]], lambda batch: batch))))
 """
 

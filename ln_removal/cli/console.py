@@ -241,7 +241,7 @@ def print_plan(recipe: Recipe, *, control: bool, device: Device, as_json: bool) 
     """What `--dry-run` prints: recipe, schedule and estimates for the device, as text or as JSON.
 
     Raises:
-        UserError: as `planning.plan`, or CUDA was asked for and there is none.
+        UserError: as `plan.plan`, or CUDA was asked for and there is none.
     """
     import json
 

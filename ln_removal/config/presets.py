@@ -22,7 +22,7 @@ def default_recipe(model: str, shape: ArchitectureSpec) -> Recipe:
 
     Args:
         model: "tiny", a local directory or a Hub id.
-        shape: the model's architecture, see `planning.architecture_of`.
+        shape: the model's architecture, see `plan.architecture_of`.
     """
     own = model.rpartition("/")[2]
     if model == "tiny" or _WRITTEN_FOR.get(own) == shape.n_layer:

@@ -92,12 +92,12 @@ class TrainingSpec(_Spec):
     ] = (0.9, 0.95)
     clip: PositiveFloat = 1.0
     std_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    auxiliary_weight: NonNegativeFloat = 0.0  # of the residual-std loss, see objective.Auxiliary
+    auxiliary_weight: NonNegativeFloat = 0.0  # of the residual-std loss, see loss.Auxiliary
     auxiliary_target: Literal["batch", "constants"] = "batch"
     auxiliary_sites: Literal["ln_f", "all"] = "ln_f"
     distillation: Annotated[float, Field(ge=0, le=1)] = 0.0  # share of the loss that is KL from the original model
     distillation_end: Annotated[float, Field(ge=0, le=1)] | None = None  # that share in the last step; None: the same
-    entropy_weight: NonNegativeFloat = 0.0  # of the attention entropy penalty, see attention_entropy.EntropyRegulariser
+    entropy_weight: NonNegativeFloat = 0.0  # of the attention entropy penalty, see attention.EntropyRegulariser
     entropy_tolerance: Annotated[float, Field(ge=0, lt=1)] = 0.2  # gamma: what it lets pass, as a share of log T
     precision: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     compile: bool | Literal["auto"] = "auto"
@@ -190,7 +190,7 @@ def load_recipe(name_or_path: str, overrides: Mapping[str, object] | None = None
     Args:
         name_or_path: "gpt2", or a path such as "my/recipe.toml".
         overrides: for example {"training.steps": 20, "data.corpus": "openwebtext"}. They replace values literally; to
-            shorten a run together with its schedule use `recipe_scaling.with_steps`.
+            shorten a run together with its schedule use `presets.with_steps`.
 
     Raises:
         UserError: no such recipe, not TOML, or faults in it: all of them at once, one a line.

@@ -274,7 +274,7 @@ def _vocabulary_faults(arm: Arm, reference: Arm) -> list[str]:
 
 
 def _schema_faults(errors: Iterable[ErrorDetails], document: Mapping[str, Any]) -> list[str]:
-    """What pydantic found, one line a fault, in the words of recipe_faults."""
+    """What pydantic found, one line a fault, in the words of config/validation.py."""
     faults = []
     for error in errors:
         location = error["loc"]

@@ -65,7 +65,7 @@ class SideBySide:
     Args:
         name: of the data set, for the results.
         data: prepared tokens.
-        context, stride, max_tokens: as in `token_statistics.token_statistics`.
+        context, stride, max_tokens: as in `statistics.token_statistics`.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class SideBySide:
         """Let a model read the tokens; each role once.
 
         Raises:
-            UserError: as `token_statistics.token_statistics`.
+            UserError: as `statistics.token_statistics`.
         """
         assert role in ROLES and role not in self._read, role
         found = token_statistics(

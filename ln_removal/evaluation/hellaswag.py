@@ -140,7 +140,7 @@ def evaluate_choices(
         questions: what to answer.
         protocol: see the module's docstring.
         limit: the first this many questions only.
-        batch_tokens, packed, device, precision, progress: as in `multiple_choice.ending_log_probs`.
+        batch_tokens, packed, device, precision, progress: as in `choices.ending_log_probs`.
 
     Raises:
         UserError: no questions, an unknown protocol, an ending that gives no token or does not fit, scores not finite.

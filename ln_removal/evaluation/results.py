@@ -202,7 +202,7 @@ class OddText(Schema):
     """Mean loss on token sequences unlike text, and the highest mean of a single sequence.
 
     Attributes:
-        kind: see `odd_text.KINDS`. sequences: of `context` tokens each.
+        kind: see `stress_text.KINDS`. sequences: of `context` tokens each.
         loss, median, worst: over tokens, over tokens, and of the worst sequence.
         sample: the beginning of the sequence that was worst for the model `ranked_by`.
     """

@@ -239,7 +239,7 @@ def architecture_of_model(name: str) -> ArchitectureSpec:
     """The architecture of a model: a published size, known without asking the Hub, or what config.json says.
 
     Raises:
-        UserError: the model is neither a published size nor a readable GPT-2 (see `models.load_config`).
+        UserError: the model is neither a published size nor a readable GPT-2 (see `loading.load_config`).
     """
     published = published_architecture(name)
     # A local directory of that name comes first, as it does when the model is loaded.
@@ -347,10 +347,10 @@ def plan_grid(grid: Grid, *, device: str = "cpu") -> GridPlan:
 
     Args:
         grid: the resolved grid.
-        device: as of `planning.plan`.
+        device: as of `plan.plan`.
 
     Raises:
-        UserError: as `planning.plan`.
+        UserError: as `plan.plan`.
     """
     return GridPlan(grid, tuple(plan(arm.recipe, device=device) for arm in grid.arms))
 

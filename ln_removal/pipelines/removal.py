@@ -68,7 +68,7 @@ def remove(
     """Remove the LayerNorms of the recipe's model.
 
     Args:
-        recipe: a removal recipe, as it comes from `load_recipe`; fitted to another depth with `recipe_scaling.with_layers`.
+        recipe: a removal recipe, as it comes from `load_recipe`; fitted to another depth with `presets.with_layers`.
         out: the run's directory; new or empty, unless `resume`.
         tokens: a directory prepared by `ln-prepare`; default: prepare the recipe's corpus into `out/tokens`.
         control: also train the vanilla control on the same batches, for the gap.

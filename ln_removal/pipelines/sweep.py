@@ -176,7 +176,7 @@ def run_grid(
     """Train every arm with every seed, seed by seed; table.json and table.md in `out` follow after each run.
 
     Args:
-        grid: the resolved grid, see `grid_file.load_grid`.
+        grid: the resolved grid, see `sweep.load_grid`.
         out: its directory.
         tokens: prepared tokens for all runs; default: prepare the recipes' corpus once, into `out/tokens`.
         resume: go on with the grid in `out`. The file may have new arms or seeds, and another baseline.

@@ -164,7 +164,7 @@ def read_constants(state: Path) -> list[FrozenConstant]:
 
 
 def _constants(tensors: dict[str, tuple[Any, Any]]) -> Iterable[FrozenConstant]:
-    """Site by site from (captured, frozen), each (R, K): see `norm.FreezableNorm`."""
+    """Site by site from (captured, frozen), each (R, K): see `freezable.FreezableNorm`."""
     for name, (captured, frozen) in tensors.items():
         parts = name.split(".")
         layer = next((part for part in parts if part.isdigit()), None)

@@ -41,7 +41,7 @@ class RunResult(BaseModel):
     Attributes:
         cross_entropy: of the validation split, nats per token; None for a run that diverged.
         seconds: of training, evaluation and checkpoints left out. tokens_per_second: over all of it.
-        tokens_sha256: of the tokens it was trained and measured on, see `grid.fingerprint`.
+        tokens_sha256: of the tokens it was trained and measured on, see `sweep.fingerprint`.
         message: why it diverged.
     """
 

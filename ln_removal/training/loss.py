@@ -130,7 +130,7 @@ class Objective(nn.Module):
         eot_token_id: end-of-text, a special position for the residual-std loss; None when the model has none.
         auxiliary: the residual-std loss; None leaves it out.
         distillation: the teacher; None learns from the text alone.
-        entropy: the penalty on attention entropy; the model then needs `attention_entropy.explicit_attention` while it trains.
+        entropy: the penalty on attention entropy; the model then needs `attention.explicit_attention` while it trains.
 
     Raises:
         UserError: the auxiliary loss reads norms of which the model has none, or the teacher has another vocabulary.

@@ -96,7 +96,7 @@ def train_model(
         label: names the training on its progress bar and in wandb.
         evaluate: measures the model while training pauses.
         removal: sites and schedule; None keeps the norms (pretraining, control) and leaves out the losses of a removal.
-        teacher: for `training.distillation`: the model as it was, see `objective.as_teacher`.
+        teacher: for `training.distillation`: the model as it was, see `loss.as_teacher`.
         tokenizer: the model's, for `data.odd_text`.
         resume: continue from the newest checkpoint in `directory`.
         wandb_project: also log to this Weights & Biases project.
