@@ -1,6 +1,6 @@
 """Turn a corpus into token shards: batched, in parallel with reading, with bounded memory, resumable.
 
-A reader thread fills a short queue with batches of documents, processes encode them (`encoder.EncoderPool`), and the main thread appends
+A reader thread fills a short queue with batches of documents, processes encode them (`EncoderPool`), and the main thread appends
 to the shards. Every few million tokens the shards are synced and their lengths written to `progress.json`; an interrupted
 preparation truncates its shards to those lengths and goes on.
 """
