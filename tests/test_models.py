@@ -115,7 +115,7 @@ def test_dtype_is_what_was_asked_for(folder: Path) -> None:
 def test_tiny_is_the_embedded_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import ln_removal.files.resources
 
-    monkeypatch.setattr(ln_removal.resources, "embedded_model_directory", lambda: folder)
+    monkeypatch.setattr(ln_removal.files.resources, "embedded_model_directory", lambda: folder)
     assert load_model("tiny").name == "tiny"
     assert load_config("tiny").n_layer == 2
 

@@ -29,6 +29,7 @@ import json, os, sys, time
 from pathlib import Path
 import huggingface_hub.utils._http as client_http
 from ln_removal.errors import UserError
+from ln_removal.export import hub
 from ln_removal.pipelines import publishing
 from ln_removal.export.hub import HubTarget, check_target
 
@@ -36,7 +37,7 @@ waited = []
 class Clock:
     sleep = staticmethod(waited.append)
     monotonic, time = time.monotonic, time.time
-client_http.time = publishing.time = Clock
+client_http.time = hub.time = Clock
 
 def case(run, repo, token, check=True, **options):
     os.environ["HF_TOKEN"] = token

@@ -109,7 +109,7 @@ def label_edges(axes: Sequence[Axes], x_label: str, y_label: str) -> None:
             panel.set_xlabel(x_label)
 
 
-def line(panel: Axes, steps: Any, values: Any, colour: Any) -> None:
+def curve(panel: Axes, steps: Any, values: Any, colour: Any) -> None:
     """Values over steps, interrupted where they are NaN; with points when there are too few for a line."""
     panel.plot(steps, values, color=colour, marker="o" if np.isfinite(values).sum() < 3 else None, markersize=3)
 
@@ -253,7 +253,7 @@ def layers_over_steps(runs: Sequence[Observations]) -> Figure:
         largest = largest_entropy(run.queries)
         panel.axhspan(OVERLOAD_SHARE * largest, largest, color=ALARM, alpha=0.12, linewidth=0)
         for layer, line in enumerate(layer_means(run.entropy).T):
-            line(panel, run.steps, line, colours[layer])
+            curve(panel, run.steps, line, colours[layer])
         panel.grid(axis="y")
     axes[0].set_ylim(0, 1.03 * max(largest_entropy(run.queries) for run in runs))
     label_edges(axes, "optimizer step", "attention entropy (nats)")
@@ -373,7 +373,7 @@ def _lines(runs: Sequence[Observations], values: Sequence[Array], y_label: str, 
     colours = layer_colours(most)
     for panel, run, array in zip(axes, runs, values, strict=True):
         for number, column in enumerate(array.T):
-            line(panel, run.steps, column, ACCENT if array.shape[1] == 1 else colours[number])
+            curve(panel, run.steps, column, ACCENT if array.shape[1] == 1 else colours[number])
         panel.grid(axis="y")
     if log:
         _logarithmic(axes[0], np.concatenate([array.ravel() for array in values]))
