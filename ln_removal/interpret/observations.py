@@ -5,6 +5,7 @@ Shape legend: S observations, L layers, H heads, N slopes.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,3 +168,10 @@ def _array(rows: Sequence[dict[str, Any]], key: str, dimensions: int) -> Array:
     if found.ndim != dimensions:
         raise ValueError(f"{key} has {found.ndim - 1} dimensions in a row, not {dimensions - 1}")
     return found
+
+
+def layer_means(entropy: Array) -> Array:
+    """(S, L, H) to (S, L): mean over the heads that have a number; NaN where none has."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of a mean over nothing, which is NaN as it should be
+        return np.asarray(np.nanmean(entropy, axis=2), dtype=np.float64)

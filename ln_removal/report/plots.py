@@ -10,7 +10,6 @@ Shape legend: S observations, L layers, H heads, N slopes.
 from __future__ import annotations
 
 import textwrap
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +19,7 @@ import numpy as np
 
 from ln_removal.errors import UserError
 from ln_removal.interpret.entropies import HeadEntropies
-from ln_removal.interpret.observations import Array, Observations
+from ln_removal.interpret.observations import Array, Observations, layer_means
 from ln_removal.models.attention import OVERLOAD_SHARE, largest_entropy
 
 if TYPE_CHECKING:
@@ -282,13 +281,6 @@ def overload_shares(measured: Sequence[HeadEntropies]) -> Figure:
     label_edges(axes, "layer", "heads in the band (%)")
     note(figure, f"Overload band: above {OVERLOAD_SHARE:g} of the largest entropy of a causal head.")
     return figure
-
-
-def layer_means(entropy: Array) -> Array:
-    """(S, L, H) to (S, L): mean over the heads that have a number; NaN where none has."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of a mean over nothing, which is NaN as it should be
-        return np.asarray(np.nanmean(entropy, axis=2), dtype=np.float64)
 
 
 def _mark_band(bar: Colorbar, largest: float) -> None:

@@ -10,9 +10,8 @@ import numpy as np
 from ln_removal.errors import UserError
 from ln_removal.evaluation.results import ROLES, TITLES, Results, Trio, difference_of
 from ln_removal.interpret.entropies import HeadEntropies, nullable
-from ln_removal.interpret.observations import Array, Observations
+from ln_removal.interpret.observations import Array, Observations, layer_means
 from ln_removal.models.attention import OVERLOAD_SHARE
-from ln_removal.report.plots import layer_means
 
 if TYPE_CHECKING:
     from rich.console import Console
