@@ -50,9 +50,10 @@ test: lint ## Lint, types, all tests (slow ones too) and the notebook
 test-fast: $(STAMP) ## Only the quick tests
 	$(BIN)/pytest
 
-lint: $(STAMP) ## ruff and mypy
+lint: $(STAMP) ## ruff, mypy and the direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: $(STAMP) ## Rewrite the code as ruff formats it
 	$(BIN)/ruff check --fix .

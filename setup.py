@@ -1,6 +1,6 @@
 """Copy what lies outside the package into the wheel: recipes/ and the embedded model.
 
-Everything else about the build is in pyproject.toml. `ln_removal.resources` finds these files in a wheel under the
+Everything else about the build is in pyproject.toml. `ln_removal.files.resources` finds these files in a wheel under the
 names below, and in a checkout (or an editable installation) where they lie.
 """
 

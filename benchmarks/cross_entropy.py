@@ -25,7 +25,7 @@ from shapes import SHAPES
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ln_removal.linear_cross_entropy import Head, linear_cross_entropy
+from ln_removal.training.cross_entropy import Head, linear_cross_entropy
 
 CHUNK_BYTES = 1 << 26
 """Of `recomputed`: float32 logits of one chunk."""

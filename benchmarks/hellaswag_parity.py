@@ -25,7 +25,7 @@ from hellaswag_throughput import run
 from measuring import cores, machine, write_result
 
 from ln_removal.evaluation.questions import Question, load_questions, write_jsonl
-from ln_removal.resources import embedded_model_directory
+from ln_removal.files.resources import embedded_model_directory
 
 RECORDED = Path(__file__).resolve().parent.parent / "tests" / "data" / "lm_eval_answers.json"
 HARD_TEXT = (" [title] Foo [substeps]", " [step] x  y")

@@ -25,16 +25,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ln_removal.config.recipe import Recipe, load_recipe
 from ln_removal.data.tokens import TokenDataset
 from ln_removal.evaluation.loss import cross_entropy
-from ln_removal.export.writing import save_model
-from ln_removal.models import load_model
-from ln_removal.objective import Objective, StepLoss
-from ln_removal.recipe import Recipe, load_recipe
+from ln_removal.export.write import save_model
+from ln_removal.models.loading import load_model
 from ln_removal.training.loop import train
+from ln_removal.training.loss import Objective, StepLoss
+from ln_removal.training.metrics import Tracker
 from ln_removal.training.session import sampler_of
 from ln_removal.training.setup import build_accelerator, causal_attention, compile_if_worthwhile
-from ln_removal.training.tracking import Tracker
 
 WEIGHT = 0.1
 

@@ -17,8 +17,8 @@ from shapes import SHAPES
 from torch.profiler import ProfilerActivity, profile
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from ln_removal.objective import Objective
-from ln_removal.surgery import install
+from ln_removal.norms.surgery import install
+from ln_removal.training.loss import Objective
 from ln_removal.training.setup import causal_attention
 
 GROUPS = {

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ln_removal.recipe import ScheduleSpec, load_recipe
-from ln_removal.recipe_scaling import with_layers, with_steps
+from ln_removal.config.presets import with_layers, with_steps
+from ln_removal.config.recipe import ScheduleSpec, load_recipe
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,7 @@ def published(recipe: str) -> Callable[[int, int], ScheduleSpec]:
     return schedule
 
 
-def together(
-    *, start: float = 0.0, taper: float = 0.0, special: float | None = None, lag: float = 0.0, constant: Any = "mean"
-) -> Any:
+def together(*, start: float = 0.0, taper: float = 0.0, special: float | None = None, lag: float = 0.0) -> Any:
     """Every site from the same step on; lengths are shares of the run.
 
     Args:
@@ -41,7 +39,6 @@ def together(
         taper: how long the mixes rise.
         special: how long the special constants take to become the ordinary one; None: as `taper`.
         lag: of the special constants behind the sites.
-        constant: which summary of the stds the sites freeze at.
     """
 
     def schedule(n_layer: int, steps: int) -> ScheduleSpec:
@@ -58,7 +55,6 @@ def together(
             first_after=0,
             taper=max(0, round(taper * steps) - 1),
             special_taper=max(0, round((taper if special is None else special) * steps) - 1),
-            constant=constant,
         )
 
     return schedule
@@ -140,24 +136,8 @@ ARMS: dict[str, Arm] = {
     "staged-std-fading": Arm(
         "the same losses, layer by layer over a fifth", staged(until=0.2, taper=0.05, special=0.25), {**STD, **FADING}
     ),
-    "short-std-faded": Arm(
-        "the same, with the teacher gone at half time",
-        together(taper=0.1, special=0.25),
-        {**STD, **FADING, "distillation_until": 0.5},
-    ),
-    "harmonic": Arm(
-        "short-std-fading at harmonic means", together(taper=0.1, special=0.25, constant="harmonic"), {**STD, **FADING}
-    ),
-    "least-squares": Arm(
-        "short-std-fading at least-squares constants",
-        together(taper=0.1, special=0.25, constant="least_squares"),
-        {**STD, **FADING},
-    ),
     "quick-std-fading": Arm("the same, tapered twice as fast", together(taper=0.05, special=0.12), {**STD, **FADING}),
     "short-teacher": Arm("without the std loss", together(taper=0.1, special=0.25), KL_ONLY),
     "at-once-std-teacher": Arm("the same, everything in step 1", together(), {**STD, **KL_ONLY}),
     "std-then-taper": Arm("the std loss alone for a fifth, then taper", together(start=0.2, taper=0.2), {**STD, **KL}),
-    "taper-match-kl": Arm(
-        "taper, distillation and residual matching", together(taper=0.25), {**KL, "residual_matching": 0.1}
-    ),
 }

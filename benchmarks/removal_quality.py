@@ -27,9 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from measuring import machine
 from removal_arms import ARMS, CONTROL
 
-from ln_removal.recipe import Recipe, TrainingSpec, load_recipe, parse_overrides
-from ln_removal.removal import remove
-from ln_removal.schedule import expand
+from ln_removal.config.recipe import Recipe, TrainingSpec, load_recipe, parse_overrides
+from ln_removal.norms.schedule import expand
+from ln_removal.pipelines.removal import remove
 
 CLOSE = 0.05
 """Nats per token: the gap whose tokens are counted."""
@@ -93,7 +93,7 @@ def run_arm(recipe: Recipe, tokens: Path, work: Path, *, control: bool, device: 
 def train_control(recipe: Recipe, tokens: Path, work: Path, device: str) -> None:
     """The vanilla control alone."""
     from ln_removal.data.tokens import TokenDataset
-    from ln_removal.removal import train_vanilla_control
+    from ln_removal.pipelines.removal import train_vanilla_control
     from ln_removal.training.setup import build_accelerator
 
     train_vanilla_control(
@@ -105,7 +105,7 @@ def scores(recipe: Recipe, model: Path, tokens: Path, device: str) -> dict[str, 
     """Held-out cross-entropy and loss on odd text of a finished model."""
     from ln_removal.data.tokens import TokenDataset
     from ln_removal.evaluation.loss import cross_entropy
-    from ln_removal.models import load_model
+    from ln_removal.models.loading import load_model
 
     loaded = load_model(str(model), device=device)
     loss = cross_entropy(
@@ -119,7 +119,8 @@ def scores(recipe: Recipe, model: Path, tokens: Path, device: str) -> dict[str, 
 
 def worst_odd_losses(loaded: Any, context: int) -> dict[str, float]:
     """Largest mean loss of a sequence, for each kind of odd text."""
-    from ln_removal.evaluation.odd_text import odd_losses, odd_sequences
+    from ln_removal.data.stress_text import odd_sequences
+    from ln_removal.evaluation.compare import odd_losses
 
     sequences = odd_sequences(loaded.tokenizer, context=context, count=16, seed=0)
     return {kind: float(losses.mean(axis=1).max()) for kind, losses in odd_losses(loaded.model, sequences).items()}
@@ -240,7 +241,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the shared recipe")
     parser.add_argument("--json", type=Path, help="also write the whole table with every run here")
     given = parser.parse_args()
-    from ln_removal.models import load_model
+    from ln_removal.models.loading import load_model
 
     BASE.update(parse_overrides(given.set))
     loaded = load_model(given.model)

@@ -37,11 +37,11 @@ from revival_peer import (
 )
 from torch import Tensor, nn
 
-from ln_removal.analysis.observer import Observer
-from ln_removal.pretraining.activations import learnable_slopes
-from ln_removal.pretraining.build import build_model
-from ln_removal.recipe import ArchitectureSpec, TrainingSpec
+from ln_removal.config.recipe import ArchitectureSpec, TrainingSpec
+from ln_removal.models.norm_choice import learnable_slopes
+from ln_removal.pipelines.pretraining import build_model
 from ln_removal.training.optimizers import build_optimizers
+from ln_removal.training.probe import Observer
 
 SIZES = {"n_layer": 4, "n_head": 6, "n_embd": 96, "n_positions": 128, "vocab_size": 500}
 IDS = {"bos_token_id": 499, "eos_token_id": 499}

@@ -64,7 +64,8 @@ def random_tokens(shape: Shape, count: int, seed: int = 0) -> np.ndarray[tuple[i
 
 def write_token_directory(shape: Shape, directory: Path, count: int) -> None:
     """Write random tokens in the form of ln-prepare, so that this project reads them as it reads a corpus."""
-    from ln_removal.data.tokens import Shard, TokenIndex, checksum, write_index
+    from ln_removal.data.tokens import Shard, TokenIndex, write_index
+    from ln_removal.files.atomic import checksum
 
     directory.mkdir(parents=True, exist_ok=True)
     index = TokenIndex(

@@ -24,7 +24,7 @@ from typing import Any
 
 from measuring import machine, resident_bytes, table, write_result
 
-from ln_removal.recipe import load_recipe
+from ln_removal.config.recipe import load_recipe
 
 SAMPLES_KEPT = 400
 MEMORY = ("resident_bytes", "proportional_bytes", "anonymous_bytes", "children_bytes")

@@ -4,7 +4,7 @@
 
 Each contestant is a process of its own. On a CPU all are warmed up first and then take turns, sample by sample, so that other work
 on the machine slows all of them alike; on a GPU they run one after the other, each with the GPU to itself. Figures are medians over
-the samples, and every sample is in the JSON. MFU: tokens/s * (6 N + 12 L D T) / peak, with ln_removal.planning's table of peaks.
+the samples, and every sample is in the JSON. MFU: tokens/s * (6 N + 12 L D T) / peak, with ln_removal.config.estimate's table of peaks.
 
 DIR holds checkouts of ApolloResearch/gpt2_noLN and submarat/removing-layer-norm in folders whose names contain those of the
 repositories. Their code is run where it lies and is no part of this project; without --peers they are left out.
@@ -248,8 +248,8 @@ def _precision_in_words(settings: dict[str, Any], device: str) -> str:
 
 
 def _flops_per_token(shape: Shape) -> int:
-    from ln_removal.planning import flops_per_token
-    from ln_removal.recipe import ArchitectureSpec
+    from ln_removal.config.estimate import flops_per_token
+    from ln_removal.config.recipe import ArchitectureSpec
 
     sizes = {key: getattr(shape, key) for key in ("n_layer", "n_head", "n_embd", "vocab_size")}
     return flops_per_token(ArchitectureSpec(n_positions=shape.context, **sizes), shape.context)
@@ -261,7 +261,7 @@ def _peak(precision: str, device: str) -> float | None:
         return None
     import torch
 
-    from ln_removal.planning import peak_of
+    from ln_removal.config.estimate import peak_of
 
     peak = peak_of(torch.cuda.get_device_name(0))
     return None if peak is None else peak.bfloat16 if precision == "bfloat16" else peak.float32

@@ -11,23 +11,22 @@ works, whichever package was imported first, and so does TransformerLens' Transf
 from __future__ import annotations
 
 import importlib
-from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from ln_removal.export.registration import watch_imports
+from ln_removal.files.resources import package_version
+from ln_removal.models.registration import watch_imports
 
 if TYPE_CHECKING:
-    from ln_removal.architectures import Site
-    from ln_removal.bridge import to_bridge
+    from ln_removal.config.recipe import Recipe, load_recipe
     from ln_removal.errors import UserError
-    from ln_removal.export.normfree_gpt2 import NormFreeGPT2Config, NormFreeGPT2LMHeadModel
-    from ln_removal.export.published import from_disarmed
+    from ln_removal.export.convert import from_disarmed, to_bridge
     from ln_removal.export.stock import to_stock
     from ln_removal.export.verify import verify_export
-    from ln_removal.recipe import Recipe, load_recipe
-    from ln_removal.removal import remove
-    from ln_removal.schedule import RemovalSchedule
-    from ln_removal.surgery import NormSites, fold, install
+    from ln_removal.models.layout import Site
+    from ln_removal.models.normfree_gpt2 import NormFreeGPT2Config, NormFreeGPT2LMHeadModel
+    from ln_removal.norms.schedule import RemovalSchedule
+    from ln_removal.norms.surgery import NormSites, fold, install
+    from ln_removal.pipelines.removal import remove
 
 __all__ = [
     "NormFreeGPT2Config",
@@ -48,27 +47,24 @@ __all__ = [
 ]
 
 _MODULES = {
-    "NormFreeGPT2Config": "ln_removal.export.normfree_gpt2",
-    "NormFreeGPT2LMHeadModel": "ln_removal.export.normfree_gpt2",
-    "NormSites": "ln_removal.surgery",
-    "Recipe": "ln_removal.recipe",
-    "RemovalSchedule": "ln_removal.schedule",
-    "Site": "ln_removal.architectures",
+    "NormFreeGPT2Config": "ln_removal.models.normfree_gpt2",
+    "NormFreeGPT2LMHeadModel": "ln_removal.models.normfree_gpt2",
+    "NormSites": "ln_removal.norms.surgery",
+    "Recipe": "ln_removal.config.recipe",
+    "RemovalSchedule": "ln_removal.norms.schedule",
+    "Site": "ln_removal.models.layout",
     "UserError": "ln_removal.errors",
-    "fold": "ln_removal.surgery",
-    "from_disarmed": "ln_removal.export.published",
-    "install": "ln_removal.surgery",
-    "load_recipe": "ln_removal.recipe",
-    "remove": "ln_removal.removal",
-    "to_bridge": "ln_removal.bridge",
+    "fold": "ln_removal.norms.surgery",
+    "from_disarmed": "ln_removal.export.convert",
+    "install": "ln_removal.norms.surgery",
+    "load_recipe": "ln_removal.config.recipe",
+    "remove": "ln_removal.pipelines.removal",
+    "to_bridge": "ln_removal.export.convert",
     "to_stock": "ln_removal.export.stock",
     "verify_export": "ln_removal.export.verify",
 }
 
-try:
-    __version__ = metadata.version("ln-removal")
-except metadata.PackageNotFoundError:  # a source tree that is not installed
-    __version__ = "0+unknown"
+__version__ = package_version()
 
 
 def __getattr__(name: str) -> Any:

@@ -7,17 +7,17 @@ from pathlib import Path
 import torch
 from small_model import write_tokenizer
 
+from ln_removal.config.recipe import dump_toml, load_recipe
 from ln_removal.evaluation.results import Results, Settings, Trio, write
-from ln_removal.recipe import dump_toml, load_recipe
 
 
 def make_run(run: Path, *, seed: int = 0, corpus: str = "openwebtext") -> Path:
     """A run without its training: a random LN-free model in both forms, scores, a plot; its recipe is that of gpt2."""
     from transformers import AutoTokenizer
 
-    from ln_removal.export.normfree_gpt2 import NormFreeGPT2Config, NormFreeGPT2LMHeadModel
     from ln_removal.export.stock import to_stock
-    from ln_removal.export.writing import save_model
+    from ln_removal.export.write import save_model
+    from ln_removal.models.normfree_gpt2 import NormFreeGPT2Config, NormFreeGPT2LMHeadModel
 
     eot = write_tokenizer(run.parent / "tokenizer")
     config = NormFreeGPT2Config(

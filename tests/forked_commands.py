@@ -22,9 +22,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # What the commands import while they run; a child would have to each time.
 IMPORTED = """
-ln_removal.removal ln_removal.pretraining.build ln_removal.training.session ln_removal.evaluation.scoring
-ln_removal.evaluation.results ln_removal.evaluation.hellaswag ln_removal.evaluation.completions ln_removal.export.model_card
-ln_removal.export.writing ln_removal.report.page ln_removal.data.prepare ln_removal.data.open_corpus accelerate transformers
+ln_removal.pipelines.removal ln_removal.pipelines.pretraining ln_removal.training.session ln_removal.evaluation.scoring
+ln_removal.evaluation.results ln_removal.evaluation.hellaswag ln_removal.evaluation.completions ln_removal.report.model_card
+ln_removal.export.write ln_removal.report.page ln_removal.data.prepare ln_removal.data.open_corpus accelerate transformers
 transformers.models.gpt2.modeling_gpt2 transformers.models.gpt2.tokenization_gpt2 transformers.integrations.sdpa_attention
 torch.optim
 """.split()
@@ -128,7 +128,7 @@ def _become(request: dict[str, str]) -> None:
         os.chdir(request["cwd"])
         sys.argv = [request["name"], *request["arguments"]]
         module = request["name"].removeprefix("ln-").replace("-", "_")
-        importlib.import_module(f"ln_removal.commands.{module}").main()
+        importlib.import_module(f"ln_removal.cli.{module}").main()
         code = 0
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1 if error.code else 0

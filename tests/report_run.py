@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from ln_removal.evaluation.data_scores import (
+from ln_removal.config.recipe import dump_toml, load_recipe
+from ln_removal.evaluation.results import (
     Calibration,
     Continuation,
     DataScores,
@@ -18,11 +19,12 @@ from ln_removal.evaluation.data_scores import (
     OddText,
     PositionLoss,
     ResidualStd,
+    Results,
+    Settings,
     Trio,
     WorstSample,
+    write,
 )
-from ln_removal.evaluation.results import Results, Settings, write
-from ln_removal.recipe import dump_toml, load_recipe
 
 SCRIPT = "<script>document.title = 'planted'</script>"
 IMAGE = "<img src=x onerror=\"document.title = 'planted'\">"

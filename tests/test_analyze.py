@@ -18,14 +18,13 @@ from click.testing import Result
 from tiny_training import CONTEXT, LAYERS, TinyRun, tiny_spec
 from typer.testing import CliRunner
 
-from ln_removal.analysis import drawing, entropy_charts, step_charts, tables
-from ln_removal.analysis.head_entropies import HeadEntropies, observed
-from ln_removal.analysis.observations import distinct_names, find_runs, read_observations
-from ln_removal.analysis.observer import Observer
-from ln_removal.analysis.taken_back import set_aside
-from ln_removal.attention_entropy import largest_entropy
 from ln_removal.errors import UserError
-from ln_removal.training.tracking import truncate_metrics
+from ln_removal.files.metrics_log import set_aside, truncate_metrics
+from ln_removal.interpret.entropies import HeadEntropies, observed
+from ln_removal.interpret.observations import distinct_names, find_runs, read_observations
+from ln_removal.models.attention import largest_entropy
+from ln_removal.report import plots, tables
+from ln_removal.training.probe import Observer
 
 QUERIES, HEADS = 32, 3
 LARGEST = largest_entropy(QUERIES)
@@ -74,7 +73,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def analyze(command: str) -> Result:
-    from ln_removal.commands.analyze import app
+    from ln_removal.cli.analyze import app
 
     return CliRunner().invoke(app, shlex.split(command), prog_name="ln-analyze")
 
@@ -156,8 +155,8 @@ def heads(name: str, entropy: Any, queries: int = QUERIES) -> HeadEntropies:
 
 
 def test_models_side_by_side_share_one_colour_scale_up_to_the_largest_entropy() -> None:
-    with drawing.house_style():
-        figure = entropy_charts.head_heatmap(
+    with plots.house_style():
+        figure = plots.head_heatmap(
             [heads("flat", np.full((2, 3), 0.1)), heads("deep", np.full((5, 2), 0.99 * LARGEST))]
         )
     images = [image for axes in figure.axes for image in axes.images]
@@ -171,8 +170,8 @@ def test_models_side_by_side_share_one_colour_scale_up_to_the_largest_entropy() 
 
 def test_different_contexts_are_compared_as_shares_of_the_largest() -> None:
     halves = [heads("short", [[0.5 * largest_entropy(8)]], 8), heads("long", [[0.5 * largest_entropy(64)]], 64)]
-    with drawing.house_style():
-        figure = entropy_charts.head_heatmap(halves)
+    with plots.house_style():
+        figure = plots.head_heatmap(halves)
     images = [image for axes in figure.axes for image in axes.images]
     assert [image.get_clim() for image in images] == [(0, 1)] * 2
     assert [float(image.get_array()[0, 0]) for image in images] == pytest.approx([0.5, 0.5])
@@ -180,8 +179,8 @@ def test_different_contexts_are_compared_as_shares_of_the_largest() -> None:
 
 def test_nan_heads_are_hatched_and_are_not_in_the_band() -> None:
     one = heads("sick", [[math.nan, 0.95 * LARGEST], [0.1, math.nan]])
-    with drawing.house_style():
-        figure = entropy_charts.head_heatmap([one])
+    with plots.house_style():
+        figure = plots.head_heatmap([one])
     assert len(figure.axes[0].patches) == 2
     assert one.overload_shares.tolist() == [0.5, 0.0]
     assert one.to_json()["entropy"] == [[None, 0.95 * LARGEST], [0.1, None]]
@@ -189,9 +188,9 @@ def test_nan_heads_are_hatched_and_are_not_in_the_band() -> None:
 
 def test_lines_over_steps_have_a_line_a_layer_and_gaps_where_there_is_no_number(runs: Path) -> None:
     found = read_observations([runs / "unstable", runs / "table/free/seed-0"])
-    with drawing.house_style():
-        layers = entropy_charts.layers_over_steps(found)
-        norms = step_charts.norms_over_steps(found)
+    with plots.house_style():
+        layers = plots.layers_over_steps(found)
+        norms = plots.norms_over_steps(found)
     assert [len(axes.lines) for axes in layers.axes[:2]] == [4, 6]
     assert layers.axes[0].get_ylim() == layers.axes[1].get_ylim()
     assert [len(axes.lines) for axes in norms.axes[:2]] == [5, 7]
@@ -250,7 +249,7 @@ def test_models_are_measured_on_a_text_as_transformers_would(runs: Path) -> None
     (runs / "text.py").write_text(text)
     (one,) = json.loads(done("entropy tiny --text text.py --context 48 --json"))["runs"]
 
-    from ln_removal.models import load_model
+    from ln_removal.models.loading import load_model
 
     loaded = load_model("tiny")
     ids = torch.tensor(loaded.tokenizer(text)["input_ids"])
@@ -267,7 +266,7 @@ def test_models_are_measured_on_a_text_as_transformers_would(runs: Path) -> None
 def test_models_of_both_families_are_measured_at_the_shorter_context(runs: Path) -> None:
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-    from ln_removal.models import load_tokenizer
+    from ln_removal.models.loading import load_tokenizer
 
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
     config = GPTNeoXConfig(vocab_size=4096, max_position_embeddings=40, bos_token_id=0, eos_token_id=0, **sizes)
@@ -289,7 +288,7 @@ def test_a_model_whose_attention_is_nan_is_drawn_and_printed(runs: Path) -> None
 
 @pytest.mark.parametrize("name", ["", "entropy", "nans", "slopes"])
 def test_the_examples_of_the_help_are_accepted(name: str) -> None:
-    from ln_removal.commands.analyze import app
+    from ln_removal.cli.analyze import app
 
     group: Any = typer.main.get_command(app)
     examples = [shlex.split(line) for line in done(f"{name} --help").splitlines() if line.startswith("    ln-analyze ")]

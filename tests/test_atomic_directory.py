@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ln_removal import atomic_directory
-from ln_removal.atomic_directory import clean_leftovers, written_whole
+from ln_removal.files import atomic
+from ln_removal.files.atomic import clean_leftovers, written_whole
 
 
 class Killed(BaseException):
@@ -48,7 +48,7 @@ def test_a_block_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
 
 def killed_at(monkeypatch: pytest.MonkeyPatch, name: str, call: int) -> Callable[[], None]:
     """Let the module's `os` or `shutil` function `name` kill the process at that call; nothing is deleted after it."""
-    module = atomic_directory.shutil if name == "rmtree" else atomic_directory.os
+    module = atomic.shutil if name == "rmtree" else atomic.os
     real, calls, dead = getattr(module, name), [0], [False]
 
     def kill(*args: object, **options: object) -> object:
@@ -58,11 +58,11 @@ def killed_at(monkeypatch: pytest.MonkeyPatch, name: str, call: int) -> Callable
             raise Killed
         return real(*args, **options)
 
-    rmtree = atomic_directory.shutil.rmtree
+    rmtree = atomic.shutil.rmtree
     monkeypatch.setattr(module, name, kill)
     if name != "rmtree":
         monkeypatch.setattr(
-            atomic_directory.shutil, "rmtree", lambda *args, **options: None if dead[0] else rmtree(*args, **options)
+            atomic.shutil, "rmtree", lambda *args, **options: None if dead[0] else rmtree(*args, **options)
         )
     return monkeypatch.undo
 

@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ln_removal.architectures import attention_of, blocks_of
-from ln_removal.attention_entropy import (
+from ln_removal.models.attention import (
     EntropyRegulariser,
     attention_entropy,
     explicit_attention,
@@ -21,6 +20,7 @@ from ln_removal.attention_entropy import (
     largest_row_entropy,
     record_attention,
 )
+from ln_removal.models.layout import attention_of, blocks_of
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel, GPTNeoXForCausalLM, PreTrainedModel

@@ -26,9 +26,9 @@ from safetensors.torch import load_file, save_file
 from small_model import write_corpus, write_model
 from typer.testing import CliRunner
 
+from ln_removal.config.recipe import load_recipe
 from ln_removal.errors import UserError
 from ln_removal.evaluation.questions import load_questions
-from ln_removal.recipe import load_recipe
 from ln_removal.training import session
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -436,7 +436,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 @pytest.mark.usefixtures("modules")
 def test_wandb_that_is_not_installed(here: Path) -> None:
-    from ln_removal.training.tracking import _start_wandb
+    from ln_removal.training.metrics import _start_wandb
 
     missing("wandb")(here)
     with pytest.raises(UserError, match="needs the package wandb, which is not installed"):

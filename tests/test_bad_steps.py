@@ -14,12 +14,12 @@ from small_model import write_corpus, write_model
 from tiny_training import STEPS, FaultyObjective, TinyRun, tiny_spec
 from torch import nn
 
+from ln_removal.config.recipe import Recipe, load_recipe, with_overrides
 from ln_removal.errors import DivergedError, UserError
-from ln_removal.objective import StepLoss
-from ln_removal.recipe import Recipe, load_recipe, with_overrides
-from ln_removal.removal import remove
-from ln_removal.training.bad_steps import BadSteps, are_finite
-from ln_removal.training.state import checkpoints
+from ln_removal.pipelines.removal import remove
+from ln_removal.training.checkpoint import checkpoints
+from ln_removal.training.divergence import BadSteps, are_finite
+from ln_removal.training.loss import StepLoss
 
 
 class Log:
@@ -185,7 +185,7 @@ def test_after_a_rollback_the_run_goes_on_with_a_lower_learning_rate(
 ) -> None:
     recipe, out = small_recipe(tmp_path, learning_rate=2e-3, minimum_learning_rate=1e-3), tmp_path / "run"
     lower = with_overrides(recipe, {"training.learning_rate": 1e-3})
-    from ln_removal.objective import Objective
+    from ln_removal.training.loss import Objective
 
     forward = Objective.forward
     calls: list[int] = []

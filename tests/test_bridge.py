@@ -15,7 +15,7 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
 import ln_removal
 from ln_removal import NormFreeGPT2LMHeadModel, UserError, from_disarmed, to_bridge, to_stock
-from ln_removal.models import load_model, load_tokenizer
+from ln_removal.models.loading import load_model, load_tokenizer
 
 SUMS = {torch.float32: 1e-5, torch.float64: 1e-12}
 
@@ -261,7 +261,7 @@ class TestBoot:
         [
             "import ln_removal\nfrom transformer_lens.model_bridge import TransformerBridge",
             "from transformer_lens.model_bridge import TransformerBridge\nimport ln_removal",
-            "import ln_removal.bridge\nfrom transformer_lens.model_bridge import TransformerBridge",
+            "import ln_removal.models.transformer_lens\nfrom transformer_lens.model_bridge import TransformerBridge",
             "from ln_removal import to_bridge\nfrom transformer_lens.model_bridge import TransformerBridge",
             "import transformers\nimport ln_removal\nfrom transformer_lens.model_bridge import TransformerBridge",
         ],

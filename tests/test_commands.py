@@ -25,8 +25,9 @@ from click.testing import Result
 from small_model import write_corpus, write_model
 from typer.testing import CliRunner
 
-from ln_removal import removal, run_directory
 from ln_removal.data.tokens import TokenDataset
+from ln_removal.files import run_directory
+from ln_removal.pipelines import removal
 from ln_removal.training import session
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -460,6 +461,23 @@ def test_a_damaged_checkpoint_is_passed_over(copied: Path) -> None:
     assert json.loads(resumed.stdout)["cross_entropy"] == pytest.approx(results["cross_entropy"], abs=1e-5)
 
 
+def test_a_run_of_version_0_1_goes_on(copied: Path) -> None:
+    """It wrote the defaults of options that are gone now."""
+    file = copied / "run" / "recipe.toml"
+    text = file.read_text(encoding="utf-8")
+    text = text.replace("[schedule]\n", '[schedule]\nlayers = "first to last"\nconstant = "mean"\n')
+    gone = "rewarm_steps = 0\ndistillation_until = 1.0\nresidual_matching = 0.0\n"
+    file.write_text(text.replace("[training]\n", f"[training]\n{gone}"), encoding="utf-8")
+    results = json.loads((copied / "run" / "results.json").read_text(encoding="utf-8"))
+    shutil.rmtree(copied / "run" / "model")
+    for command in ("ln-remove --out run --resume --questions none --json", "ln-evaluate run --json"):
+        found = json.loads(done(command).stdout)["cross_entropy"]
+        assert found == pytest.approx(results["cross_entropy"], abs=1e-5)
+    done("ln-export run --out new")
+    done("ln-report run")
+    assert gone in file.read_text(encoding="utf-8"), "a run that is resumed keeps its recipe as it is"
+
+
 def test_damaged_checkpoints_only(copied: Path) -> None:
     for checkpoint in (copied / "run" / "state").iterdir():
         damage(checkpoint)
@@ -577,7 +595,7 @@ def test_unfinished_tokens_of_another_process_stay(tmp_path: Path) -> None:
 )
 def test_what_a_failed_run_leaves(tmp_path: Path, keep: Callable[[Path], Any]) -> None:
     def fail(out: Path, leave: Callable[[Path], Any]) -> None:
-        with run_directory.run_directory(out, "seed = 0\n", resume=False):
+        with run_directory.run_directory(out, "seed = 0\n", with_defaults=dict, resume=False):
             (out / "tokens").mkdir()
             leave(out)
             raise ZeroDivisionError
@@ -591,7 +609,7 @@ def test_what_a_failed_run_leaves(tmp_path: Path, keep: Callable[[Path], Any]) -
 
 
 def test_what_to_type_after_a_command_of_a_group(copied: Path) -> None:
-    from ln_removal.commands import console
+    from ln_removal.cli import console
 
     assert run("ln-analyze entropy run --json").exit_code == 2  # it was not observed
     assert console._to_type("entropy", resumes=False) == "ln-analyze entropy run --json"

@@ -20,7 +20,6 @@ TERMS: dict[str, dict[str, Any]] = {
         "auxiliary_sites": "all",
         "distillation": 0.9,
         "distillation_end": 0.1,
-        "residual_matching": 0.1,
     },
 }
 

@@ -180,6 +180,6 @@ def test_too_little_source() -> None:
 
 @pytest.mark.slow
 def test_this_machines_held_out_modules_give_the_default_set() -> None:
-    from ln_removal.data.python_source import held_out_modules
+    from ln_removal.data.open_corpus import held_out_modules
 
     assert len(build_completions(held_out_modules())) == 2000

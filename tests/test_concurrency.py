@@ -17,7 +17,7 @@ from small_model import write_corpus, write_model, write_tokenizer
 from typer.testing import CliRunner
 
 from ln_removal.errors import UserError
-from ln_removal.run_directory import LOCK_FILE, run_directory
+from ln_removal.files.run_directory import LOCK_FILE, run_directory
 
 RECIPE = 'name = "mine"\n'
 
@@ -25,8 +25,8 @@ RECIPE = 'name = "mine"\n'
 CLAIM = """
 import sys, time
 from pathlib import Path
-from ln_removal.run_directory import run_directory
-with run_directory(Path(sys.argv[1]), {recipe!r}, resume={resume}):
+from ln_removal.files.run_directory import run_directory
+with run_directory(Path(sys.argv[1]), {recipe!r}, with_defaults=dict, resume={resume}):
     (Path(sys.argv[1]) / "metrics.jsonl").write_text("a step")
     print("in", flush=True)
     time.sleep(600)
@@ -36,12 +36,12 @@ with run_directory(Path(sys.argv[1]), {recipe!r}, resume={resume}):
 PREPARE = """
 import sys, time
 from pathlib import Path
-from ln_removal.data import encoder_pool
-from ln_removal.data.local_files import LocalFiles
+from ln_removal.data import encoder
+from ln_removal.data.corpora import LocalFiles
 from ln_removal.data.prepare import prepare
-from ln_removal.models import load_tokenizer, tokenizer_fingerprint
+from ln_removal.models.loading import load_tokenizer, tokenizer_fingerprint
 
-encoder_pool.BYTES_ALONE = 0
+encoder.BYTES_ALONE = 0
 class Stuck(LocalFiles):
     def documents(self, skip=0):
         yield from super().documents(skip)
@@ -85,7 +85,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 
 def claim(out: Path, *, resume: bool, recipe: str = RECIPE) -> None:
-    with run_directory(out, recipe, resume=resume):
+    with run_directory(out, recipe, with_defaults=dict, resume=resume):
         pass
 
 
@@ -150,7 +150,10 @@ def test_a_lock_is_put_nowhere_else(tmp_path: Path) -> None:
 
 
 def test_a_run_that_came_to_nothing_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), run_directory(tmp_path / "deep" / "run", RECIPE, resume=False):
+    with (
+        pytest.raises(RuntimeError),
+        run_directory(tmp_path / "deep" / "run", RECIPE, with_defaults=dict, resume=False),
+    ):
         raise RuntimeError("nothing was trained")
     assert list(tmp_path.iterdir()) == []
 
@@ -159,7 +162,7 @@ def test_a_run_that_came_to_nothing_leaves_nothing(tmp_path: Path) -> None:
 
 
 def ln_prepare(*arguments: str) -> Result:
-    from ln_removal.commands.prepare import app
+    from ln_removal.cli.prepare import app
 
     return CliRunner().invoke(app, [*arguments, "--tokenizer", "tokenizer"])
 
@@ -201,7 +204,7 @@ def test_two_removals_on_one_directory(tmp_path: Path) -> None:
 
     options = {"cwd": tmp_path, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
-    start = [sys.executable, "-c", "from ln_removal.commands.remove import main; main()", *arguments]
+    start = [sys.executable, "-c", "from ln_removal.cli.remove import main; main()", *arguments]
     with subprocess.Popen(start, env=environment, **options) as first:
         deadline = time.monotonic() + 300
         while not list((tmp_path / "run").glob("state/step-*")) and time.monotonic() < deadline:

@@ -15,12 +15,20 @@ import pytest
 import regex
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from ln_removal.data import encoder_pool
-from ln_removal.data.encoder_pool import EncoderPool
-from ln_removal.data.encoding import GPT2_PATTERN, PATTERNS, STABLE, Encoder, word_pattern
-from ln_removal.data.tokenizer_training import CODE_PATTERN, END_OF_TEXT, train_code_tokenizer
+from ln_removal.data import encoder as encoder_module
+from ln_removal.data.encoder import (
+    CODE_PATTERN,
+    END_OF_TEXT,
+    GPT2_PATTERN,
+    PATTERNS,
+    STABLE,
+    Encoder,
+    EncoderPool,
+    train_code_tokenizer,
+    word_pattern,
+)
 
-SOURCE = Path(encoder_pool.__file__).read_text(encoding="utf-8")
+SOURCE = Path(encoder_module.__file__).read_text(encoding="utf-8")
 
 TEXTS = [
     SOURCE,
@@ -99,8 +107,8 @@ def test_random_texts_give_the_same_tokens(tokenizer: Tokenizer) -> None:
 
 
 def test_a_very_long_text_and_very_long_words(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ln_removal.data.encoding.LONG_TEXT", 1000)
-    monkeypatch.setattr("ln_removal.data.encoding.WORDS_KEPT", 20)
+    monkeypatch.setattr("ln_removal.data.encoder.LONG_TEXT", 1000)
+    monkeypatch.setattr("ln_removal.data.encoder.WORDS_KEPT", 20)
     texts = [SOURCE, "word" * 500, "short"]
     encoder = Encoder(tokenizer.to_str(), eot_token_id=0, dtype="uint16")
     assert encoder.encode(texts) == expected(tokenizer, texts)
@@ -150,7 +158,7 @@ def test_other_kinds_of_tokenizers_go_through_the_library() -> None:
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers from the first batch on."""
-    monkeypatch.setattr(encoder_pool, "BYTES_ALONE", 0)
+    monkeypatch.setattr(encoder_module, "BYTES_ALONE", 0)
 
 
 def pool(tokenizer: Tokenizer, workers: int = 2) -> EncoderPool:
@@ -210,10 +218,10 @@ def test_leaving_early_ends_the_workers(tokenizer: Tokenizer, at_once: None) -> 
 SCRIPT = """
 import sys
 sys.path[:0] = [{root!r}]
-from ln_removal.data import encoder_pool
-encoder_pool.BYTES_ALONE = 0
+from ln_removal.data import encoder
+encoder.BYTES_ALONE = 0
 print("once")
-with encoder_pool.EncoderPool(open({tokenizer!r}).read(), eot_token_id=0, dtype="uint16", workers=2) as encoders:
+with encoder.EncoderPool(open({tokenizer!r}).read(), eot_token_id=0, dtype="uint16", workers=2) as encoders:
     print(len(list(encoders.in_order([["a"], ["b"]], lambda batch: batch))))
 """
 

@@ -12,12 +12,12 @@ from small_model import write_corpus, write_model
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
-from ln_removal.commands.evaluate import app
+from ln_removal.cli.evaluate import app
 from ln_removal.data.corpora import Document, TokenDocument
 from ln_removal.data.hub_corpora import KNOWN_CORPORA, HubCorpus
+from ln_removal.data.open_corpus import HeldOutText, held_out_tokens
+from ln_removal.data.stress_text import KINDS
 from ln_removal.errors import UserError
-from ln_removal.evaluation.held_out import HeldOutText, held_out_tokens
-from ln_removal.evaluation.odd_text import KINDS
 
 runner = CliRunner()
 
@@ -158,6 +158,6 @@ def test_held_out_rows_of_tokens(place: Path, tmp_path: Path) -> None:
 
 
 def _files(path: Path) -> Any:
-    from ln_removal.data.local_files import LocalFiles
+    from ln_removal.data.corpora import LocalFiles
 
     return LocalFiles(path)

@@ -12,8 +12,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from ln_removal.commands import console
-from ln_removal.commands.evaluate_hellaswag import app
+from ln_removal.cli import console
+from ln_removal.cli.evaluate_hellaswag import app
 from ln_removal.errors import UserError
 from ln_removal.evaluation.questions import Question, write_jsonl
 
@@ -125,7 +125,7 @@ def test_mistakes_are_one_line_and_exit_2(model_directory: Path, questions: Path
 
 def test_help_is_light_and_has_an_example() -> None:
     script = (
-        "import sys; from ln_removal.commands.evaluate_hellaswag import app\n"
+        "import sys; from ln_removal.cli.evaluate_hellaswag import app\n"
         "try: app(['--help'])\n"
         "except SystemExit: pass\n"
         "heavy = {'torch', 'numpy', 'transformers', 'pydantic', 'datasets', 'rich'} & set(sys.modules)\n"

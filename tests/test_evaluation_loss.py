@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
 
+from ln_removal.data.sampler import plan_windows
 from ln_removal.data.tokens import Shard, TokenDataset, TokenIndex, TokenSplit, write_index
 from ln_removal.errors import UserError
 from ln_removal.evaluation import loss as loss_module
-from ln_removal.evaluation.loss import cross_entropy, plan_windows, summarise
+from ln_removal.evaluation.loss import cross_entropy, summarise
 
 VOCABULARY = 101  # of the tiny_gpt2 fixture
 CONTEXT = 16
@@ -126,7 +127,7 @@ def test_memory_error_halves_the_batch(tiny_gpt2: GPT2LMHeadModel, tmp_path: Pat
 
 
 def test_freezable_norms_and_other_models(tiny_gpt2: GPT2LMHeadModel, tmp_path: Path) -> None:
-    from ln_removal.surgery import install
+    from ln_removal.norms.surgery import install
 
     class Bare(nn.Module):
         """A language model that does not show its body."""

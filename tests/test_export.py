@@ -14,10 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2LMHeadModel
 
 import ln_removal
 from ln_removal import NormFreeGPT2Config, NormFreeGPT2LMHeadModel, UserError
-from ln_removal.export.normfree_gpt2 import from_folded
 from ln_removal.export.stock import EPSILON, to_stock
 from ln_removal.export.verify import TOLERANCE, ExportError, logits_error, norm_modules, verify_export
-from ln_removal.surgery import NormSites, fold, install
+from ln_removal.models.normfree_gpt2 import from_folded
+from ln_removal.norms.surgery import NormSites, fold, install
 
 EOT = 100
 Pair = tuple[GPT2LMHeadModel, NormFreeGPT2LMHeadModel]

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, pipeline
 from transformers.pytorch_utils import Conv1D
 
 from ln_removal import NormFreeGPT2LMHeadModel
-from ln_removal.models import load_model
+from ln_removal.models.loading import load_model
 
 PROMPT = "def add(first, second):\n    return"
 

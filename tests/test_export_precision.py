@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
 from ln_removal import NormFreeGPT2LMHeadModel, to_stock
-from ln_removal.models import load_model
+from ln_removal.models.loading import load_model
 
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 TEXT = "def add(first, second):\n    '''Return the sum.'''\n    return first + second\n\n\nclass Stack:\n    def push(self, item):\n"

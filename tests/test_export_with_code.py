@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 from typer.testing import CliRunner
 
 from ln_removal import NormFreeGPT2LMHeadModel, from_disarmed
-from ln_removal.commands.export import app
-from ln_removal.export import modelling_file, normfree_gpt2
+from ln_removal.cli.export import app
+from ln_removal.export import write
+from ln_removal.models import normfree_gpt2
 
 IDS = torch.randint(0, 320, (2, 20), generator=torch.Generator().manual_seed(0))
 
@@ -158,4 +159,4 @@ def test_the_file_imports_only_torch_transformers_and_the_standard_library() -> 
     assert top <= {"torch", "transformers", *sys.stdlib_module_names}
     # transformers would copy relative imports along, and there are none
     assert not [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]
-    assert modelling_file.MODULE == "modeling_normfree_gpt2"
+    assert write.MODULE == "modeling_normfree_gpt2"

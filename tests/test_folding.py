@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import GPT2LMHeadModel
 
 from ln_removal.errors import UserError
-from ln_removal.export.normfree_gpt2 import from_folded
-from ln_removal.norm import ORDINARY
-from ln_removal.surgery import NormSites, fold, fold_affine, install
+from ln_removal.models.normfree_gpt2 import from_folded
+from ln_removal.norms.freezable import ORDINARY
+from ln_removal.norms.surgery import NormSites, fold, fold_affine, install
 
 EOT = 100
 

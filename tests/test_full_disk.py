@@ -22,14 +22,14 @@ from small_model import write_corpus, write_model, write_tokenizer
 from tiny_training import TinyRun, tiny_model, tiny_spec, weights_sha256
 from typer.testing import CliRunner
 
-from ln_removal import disk_space
 from ln_removal.data import prepare as prepare_module
 from ln_removal.data.corpora import Document
-from ln_removal.disk_space import check_room_for_run, readable
 from ln_removal.errors import UserError
-from ln_removal.export.writing import save_model
-from ln_removal.training import state as state_module
-from ln_removal.training.state import checkpoints, load_newest
+from ln_removal.export.write import save_model
+from ln_removal.files import atomic
+from ln_removal.files.atomic import check_room_for_run, readable
+from ln_removal.training import checkpoint as state_module
+from ln_removal.training.checkpoint import checkpoints, load_newest
 
 MB = 1 << 20
 Usage = namedtuple("Usage", "total used free")
@@ -81,14 +81,14 @@ def largest_file(size: int) -> Iterator[None]:
 
 
 def says_free(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
-    monkeypatch.setattr(disk_space.shutil, "disk_usage", lambda path: Usage(10 * free + 1, 9 * free + 1, free))
+    monkeypatch.setattr(atomic.shutil, "disk_usage", lambda path: Usage(10 * free + 1, 9 * free + 1, free))
 
 
 def no_foresight(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if another process took the room after it was looked for."""
-    from ln_removal.export import writing
+    from ln_removal.export import write
 
-    for module in (state_module, writing):
+    for module in (state_module, write):
         monkeypatch.setattr(module, "check_room", lambda path, needed: None)
 
 
@@ -159,7 +159,7 @@ def test_metrics_on_a_full_disk(tmp_path: Path, small_disk: SmallDisk) -> None:
 def test_what_a_command_says_of_a_full_disk_where_nothing_else_does(capsys: pytest.CaptureFixture[str]) -> None:
     import typer
 
-    from ln_removal.commands.console import guard
+    from ln_removal.cli.console import guard
 
     def remove(resume: bool = False) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "run/metrics.jsonl")
@@ -238,7 +238,7 @@ def test_a_disk_that_will_be_full_is_warned_of(
 
 
 def test_a_disk_without_room_for_one_checkpoint(tmp_path: Path, small_disk: SmallDisk) -> None:
-    from ln_removal.commands.remove import app
+    from ln_removal.cli.remove import app
 
     small_disk.mount(MB // 2)
     model = write_model(tmp_path / "model")
@@ -330,7 +330,7 @@ def prepare_lines(out: Path, tokenizer: Any, **options: Any) -> Any:
 
 
 def prepare_command(*given: str) -> Any:
-    from ln_removal.commands.prepare import app
+    from ln_removal.cli.prepare import app
 
     return CliRunner().invoke(app, given)
 
@@ -408,12 +408,12 @@ def test_sizes_in_words(size: float, words: str) -> None:
 
 
 def test_a_file_system_that_does_not_say_is_not_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(disk_space.shutil, "disk_usage", lambda path: Usage(0, 0, 0))
-    disk_space.check_room(tmp_path, GB)
+    monkeypatch.setattr(atomic.shutil, "disk_usage", lambda path: Usage(0, 0, 0))
+    atomic.check_room(tmp_path, GB)
     assert check_room_for_run(tmp_path, checkpoint=GB, keep=2, exports=GB) is None
-    assert disk_space.shortage(tmp_path, GB) == "it needs 1.0 GB"
+    assert atomic.shortage(tmp_path, GB) == "it needs 1.0 GB"
 
 
 def test_where_nothing_is_yet_the_disk_of_the_nearest_parent_counts(tmp_path: Path) -> None:
-    free = disk_space.free_bytes(tmp_path / "not" / "made" / "yet")
+    free = atomic.free_bytes(tmp_path / "not" / "made" / "yet")
     assert free is not None and free > 0

@@ -26,11 +26,12 @@ from small_model import write_corpus, write_tokenizer
 from test_grid_file import GOOD, grid_file
 from typer.testing import CliRunner
 
-from ln_removal.commands.pretrain import app
+from ln_removal.cli.pretrain import app
+from ln_removal.config.recipe import load_recipe
+from ln_removal.config.sweep import Arm, Grid, load_grid
 from ln_removal.data.tokens import TokenDataset
-from ln_removal.pretraining import build, grid
-from ln_removal.pretraining.grid_file import Arm, Grid, load_grid
-from ln_removal.pretraining.grid_table import (
+from ln_removal.pipelines import pretraining, sweep
+from ln_removal.report.sweep_table import (
     GridTable,
     RunResult,
     build_table,
@@ -39,7 +40,6 @@ from ln_removal.pretraining.grid_table import (
     to_markdown,
     write_result,
 )
-from ln_removal.recipe import load_recipe
 from ln_removal.training.session import sampler_of
 
 BASE = """
@@ -149,7 +149,7 @@ def test_what_a_grid_leaves(finished: tuple[Path, dict[str, Any]]) -> None:
 
 def test_perplexity_is_that_of_the_written_model(finished: tuple[Path, dict[str, Any]]) -> None:
     from ln_removal.evaluation.loss import cross_entropy
-    from ln_removal.models import load_model
+    from ln_removal.models.loading import load_model
 
     out, printed = finished
     model = load_model(str(out / "two-layers-seed1" / "model")).model
@@ -322,7 +322,7 @@ def test_ctrl_c_between_two_runs_says_how_to_go_on(file: str, tmp_path: Path, mo
         signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(grid, "write_result", stop)
+        patch.setattr(sweep, "write_result", stop)
         stopped = run("--grid", file, "--out", out, "--steps", "1")
     assert stopped.exit_code == 130
     assert "stopped by Ctrl-C: 1 of 4 runs are over; continue with: ln-pretrain" in stopped.stderr
@@ -339,12 +339,12 @@ def test_ctrl_c_before_anything_is_trained(file: str, tmp_path: Path, monkeypatc
         signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(build, "build_model", stop)
+        patch.setattr(pretraining, "build_model", stop)
         stopped = run("--grid", file, "--out", out, "--steps", "1")
     assert "stopped by Ctrl-C: 0 of 4 runs are over; continue with" in stopped.stderr
     assert stopped.stderr.rstrip().endswith("--resume") and not (out / RUNS[0]).exists()
     with monkeypatch.context() as patch:
-        patch.setattr(build, "prepare_tokens", stop)
+        patch.setattr(pretraining, "prepare_tokens", stop)
         stopped = run("--grid", file, "--out", tmp_path / "other", "--steps", "1")
     assert "nothing is kept; to start again: ln-pretrain" in stopped.stderr
     assert not (tmp_path / "other").exists()
@@ -353,7 +353,7 @@ def test_ctrl_c_before_anything_is_trained(file: str, tmp_path: Path, monkeypatc
 @pytest.mark.slow
 def test_a_killed_grid_goes_on(finished: tuple[Path, dict[str, Any]], file: str, tmp_path: Path) -> None:
     out = tmp_path / "killed"
-    command = [sys.executable, "-c", "from ln_removal.commands.pretrain import main; main()"]
+    command = [sys.executable, "-c", "from ln_removal.cli.pretrain import main; main()"]
     arguments = ["--grid", file, "--out", str(out), "--device", "cpu", "--json", "--steps", "200"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen([*command, *arguments], env=environment, stdout=subprocess.DEVNULL) as process:

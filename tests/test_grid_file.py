@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ln_removal.config.recipe import load_recipe
+from ln_removal.config.sweep import Arm, Grid, available_grids, dump_grid, load_grid, slug_of
 from ln_removal.errors import UserError
-from ln_removal.pretraining.grid_file import Arm, Grid, available_grids, dump_grid, load_grid, slug_of
-from ln_removal.recipe import load_recipe
 
 BASE = """
 model = "small"

@@ -17,8 +17,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from ln_removal.errors import UserError
+from ln_removal.evaluation.choices import Prompt, batches, ending_log_probs, pack
 from ln_removal.evaluation.hellaswag import PROTOCOLS, ChoiceResult, Protocol, clean, evaluate_choices
-from ln_removal.evaluation.multiple_choice import Prompt, batches, ending_log_probs, pack
 from ln_removal.evaluation.questions import Question, load_questions, write_jsonl
 
 TEXTS = [
@@ -234,8 +234,8 @@ def test_code_keeps_the_natural_tokens(tokenizer: PreTrainedTokenizerFast) -> No
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_every_kind_of_model(tokenizer: PreTrainedTokenizerFast, protocol: Protocol) -> None:
     """With freezable norms (constants that differ by position) and norm-free: packed as unpacked, one by one."""
-    from ln_removal.export.normfree_gpt2 import from_folded
-    from ln_removal.surgery import fold, install
+    from ln_removal.models.normfree_gpt2 import from_folded
+    from ln_removal.norms.surgery import fold, install
 
     questions = CODE if protocol == "code" else QUESTIONS[:5]
     model = make_model(tokenizer)

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from ln_removal.data.tokens import TokenDataset
 from ln_removal.errors import UserError
 from ln_removal.evaluation.questions import Question, write_jsonl
-from ln_removal.models import load_config, load_model, load_tokenizer
+from ln_removal.models.loading import load_config, load_model, load_tokenizer
 
 PAYLOAD = "import pathlib; pathlib.Path('ran').write_text('harm')"
 
@@ -53,7 +53,7 @@ def here(sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def command(name: str, *arguments: str) -> Result:
     import importlib
 
-    return CliRunner().invoke(importlib.import_module(f"ln_removal.commands.{name}").app, list(arguments))
+    return CliRunner().invoke(importlib.import_module(f"ln_removal.cli.{name}").app, list(arguments))
 
 
 def plant_pickles(directory: Path) -> None:
@@ -129,7 +129,7 @@ def test_an_index_that_names_a_pickle(here: Path) -> None:
 
 def test_checkpoints_of_a_run_hold_no_pickles(here: Path) -> None:
     """A run's state is safetensors and JSON; a pickle put there is not read."""
-    from ln_removal.training.state import load_newest
+    from ln_removal.training.checkpoint import load_newest
 
     state = here / "run" / "state" / "step-000010"
     state.mkdir(parents=True)
@@ -222,7 +222,7 @@ def test_code_in_a_model_directory_is_never_run(here: Path, monkeypatch: pytest.
     assert load_config("model").n_layer == 2
     assert len(load_tokenizer("model")) == 320
     assert type(load_model("model").model).__module__.startswith("transformers.models.gpt2.")
-    assert type(load_model("run/model").model).__module__ == "ln_removal.export.normfree_gpt2"
+    assert type(load_model("run/model").model).__module__ == "ln_removal.models.normfree_gpt2"
     result = command("evaluate_hellaswag", "model", "--data", "q.jsonl", "--json")
     assert result.exit_code == 0, result.output
     assert not (here / "ran").exists()

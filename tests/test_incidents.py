@@ -10,8 +10,8 @@ from report_run import SCRIPT, write_run
 from tiny_training import STEPS, FaultyObjective, TinyRun
 
 from ln_removal.errors import DivergedError
-from ln_removal.report.incidents import SHOWN, incident_lines
 from ln_removal.report.page import write_report
+from ln_removal.report.run_record import SHOWN, incident_lines
 
 
 def test_a_calm_run_has_none(tmp_path: Path) -> None:

@@ -24,8 +24,8 @@ import torch
 from forked_commands import ROOT, Command, Commands, commands
 from small_model import write_corpus, write_model
 
-from ln_removal.commands.console import guard
-from ln_removal.training.interruption import Interrupted, StopRequest, deferred, termination_raises
+from ln_removal.cli.console import guard
+from ln_removal.files.signals import Interrupted, StopRequest, deferred, termination_raises
 
 STEPS = 60
 SETTINGS = {
@@ -344,7 +344,7 @@ def test_the_terminal_is_left_clean(place: Path, forked: Commands) -> None:
     out = place / "terminal"
     screen, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
-    code = "from ln_removal.commands.remove import main; main()"
+    code = "from ln_removal.cli.remove import main; main()"
     process = subprocess.Popen(
         [sys.executable, "-c", code, *arguments(out.name, **{"training.checkpoint_every": "5"})],
         cwd=place,
@@ -417,7 +417,7 @@ def test_two_ranks_stop_at_the_same_step(place: Path, forked: Commands) -> None:
     out = place / "ranks"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    code = "from ln_removal.commands.remove import main; main()"
+    code = "from ln_removal.cli.remove import main; main()"
     many = ["--steps", "400"]
     ranks = [
         subprocess.Popen(

@@ -82,7 +82,7 @@ class RealCommand(Command):
     """`ln-remove` as a user starts it."""
 
     def __init__(self, place: Path, *given: str) -> None:
-        code = "from ln_removal.commands.remove import main; main()"
+        code = "from ln_removal.cli.remove import main; main()"
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
         errors = place / "errors.txt"
         with errors.open("w") as file:
@@ -225,13 +225,13 @@ def assert_same_run(found: Path, expected: Path) -> None:
 
 @pytest.mark.parametrize("left", [[], [".lock"], [".lock", ".recipe.toml.tmp"]])
 def test_killed_while_it_claimed_its_directory(tmp_path: Path, left: list[str]) -> None:
-    from ln_removal.run_directory import run_directory
+    from ln_removal.files.run_directory import run_directory
 
     out = tmp_path / "run"
     out.mkdir()
     for name in left:
         (out / name).write_text("na")
-    with run_directory(out, 'name = "mine"\n', resume=True):
+    with run_directory(out, 'name = "mine"\n', with_defaults=dict, resume=True):
         assert {path.name for path in out.iterdir()} == {".lock", "recipe.toml"}
         (out / "metrics.jsonl").write_text("a step")
 

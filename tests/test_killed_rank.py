@@ -23,7 +23,7 @@ from ln_removal.errors import UserError
 from ln_removal.training import ranks
 
 STEPS = 60
-COMMAND = "from ln_removal.commands.remove import main; main()"
+COMMAND = "from ln_removal.cli.remove import main; main()"
 SETTINGS = {
     "data.context": 32,
     "data.weights": "{}",
@@ -100,7 +100,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("ranks")
     write_model(directory / "model")
     write_corpus(directory / "texts")
-    prepare = "from ln_removal.commands.prepare import main; main()"
+    prepare = "from ln_removal.cli.prepare import main; main()"
     arguments = ["texts", "--tokenizer", "model", "--out", "tokens"]
     subprocess.run([sys.executable, "-c", prepare, *arguments], cwd=directory, check=True, capture_output=True)
     finish(directory, "whole", start(directory, "whole", 2))

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ln_removal.recipe import TrainingSpec, load_recipe
-from ln_removal.training.learning_rate import distillation_at, learning_rate_at, rewarm_factor
+from ln_removal.config.recipe import TrainingSpec, load_recipe
+from ln_removal.training.optimizers import distillation_at, learning_rate_at
 
 
 def spec(**changes: object) -> TrainingSpec:
@@ -106,19 +106,11 @@ def test_a_run_of_one_step_learns() -> None:
     assert learning_rate_at(0, spec(steps=1, warmup_steps=0, minimum_learning_rate=0.0)) == 1e-3
 
 
-def test_the_rate_warms_up_again_when_something_begins_to_freeze() -> None:
-    factors = [rewarm_factor(step, [3, 10], 4) for step in range(13)]
-    assert factors == pytest.approx([1, 1, 1, 0.2, 0.4, 0.6, 0.8, 1, 1, 1, 0.2, 0.4, 0.6])
-    assert [rewarm_factor(step, [3, 10], 0) for step in range(13)] == [1.0] * 13
-    assert rewarm_factor(5, [], 4) == 1.0
-
-
 def test_the_teachers_share_goes_from_one_value_to_the_other() -> None:
     def shares(**given: float) -> list[float]:
         spec = TrainingSpec(steps=5, tokens_per_step=8, learning_rate=1e-3, **given)
         return [distillation_at(step, spec) for step in range(5)]
 
     assert shares(distillation=1.0, distillation_end=0.0) == pytest.approx([1, 0.75, 0.5, 0.25, 0])
-    assert shares(distillation=1.0, distillation_end=0.0, distillation_until=0.5) == pytest.approx([1, 0.5, 0, 0, 0])
     assert shares(distillation=0.5) == [0.5] * 5
     assert shares() == [0.0] * 5

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ln_removal import linear_cross_entropy as linear
-from ln_removal.linear_cross_entropy import Head, LinearLoss, linear_cross_entropy, pad_vocabulary
+from ln_removal.training import cross_entropy as linear
+from ln_removal.training.cross_entropy import Head, LinearLoss, linear_cross_entropy, pad_vocabulary
 
 WIDTH, TEACHER_WIDTH, VOCABULARY = 7, 5, 11
 

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from ln_removal.evaluation.hellaswag import evaluate_choices
 from ln_removal.evaluation.questions import load_questions
-from ln_removal.models import load_tokenizer
-from ln_removal.resources import embedded_model_directory
+from ln_removal.files.resources import embedded_model_directory
+from ln_removal.models.loading import load_tokenizer
 
 RECORDED = Path(__file__).parent / "data" / "lm_eval_answers.json"
 

@@ -9,10 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from ln_removal.data.corpora import Corpus, Document
-from ln_removal.data.local_files import MAXIMUM_PIECE_BYTES, LocalFiles, hash_split
-from ln_removal.data.open_corpus import known_corpora, open_corpus
-from ln_removal.data.python_source import PythonSource
+from ln_removal.data.corpora import MAXIMUM_PIECE_BYTES, Corpus, Document, LocalFiles, hash_split
+from ln_removal.data.open_corpus import PythonSource, known_corpora, open_corpus
 from ln_removal.errors import UserError
 
 

@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_training import LAYERS, FaultyObjective, Stop, TinyRun, tiny_spec
 
-from ln_removal.loss_spikes import LEAST_WINDOW, LossSpikes, SpikeSchedule
-from ln_removal.recipe import ScheduleSpec
-from ln_removal.schedule import RemovalSchedule, expand
+from ln_removal.config.recipe import ScheduleSpec
+from ln_removal.norms.schedule import RemovalSchedule, expand
+from ln_removal.training.checkpoint import checkpoints
+from ln_removal.training.divergence import LEAST_WINDOW, LossSpikes, SpikeSchedule
 from ln_removal.training.loop import LOG_EVERY
-from ln_removal.training.state import checkpoints
 
 STEPS = 140
 
@@ -67,18 +67,18 @@ def follow(
 ) -> list[str]:
     """Run the schedule as the loop does: losses read when it logs, and after the steps in `reads`; what changed."""
     changed: list[str] = []
-    unread: list[tuple[int, float]] = []
+    unread: list[float] = []
     for step, loss in enumerate(losses, start=first):
         changed.append(str(schedule.changes(step)))
-        unread.append((step, loss))
+        unread.append(loss)
         if (step + 1) % LOG_EVERY == 0 or step + 1 in reads:
-            for number, value in unread:
-                schedule.observe(number, value)
+            for value in unread:
+                schedule.observe(value)
             unread = []
         if (step + 1) % LOG_EVERY == 0:
-            schedule.decide(step + 1, step + 1 + LOG_EVERY)
-    for number, value in unread:  # what a checkpoint does
-        schedule.observe(number, value)
+            schedule.decide(step + 1 + LOG_EVERY)
+    for value in unread:  # what a checkpoint does
+        schedule.observe(value)
     return changed
 
 
@@ -102,6 +102,7 @@ def test_what_has_not_begun_waits_until_the_loss_has_recovered() -> None:
     assert late == {"ln_1_v.1", "ln_f", "eot", "first"}
     # Seen at step 50, still there then and not at 60: the next may begin there, 8 steps late, and so does what follows.
     assert {found[site] - plan[site] for site in late} == {8}
+    assert schedule.stage(plan["ln_1_v.1"]) == f"ln_1_v 1/{LAYERS}", "the stage is that of what really happened"
 
 
 def test_waiting_takes_half_of_the_recovery_at_most() -> None:
@@ -137,9 +138,9 @@ def test_whatever_the_losses(losses: list[float], taper: int) -> None:
         for change in schedule.changes(step):
             assert change.value >= mixes[change.site], "a mix never falls"
             mixes[change.site] = change.value
-        schedule.observe(step, loss)
+        schedule.observe(loss)
         if (step + 1) % LOG_EVERY == 0:
-            schedule.decide(step + 1, step + 1 + LOG_EVERY)
+            schedule.decide(step + 1 + LOG_EVERY)
     assert set(mixes.values()) == {1.0}, "everything is frozen in the end"
     schedule.current.validate()
     assert schedule.complete_at <= schedule.latest_complete_at

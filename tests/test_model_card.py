@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
+from ln_removal.config.recipe import Recipe, load_recipe, validate_recipe
 from ln_removal.errors import UserError
 from ln_removal.evaluation.results import LossSpread, Results, Settings, Trio
-from ln_removal.export.base_model_card import write_base_model_card
-from ln_removal.export.model_card import converted_model_card, model_card, write_model_card
-from ln_removal.recipe import Recipe, load_recipe, validate_recipe
+from ln_removal.report.base_model_card import write_base_model_card
+from ln_removal.report.model_card import converted_model_card, model_card, write_model_card
 
 
 def results(*, control: bool = True, questions: bool = True) -> Results:

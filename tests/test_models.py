@@ -15,16 +15,10 @@ from fake_hub import FakeHub, read_folder, run_client
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
 
-from ln_removal.data.tokenizer_training import train_code_tokenizer
+from ln_removal.data.encoder import train_code_tokenizer
 from ln_removal.errors import UserError
-from ln_removal.hub_access import first_answer
-from ln_removal.models import (
-    check_tokenizer,
-    load_config,
-    load_model,
-    load_tokenizer,
-    tokenizer_fingerprint,
-)
+from ln_removal.files.hub import first_answer
+from ln_removal.models.loading import check_tokenizer, load_config, load_model, load_tokenizer, tokenizer_fingerprint
 
 VOCABULARY = 280
 
@@ -35,7 +29,7 @@ import json, time
 from huggingface_hub import HfApi, hf_hub_download
 from transformers import AutoModelForCausalLM
 from ln_removal.errors import UserError
-from ln_removal.models import load_config, load_model, load_tokenizer
+from ln_removal.models.loading import load_config, load_model, load_tokenizer
 
 def report(name, *loaders):
     started = time.monotonic()
@@ -119,9 +113,9 @@ def test_dtype_is_what_was_asked_for(folder: Path) -> None:
 
 
 def test_tiny_is_the_embedded_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import ln_removal.resources
+    import ln_removal.files.resources
 
-    monkeypatch.setattr(ln_removal.resources, "embedded_model_directory", lambda: folder)
+    monkeypatch.setattr(ln_removal.files.resources, "embedded_model_directory", lambda: folder)
     assert load_model("tiny").name == "tiny"
     assert load_config("tiny").n_layer == 2
 
@@ -142,8 +136,8 @@ def test_sharded_and_base_checkpoints_load(folder: Path, tmp_path: Path) -> None
 
 
 def test_norm_free_exports_load(folder: Path) -> None:
-    from ln_removal.export.normfree_gpt2 import NormFreeGPT2LMHeadModel, from_folded
-    from ln_removal.surgery import fold, install
+    from ln_removal.models.normfree_gpt2 import NormFreeGPT2LMHeadModel, from_folded
+    from ln_removal.norms.surgery import fold, install
 
     model = load_model(str(folder)).model
     sites = install(model, eot_token_id=0)

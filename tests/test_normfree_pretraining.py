@@ -15,8 +15,8 @@ from click.testing import Result
 from small_model import write_corpus, write_model
 from typer.testing import CliRunner
 
-from ln_removal.models import load_model
-from ln_removal.pretraining.activations import learnable_slopes
+from ln_removal.models.loading import load_model
+from ln_removal.models.norm_choice import learnable_slopes
 
 SIZES = {
     "data.corpus": "texts",
@@ -42,7 +42,7 @@ def run(command: str, **settings: Any) -> Result:
     name, *arguments = shlex.split(command)
     for key, value in (SIZES | {key.replace("__", "."): value for key, value in settings.items()}).items():
         arguments += ["--set", f"{key}={value}"]
-    app = importlib.import_module("ln_removal.commands.pretrain").app
+    app = importlib.import_module("ln_removal.cli.pretrain").app
     return CliRunner().invoke(app, ["--recipe", "normfree/small-python", *arguments], prog_name=name)
 
 
@@ -128,11 +128,11 @@ def test_a_pythia_without_norms_is_scored_like_any_model(tmp_path: Path) -> None
     endings = ["return 1", "return total", "total", "value"]
     rows_of_questions = [{"ind": n, "ctx": f"def f{n}(value):", "label": n % 4, "endings": endings} for n in range(4)]
     questions.write_text("".join(json.dumps(row) + "\n" for row in rows_of_questions), encoding="utf-8")
-    evaluate = importlib.import_module("ln_removal.commands.evaluate").app
+    evaluate = importlib.import_module("ln_removal.cli.evaluate").app
     result = CliRunner().invoke(evaluate, ["scored", "--json"], prog_name="ln-evaluate")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["cross_entropy"]["original"] == pytest.approx(figures["cross_entropy"], abs=1e-4)
-    hellaswag = importlib.import_module("ln_removal.commands.evaluate_hellaswag").app
+    hellaswag = importlib.import_module("ln_removal.cli.evaluate_hellaswag").app
     arguments = ["scored/model", "--data", str(questions), "--protocol", "nanogpt", "--json"]
     result = CliRunner().invoke(hellaswag, arguments, prog_name="evaluate-hellaswag")
     assert result.exit_code == 0, result.output
@@ -203,7 +203,7 @@ def test_a_removal_can_be_observed_too(tiny_observed_removal: Path) -> None:
 
 @pytest.fixture
 def tiny_observed_removal(world: Path) -> Path:
-    app = importlib.import_module("ln_removal.commands.remove").app
+    app = importlib.import_module("ln_removal.cli.remove").app
     command = (
         "--model model --set data.corpus=texts --steps 6 --questions none --set training.tokens_per_step=256 "
         "--set training.precision=float32 --set training.compile=false --set observation.every=2 --out observed"
@@ -247,7 +247,7 @@ def test_a_run_that_breaks_says_in_which_layers_and_keeps_what_was_seen(world: P
     assert "training.learning_rate=5" in result.stderr and "schedule" not in result.stderr
     # The metrics are back at the beginning; what was seen on the way is beside them.
     assert not rows("broken", "train") and len(rows("broken", "rollback")) == 1
-    analyze = importlib.import_module("ln_removal.commands.analyze").app
+    analyze = importlib.import_module("ln_removal.cli.analyze").app
     shown = CliRunner().invoke(analyze, ["nans", "broken", "--json"], prog_name="ln-analyze")
     assert shown.exit_code == 0, shown.output
     (counts,) = [found["nan_counts"] for found in json.loads(shown.stdout)["runs"]]

@@ -11,9 +11,9 @@ from report_run import results as full_results
 
 from ln_removal.evaluation import results as results_file
 from ln_removal.evaluation.results import Results
-from ln_removal.export.hub_target import HubTarget
-from ln_removal.export.publishing import run_files
-from ln_removal.hub_access import one_line
+from ln_removal.export.hub import HubTarget
+from ln_removal.files.hub import one_line
+from ln_removal.pipelines.publishing import run_files
 
 SECRET = "text nobody may see"
 TOKEN = "hf_PlantedTokenThatMustNotShowAnywhere"

@@ -13,10 +13,10 @@ import torch
 from tiny_training import CONTEXT, TinyRun, tiny_spec, weights_sha256
 from torch import Tensor, nn
 
-from ln_removal.analysis.observer import Observer
-from ln_removal.architectures import blocks_of, final_norm_of
-from ln_removal.attention_entropy import largest_entropy
-from ln_removal.pretraining.activations import LearnableLeakyReLU
+from ln_removal.models.attention import largest_entropy
+from ln_removal.models.layout import blocks_of, final_norm_of
+from ln_removal.models.norm_choice import LearnableLeakyReLU
+from ln_removal.training.probe import Observer
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel, PreTrainedModel

@@ -9,8 +9,8 @@ import pytest
 from small_model import write_tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ln_removal.data.stress_text import KINDS, odd_sequences
 from ln_removal.errors import UserError
-from ln_removal.evaluation.odd_text import KINDS, odd_sequences
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ln_removal.errors import UserError
+from ln_removal.evaluation.bootstrap import bootstrap_means, compare_accuracies, mcnemar_p_value
 from ln_removal.evaluation.hellaswag import ChoiceResult, QuestionScore, compare_choices
-from ln_removal.evaluation.paired_comparison import bootstrap_means, compare_accuracies, mcnemar_p_value
 
 
 @given(st.integers(0, 60), st.integers(0, 60))
@@ -58,13 +58,13 @@ def test_units_weigh_as_much_as_they_hold() -> None:
 
 
 def test_seeded_and_independent_of_how_the_draws_are_grouped(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ln_removal.evaluation import paired_comparison
+    from ln_removal.evaluation import bootstrap
 
     sums = np.random.default_rng(1).normal(size=(2, 50))
     first = bootstrap_means(sums, np.ones(50), seed=5)
     assert bootstrap_means(sums, np.ones(50), seed=5) == first
     assert bootstrap_means(sums, np.ones(50), seed=6) != first
-    monkeypatch.setattr(paired_comparison, "_INDICES_AT_ONCE", 170)
+    monkeypatch.setattr(bootstrap, "_INDICES_AT_ONCE", 170)
     assert bootstrap_means(sums, np.ones(50), seed=5) == first
 
 

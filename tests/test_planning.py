@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from ln_removal import planning
+from ln_removal.config import estimate
+from ln_removal.config.estimate import count_parameters, estimate_memory, flops_per_token
+from ln_removal.config.recipe import ArchitectureSpec, Recipe, load_recipe
 from ln_removal.errors import UserError
-from ln_removal.planning import architecture_of, count_parameters, estimate_memory, flops_per_token, plan
-from ln_removal.recipe import ArchitectureSpec, Recipe, load_recipe
+from ln_removal.pipelines.plan import architecture_of, plan
 
 SMALL = ArchitectureSpec(n_layer=3, n_head=2, n_embd=16, n_positions=32, vocab_size=100)
 
@@ -60,7 +61,7 @@ def test_parameters_are_those_of_the_real_model() -> None:
 
 
 def test_flops_per_token_of_gpt2() -> None:
-    small = planning.KNOWN_ARCHITECTURES["gpt2"]
+    small = estimate.KNOWN_ARCHITECTURES["gpt2"]
     assert flops_per_token(small, 1024) == 6 * 124_439_808 + 12 * 12 * 768 * 1024
 
 
@@ -70,7 +71,7 @@ def test_activation_bytes_are_what_autograd_keeps(precision: str) -> None:
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from ln_removal.surgery import install
+    from ln_removal.norms.surgery import install
 
     batch, context, width = 2, 64, 64
 
@@ -101,12 +102,12 @@ def test_activation_bytes_are_what_autograd_keeps(precision: str) -> None:
     grown = kept(4) - kept(2)
     copies = 2 * 12 * width**2 * 2 if precision == "bfloat16" else 0  # autocast's weights
     found = (grown - copies) / (2 * batch * context * width)
-    assert found == pytest.approx(planning.ACTIVATION_BYTES[precision, False], rel=0.1)
+    assert found == pytest.approx(estimate.ACTIVATION_BYTES[precision, False], rel=0.1)
 
 
 def test_memory_follows_the_formula_and_the_settings() -> None:
     recipe = recipe_for("gpt2", {"training.precision": "float32"})
-    small = planning.KNOWN_ARCHITECTURES["gpt2"]
+    small = estimate.KNOWN_ARCHITECTURES["gpt2"]
     one, two = (estimate_memory(recipe, small, size) for size in (8, 16))
     count = count_parameters(small)
     assert (one.parameters, one.gradients, one.optimizer) == (4 * count, 4 * count, 8 * count)
@@ -119,11 +120,11 @@ def test_memory_follows_the_formula_and_the_settings() -> None:
 
 
 def test_a_teacher_takes_memory_and_time() -> None:
-    small = planning.KNOWN_ARCHITECTURES["gpt2"]
+    small = estimate.KNOWN_ARCHITECTURES["gpt2"]
     alone = recipe_for("gpt2")
     taught = recipe_for("gpt2", {"training.distillation": 0.5})
-    matched = recipe_for("gpt2", {"training.residual_matching": 0.1, "training.precision": "float32"})
-    one, two, three = (estimate_memory(recipe, small, 8) for recipe in (alone, taught, matched))
+    wide = recipe_for("gpt2", {"training.distillation": 0.5, "training.precision": "float32"})
+    one, two, three = (estimate_memory(recipe, small, 8) for recipe in (alone, taught, wide))
     count = count_parameters(small)
     assert (one.teacher, two.teacher, three.teacher) == (0, 2 * count, 4 * count)
     assert two.activations - one.activations == 10 * 8192 * 50257
@@ -137,19 +138,18 @@ def test_a_teacher_takes_memory_and_time() -> None:
 
 
 def test_constants_shared_with_the_modules_that_need_torch() -> None:
-    from ln_removal import linear_cross_entropy
-    from ln_removal.training import setup
+    from ln_removal.training import cross_entropy, setup
 
-    assert linear_cross_entropy.POSITIONS_IN_A_CHUNK["cuda"] == planning.POSITIONS_IN_A_CHUNK
-    assert planning.CPU_TOKENS_IN_A_PASS == setup.TOKENS_IN_A_CPU_PASS
+    assert cross_entropy.POSITIONS_IN_A_CHUNK["cuda"] == estimate.POSITIONS_IN_A_CHUNK
+    assert estimate.CPU_TOKENS_IN_A_PASS == setup.TOKENS_IN_A_CPU_PASS
 
 
 def test_time_on_a_gpu_scales_with_what_it_should() -> None:
     recipe = load_recipe("gpt2-fast")
     base = plan(recipe, device="NVIDIA H100 80GB HBM3").seconds
     assert base is not None
-    work = 157_286_400 * flops_per_token(planning.KNOWN_ARCHITECTURES["gpt2"], 1024)
-    assert base == pytest.approx(work / (989e12 * planning.ASSUMED_UTILISATION))
+    work = 157_286_400 * flops_per_token(estimate.KNOWN_ARCHITECTURES["gpt2"], 1024)
+    assert base == pytest.approx(work / (989e12 * estimate.ASSUMED_UTILISATION))
     assert plan(recipe, device="H100", control=True).seconds == pytest.approx(2 * base)
     assert plan(recipe, device="H100", processes=8).seconds == pytest.approx(base / 8)
     assert plan(recipe, device="NVIDIA A100-SXM4-80GB").seconds == pytest.approx(base * 989 / 312)
@@ -168,7 +168,7 @@ def test_time_on_a_cpu_is_not_guessed() -> None:
 
 def test_automatic_micro_batch() -> None:
     recipe = load_recipe("gpt2-medium")
-    shape = planning.KNOWN_ARCHITECTURES["gpt2-medium"]
+    shape = estimate.KNOWN_ARCHITECTURES["gpt2-medium"]
     assert plan(recipe).micro_batch == 4, "4,096 tokens on a CPU"
     on_gpu = plan(recipe, device="NVIDIA GeForce RTX 4090")
     assert 512 % on_gpu.micro_batch == 0
@@ -224,7 +224,7 @@ def test_json_is_plain_and_complete() -> None:
 def test_pretraining_plans_have_no_schedule() -> None:
     recipe = load_recipe("gpt2-fast")
     pretraining = Recipe.model_validate(
-        dict(recipe) | {"schedule": None, "architecture": planning.KNOWN_ARCHITECTURES["gpt2"]}
+        dict(recipe) | {"schedule": None, "architecture": estimate.KNOWN_ARCHITECTURES["gpt2"]}
     )
     drawn = plan(pretraining)
     assert drawn.schedule is None
@@ -245,7 +245,7 @@ def test_render_shows_recipe_schedule_timeline_and_estimates(width: int) -> None
 
 def test_planning_a_published_model_imports_neither_torch_nor_transformers() -> None:
     code = (
-        "import sys; from ln_removal.recipe import load_recipe; from ln_removal.planning import plan; "
+        "import sys; from ln_removal.config.recipe import load_recipe; from ln_removal.pipelines.plan import plan; "
         "plan(load_recipe('gpt2')).to_json(); "
         "print([name for name in ('torch', 'transformers', 'numpy') if name in sys.modules])"
     )

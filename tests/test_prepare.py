@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from ln_removal.data import encoder_pool
+from ln_removal.data import encoder
 from ln_removal.data import prepare as prepare_module
 from ln_removal.data.corpora import Document, Split, TokenDocument
+from ln_removal.data.encoder import END_OF_TEXT, train_code_tokenizer
 from ln_removal.data.prepare import QUEUED_BATCHES, PrepareProgress, prepare
-from ln_removal.data.tokenizer_training import END_OF_TEXT, train_code_tokenizer
 from ln_removal.data.tokens import TokenDataset
 from ln_removal.errors import UserError
 
@@ -235,7 +235,7 @@ def test_an_interrupted_preparation_resumes_to_the_same_bytes(
 def test_worker_processes_change_nothing(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"shard_tokens": 150, "checkpoint_tokens": 300}
     whole = run(ListCorpus(documents()), tokenizer, tmp_path / "whole", workers=1, **options)
-    monkeypatch.setattr(encoder_pool, "BYTES_ALONE", 0)
+    monkeypatch.setattr(encoder, "BYTES_ALONE", 0)
 
     def fail(number: int) -> None:
         if number == 55:
@@ -250,7 +250,7 @@ def test_worker_processes_change_nothing(tmp_path: Path, tokenizer: Any, monkeyp
     run(corpus, tokenizer, tmp_path / "broken", workers=2, progress=progress, **options)
     assert given[0] > 0, "it was resumed"
     assert contents(tmp_path / "broken") == contents(whole.directory)
-    assert max(ahead) <= (QUEUED_BATCHES + 2 + 2 * encoder_pool.BATCHES_A_WORKER) * BATCH
+    assert max(ahead) <= (QUEUED_BATCHES + 2 + 2 * encoder.BATCHES_A_WORKER) * BATCH
 
 
 def ahead_of(given: list[int], ahead: list[int]) -> Callable[[PrepareProgress], None]:

@@ -20,10 +20,10 @@ from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 from typer.testing import CliRunner, Result
 
 from ln_removal import NormFreeGPT2LMHeadModel, UserError, from_disarmed, to_stock
-from ln_removal.commands.export import app
-from ln_removal.export.normfree_gpt2 import NormFreeGPT2Config
-from ln_removal.export.published import check_conversion, has_disarmed_norms
+from ln_removal.cli.export import app
+from ln_removal.export.convert import check_conversion, has_disarmed_norms
 from ln_removal.export.verify import ExportError, norm_modules
+from ln_removal.models.normfree_gpt2 import NormFreeGPT2Config
 
 TOLERANCE = 1e-4
 
@@ -278,7 +278,7 @@ class TestCommand:
     @pytest.mark.slow
     def test_from_the_hub(self, published: Path, tmp_path: Path) -> None:
         arguments = ["someone/gpt2_noLN", "--out", str(tmp_path / "out")]
-        code = f"from ln_removal.commands.export import app\napp({arguments!r})"
+        code = f"from ln_removal.cli.export import app\napp({arguments!r})"
         with FakeHub() as hub:
             hub.add("models", "someone/gpt2_noLN", read_folder(published))
             done = run_client(code, hub.endpoint, tmp_path)

@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard
 from small_model import write_corpus, write_model
 
 from ln_removal.errors import UserError
-from ln_removal.export.hub_target import HubTarget, named_target
+from ln_removal.export.hub import HubTarget, named_target
 
 TOKEN = "hf_PlantedTokenThatMustNotShowAnywhere"
 READ_ONLY, STRANGER, FINE, NARROW = "hf_readonly", "hf_stranger", "hf_fine", "hf_narrow"
@@ -29,14 +29,15 @@ import json, os, sys, time
 from pathlib import Path
 import huggingface_hub.utils._http as client_http
 from ln_removal.errors import UserError
-from ln_removal.export import publishing
-from ln_removal.export.hub_target import HubTarget, check_target
+from ln_removal.export import hub
+from ln_removal.pipelines import publishing
+from ln_removal.export.hub import HubTarget, check_target
 
 waited = []
 class Clock:
     sleep = staticmethod(waited.append)
     monotonic, time = time.monotonic, time.time
-client_http.time = publishing.time = Clock
+client_http.time = hub.time = Clock
 
 def case(run, repo, token, check=True, **options):
     os.environ["HF_TOKEN"] = token
@@ -314,7 +315,7 @@ def command(
     hub: FakeHub, place: Path, name: str, *arguments: str, token: str = TOKEN
 ) -> subprocess.CompletedProcess[str]:
     """A command in a process of its own, in the directory `place`."""
-    code = f"import sys; sys.argv = {['ln-' + name, *arguments]!r}\nfrom ln_removal.commands.{name} import main\nmain()"
+    code = f"import sys; sys.argv = {['ln-' + name, *arguments]!r}\nfrom ln_removal.cli.{name} import main\nmain()"
     done = run_client(code, hub.endpoint, place, HF_TOKEN=token)
     assert TOKEN not in done.stdout + done.stderr
     return done
@@ -354,9 +355,11 @@ def test_ln_remove_publishes_what_it_made_and_ln_export_does_later(hub: FakeHub,
 
     hub.cuts["/storage/alice/mine/"] = 10_000
     with_cuts = (*REMOVE, "--push-to-hub", "alice/mine")
-    patched = "import ln_removal.export.publishing as p; p.WAITS = (0.01,)\n"
+    patched = "import ln_removal.export.hub as p; p.WAITS = (0.01,)\n"
     patched += "import huggingface_hub.utils._http as h, types; h.time = types.SimpleNamespace(sleep=lambda s: None)\n"
-    code = f"{patched}import sys; sys.argv = {['ln-remove', *with_cuts]!r}\nfrom ln_removal.commands.remove import main\nmain()"
+    code = (
+        f"{patched}import sys; sys.argv = {['ln-remove', *with_cuts]!r}\nfrom ln_removal.cli.remove import main\nmain()"
+    )
     cut = run_client(code, hub.endpoint, tmp_path, HF_TOKEN=TOKEN)
     assert cut.returncode == 2 and TOKEN not in cut.stdout + cut.stderr
     assert cut.stderr.splitlines()[-1].endswith("publish it with: ln-export run --push-to-hub alice/mine")

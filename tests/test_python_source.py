@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ln_removal.data import python_source
+from ln_removal.data import open_corpus
 from ln_removal.data.corpora import Corpus, Document
-from ln_removal.data.python_source import PythonSource, held_out_modules, is_held_out
+from ln_removal.data.open_corpus import PythonSource, held_out_modules, is_held_out
 from ln_removal.errors import UserError
 
 # A model trained under this rule is scored on these modules: the rule may never change.
@@ -128,7 +128,7 @@ def test_copies_of_held_out_modules_are_not_trained_on(stdlib: Path, packages: P
 
 
 def test_what_is_not_source_is_left_out(stdlib: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(python_source, "MAXIMUM_FILE_BYTES", 4000)
+    monkeypatch.setattr(open_corpus, "MAXIMUM_FILE_BYTES", 4000)
     before = list(corpus(stdlib).documents())
     write(
         stdlib,
@@ -167,7 +167,7 @@ def test_the_order_is_that_of_a_hash(stdlib: Path, packages: Path, tmp_path: Pat
         for path in sorted(root.rglob("*.py"), reverse=True):
             write(moved, {f"{root.name}/{path.relative_to(root)}": path.read_text()})
     script = (
-        "import sys; from pathlib import Path; from ln_removal.data.python_source import PythonSource; "
+        "import sys; from pathlib import Path; from ln_removal.data.open_corpus import PythonSource; "
         "found = PythonSource(stdlib=Path(sys.argv[1]), site_packages=[Path(sys.argv[2])]).documents(); "
         "print([document.text.split('(')[0] for document in found])"
     )

@@ -11,9 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from ln_removal import resources
-from ln_removal.errors import UserError
-from ln_removal.recipe import (
+from ln_removal.config.presets import default_recipe, with_layers, with_steps
+from ln_removal.config.recipe import (
     ArchitectureSpec,
     Recipe,
     available_recipes,
@@ -21,10 +20,13 @@ from ln_removal.recipe import (
     load_recipe,
     parse_overrides,
     validate_recipe,
+    with_defaults,
 )
-from ln_removal.recipe_scaling import default_recipe, with_layers, with_steps
-from ln_removal.schedule import expand
-from ln_removal.toml_writer import write_toml
+from ln_removal.config.toml import write_toml
+from ln_removal.config.validation import REMOVED_KEYS
+from ln_removal.errors import UserError
+from ln_removal.files import resources
+from ln_removal.norms.schedule import expand
 
 GOOD = """
 model = "gpt2"
@@ -319,20 +321,6 @@ def test_all_faults_at_once(tmp_path: Path) -> None:
                 "set that above 0, or leave this out"
             ),
         ),
-        (
-            {"training.distillation": 0.5, "training.distillation_until": 0.5},
-            (
-                "training.distillation_until: has no effect without training.distillation_end; "
-                "give the share that is reached then"
-            ),
-        ),
-        (
-            {"schedule.v_gap": 9, "schedule.qk_gap": 8, "schedule.adaptive": {"largest_gap": 7, "recovery": 0}},
-            (
-                "schedule.adaptive.largest_gap: must be at least the smallest gaps (9), found 7; "
-                "raise it, or lower qk_gap and v_gap"
-            ),
-        ),
         ({"schedule": None}, "schedule: missing; add [schedule] for a removal or [architecture] for pretraining"),
     ],
 )
@@ -355,10 +343,8 @@ def test_a_recipe_either_removes_or_pretrains(tmp_path: Path) -> None:
     assert recipe.architecture == ArchitectureSpec(**shape)
     unused = {
         "data.odd_text": 0.1,
-        "training.rewarm_steps": 3,
         "training.auxiliary_weight": 0.1,
         "training.distillation": 0.5,
-        "training.residual_matching": 0.1,
     }
     faults = faults_of(tmp_path, pretraining, {"architecture": shape} | unused)
     assert faults == [f"{key}: a pretraining recipe, one with [architecture], has none; leave it out" for key in unused]
@@ -460,21 +446,6 @@ def test_half_the_steps_freeze_at_half_the_time() -> None:
     assert (half.training.warmup_steps, half.training.decay_steps) == (50, 1000)
     complete = expand(half.schedule, 12, 600).complete_at
     assert 0.44 * 1160 <= complete <= 0.5 * 1160
-
-
-def test_what_a_schedule_waits_and_warms_up_scales_with_it(tmp_path: Path) -> None:
-    details = {
-        "training.rewarm_steps": 9,
-        "schedule.ln_2_gap": 4,
-        "schedule.adaptive": {"largest_gap": 12, "recovery": 20},
-    }
-    recipe = load_recipe(recipe_file(tmp_path, GOOD), details)
-    half = with_steps(recipe, 51)
-    assert half.schedule is not None and half.schedule.adaptive is not None
-    assert (half.training.rewarm_steps, half.schedule.adaptive.largest_gap) == (4, 6)
-    shallow = with_layers(recipe, written_for=12, n_layer=3).schedule
-    assert shallow is not None and shallow.adaptive is not None
-    assert (shallow.ln_2_gap, shallow.adaptive.largest_gap) == (16, 48)
 
 
 def test_too_few_steps() -> None:
@@ -589,14 +560,67 @@ def test_a_removal_has_no_entropy_penalty(tmp_path: Path) -> None:
 
 
 def test_a_key_that_an_older_version_did_not_write_counts_as_its_default() -> None:
-    from ln_removal.run_directory import differences
+    from ln_removal.files.run_directory import differences
 
     now = dump_toml(load_recipe("tiny"))
     older = "\n".join(line for line in now.splitlines() if not line.startswith(("on_spike", "entropy_", "odd_text")))
-    assert older != now.rstrip() and differences(older.encode(), now) == ""
+    assert older != now.rstrip() and differences(older.encode(), now, with_defaults) == ""
     changed = dump_toml(load_recipe("tiny", {"schedule.on_spike": "ignore"}))
-    assert differences(older.encode(), changed) == "schedule.on_spike was wait, now ignore"
-    assert "seed was 0, now 1" in differences(older.encode(), dump_toml(load_recipe("tiny", {"seed": 1})))
+    assert differences(older.encode(), changed, with_defaults) == "schedule.on_spike was wait, now ignore"
+    assert "seed was 0, now 1" in differences(
+        older.encode(), dump_toml(load_recipe("tiny", {"seed": 1})), with_defaults
+    )
+
+
+def as_version_0_1_wrote_it(recipe: Recipe) -> str:
+    """The recipe with the removed keys at their defaults."""
+    document = recipe.model_dump(exclude_none=True)
+    for key, off in REMOVED_KEYS.items():
+        section, _, name = key.partition(".")
+        if section in document and off is not None:
+            document[section][name] = off
+    return write_toml(document)
+
+
+@pytest.mark.parametrize("name", ["tiny", "gpt2-fast", "normfree/small-python"])
+def test_a_recipe_of_version_0_1_is_the_same_recipe(name: str, tmp_path: Path) -> None:
+    from ln_removal.files.run_directory import differences, may_go_on_with
+
+    recipe = load_recipe(name)
+    older, now = as_version_0_1_wrote_it(recipe), dump_toml(recipe)
+    assert "rewarm_steps = 0\n" in older and "residual_matching = 0.0\n" in older and older != now
+    assert load_recipe(recipe_file(tmp_path, older)) == recipe
+    assert differences(older.encode(), now, with_defaults) == ""
+    changed = dump_toml(load_recipe(name, {"seed": 1}))
+    assert differences(older.encode(), changed, with_defaults) == "seed was 0, now 1"
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text('{"kind": "rollback", "step": 5}\n', encoding="utf-8")
+    lower = dump_toml(load_recipe(name, {"training.learning_rate": 1e-5, "training.minimum_learning_rate": 0.0}))
+    assert may_go_on_with(metrics, older.encode(), lower, with_defaults)
+    # The arms of a grid are kept without a name, which a recipe needs.
+    nameless = [text.replace(f'name = "{name}"\n', "", 1) for text in (older, now)]
+    assert differences(nameless[0].encode(), nameless[1], with_defaults) == ""
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("schedule.layers", "last to first"),
+        ("schedule.constant", "rms"),
+        ("schedule.adaptive", {"largest_gap": 9, "recovery": 3}),
+        ("training.rewarm_steps", 3),
+        ("training.distillation_until", 0.5),
+        ("training.residual_matching", 0.1),
+    ],
+)
+def test_a_removed_option_that_was_in_use_is_a_fault(key: str, value: object, tmp_path: Path) -> None:
+    (fault,) = faults_of(tmp_path, GOOD, {key: value})
+    found = "" if isinstance(value, dict) else f", found {value!r}"
+    assert fault == f"{key}: this option was removed in version 0.2.0; leave it out, or use version 0.1{found}"
+
+
+def test_a_removed_option_may_be_anything_where_its_section_is_no_table(tmp_path: Path) -> None:
+    assert faults_of(tmp_path, GOOD, {"training": 3}) == ["training: should be a table; write [training], found 3"]
 
 
 def test_a_grid_is_not_a_recipe() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from fresh_process import run
 
-from ln_removal.export.normfree_gpt2 import NormFreeGPT2Config, NormFreeGPT2LMHeadModel
+from ln_removal.models.normfree_gpt2 import NormFreeGPT2Config, NormFreeGPT2LMHeadModel
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +47,12 @@ FIRST_LINES = {
     "gpt2 config after": "import ln_removal\nfrom transformers import GPT2Config, AutoModelForCausalLM",
     "tokenizer after": "import ln_removal\nfrom transformers import AutoTokenizer, AutoModelForCausalLM",
     "pipeline after": "import ln_removal\nfrom transformers import pipeline, AutoModelForCausalLM",
-    "model module first": ("import ln_removal.export.normfree_gpt2\nfrom transformers import AutoModelForCausalLM"),
+    "model module first": ("import ln_removal.models.normfree_gpt2\nfrom transformers import AutoModelForCausalLM"),
     "surgery first": "from ln_removal import install\nfrom transformers import AutoModelForCausalLM",
 }
 
 
-LOADED = "ln_removal.export.normfree_gpt2 NormFreeGPT2LMHeadModel"
+LOADED = "ln_removal.models.normfree_gpt2 NormFreeGPT2LMHeadModel"
 
 
 @pytest.mark.parametrize("order", ["ln_removal first", "auto classes first"])

@@ -14,17 +14,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 from removal_arms import ARMS, CONTROL
 from removal_quality import recipe_of, show, stays_below, table, without_infinity
 
-from ln_removal.recipe import TrainingSpec
+from ln_removal.config.recipe import TrainingSpec
 
 TERMS = (
-    "rewarm_steps",
     "auxiliary_weight",
     "auxiliary_target",
     "auxiliary_sites",
     "distillation",
     "distillation_end",
-    "distillation_until",
-    "residual_matching",
 )
 
 

@@ -12,12 +12,12 @@ import pytest
 from report_run import IMAGE, LAYERS, SCRIPT, write_run
 from typer.testing import CliRunner
 
-from ln_removal.commands.report import app
+from ln_removal.cli.report import app
 from ln_removal.errors import UserError
 from ln_removal.evaluation import results as results_file
-from ln_removal.report.charts import Chart, Series, figure, robust_limit
+from ln_removal.report.figures import Chart, Series, figure, robust_limit
 from ln_removal.report.page import write_report
-from ln_removal.report.published_results import LOSSES as PUBLISHED
+from ln_removal.report.run_record import LOSSES as PUBLISHED
 from ln_removal.report.run_record import read_constants, read_curve
 
 

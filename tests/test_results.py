@@ -13,7 +13,8 @@ from rich.console import Console
 from ln_removal.errors import UserError
 from ln_removal.evaluation.hellaswag import ChoiceResult
 from ln_removal.evaluation.loss import LossResult
-from ln_removal.evaluation.results import Results, Settings, collect, read, render, write
+from ln_removal.evaluation.results import Results, Settings, collect, read, write
+from ln_removal.report.tables import render
 
 
 def loss(mean: float, *, bits: float | None = 1.25) -> LossResult:

@@ -15,8 +15,8 @@ from revival_parity import ARMS, SIZES, batch, compare, disturb, nan_of_one_head
 from revival_peer import find_checkout, peer_module, peer_weights
 from revival_throughput import SHAPES, figures, ratio, report
 
-from ln_removal.attention_entropy import attention_entropy
-from ln_removal.recipe import load_recipe
+from ln_removal.config.recipe import load_recipe
+from ln_removal.models.attention import attention_entropy
 
 if TYPE_CHECKING:
     from types import ModuleType

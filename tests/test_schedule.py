@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ln_removal.architectures import all_sites
+from ln_removal.config.recipe import ScheduleSpec, load_recipe
 from ln_removal.errors import UserError
-from ln_removal.recipe import ScheduleSpec, load_recipe
-from ln_removal.schedule import Event, RemovalSchedule, expand
+from ln_removal.models.layout import all_sites
+from ln_removal.norms.schedule import Event, RemovalSchedule, expand
 
 # (recipe, layers, run, ln_2 steps, qk steps, v steps, ln_f, end-of-text, first position): arXiv 2409.13710 for
 # gpt2-apollo, arXiv 2507.02559 for the others, written out so that no formula is shared with the code under test.

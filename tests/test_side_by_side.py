@@ -13,12 +13,12 @@ from small_model import write_model
 from test_token_statistics import make_data
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
+from ln_removal.data.stress_text import KINDS, odd_sequences
 from ln_removal.errors import UserError
-from ln_removal.evaluation.continuations import sample_continuation
+from ln_removal.evaluation.compare import WORST_SAMPLES, SideBySide, compare_odd_text, odd_losses
 from ln_removal.evaluation.loss import cross_entropy
-from ln_removal.evaluation.odd_text import KINDS, compare_odd_text, odd_losses, odd_sequences
-from ln_removal.evaluation.residual_std import residual_std
-from ln_removal.evaluation.side_by_side import WORST_SAMPLES, SideBySide
+from ln_removal.evaluation.samples import sample_continuation
+from ln_removal.evaluation.statistics import residual_std
 
 CONTEXT = 16
 
@@ -129,7 +129,7 @@ def test_one_window_has_no_interval(tiny_gpt2: GPT2LMHeadModel, tmp_path: Path) 
 
 
 def test_residual_std_is_what_the_norms_divide_by(tiny_gpt2: GPT2LMHeadModel, tmp_path: Path) -> None:
-    from ln_removal.export.normfree_gpt2 import NormFreeGPT2Config, NormFreeGPT2LMHeadModel
+    from ln_removal.models.normfree_gpt2 import NormFreeGPT2Config, NormFreeGPT2LMHeadModel
 
     data = make_data(tmp_path, [CONTEXT * 10])
     split = data.split("validation")

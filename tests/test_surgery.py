@@ -19,10 +19,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.multiprocessing.spawn import spawn
 from transformers import GPT2LMHeadModel, GPT2Model
 
-from ln_removal.architectures import Site, all_sites, check_supported, parse_site
 from ln_removal.errors import UserError
-from ln_removal.norm import FreezableNorm, NormedProjection
-from ln_removal.surgery import NormSites, install
+from ln_removal.models.layout import Site, all_sites, check_supported, parse_site
+from ln_removal.norms.freezable import FreezableNorm, NormedProjection
+from ln_removal.norms.surgery import NormSites, install
 
 EOT = 100
 

@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import GPT2LMHeadModel
 
+from ln_removal.data.sampler import Window, plan_windows
 from ln_removal.data.tokens import Shard, TokenDataset, TokenIndex, write_index
 from ln_removal.errors import UserError
 from ln_removal.evaluation import loss as loss_module
-from ln_removal.evaluation.loss import Window, cross_entropy, plan_windows
-from ln_removal.evaluation.token_statistics import (
+from ln_removal.evaluation.loss import cross_entropy
+from ln_removal.evaluation.statistics import (
     by_position,
     expected_calibration_error,
     position_edges,
@@ -87,7 +88,7 @@ def test_calibration_error() -> None:
 
 
 def test_entropy_of_a_certain_prediction_is_zero_and_finite() -> None:
-    from ln_removal.evaluation.token_statistics import _figures
+    from ln_removal.evaluation.statistics import _figures
 
     logits = torch.tensor([[1e4, -1e4, -torch.inf]])
     loss, entropy, confidence, right = _figures(logits, torch.tensor([0]))[:, 0].tolist()

@@ -12,16 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ln_removal.data.tokens import (
-    Shard,
-    TokenDataset,
-    TokenIndex,
-    checksum,
-    dtype_for,
-    write_index,
-    write_json_atomically,
-)
+from ln_removal.data.tokens import Shard, TokenDataset, TokenIndex, dtype_for, write_index
 from ln_removal.errors import UserError
+from ln_removal.files.atomic import checksum, write_json_atomically
 
 EOT = 0
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ln_removal.training.tracking import Tracker
+from ln_removal.training.metrics import Tracker
 
 FIGURES: dict[str, Any] = {
     "entropy": [[1.5, math.nan], [0.5, 2.5]],

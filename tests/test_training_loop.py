@@ -30,12 +30,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ln_removal.errors import UserError
+from ln_removal.files.metrics_log import truncate_metrics
 from ln_removal.training import loop
-from ln_removal.training.learning_rate import learning_rate_at
-from ln_removal.training.state import checkpoints, load_newest
-from ln_removal.training.tracking import Tracker, truncate_metrics
+from ln_removal.training.checkpoint import checkpoints, load_newest
+from ln_removal.training.metrics import Tracker
+from ln_removal.training.optimizers import learning_rate_at
 
-TERMS = {"auxiliary_weight": 0.1, "distillation": 0.5, "residual_matching": 0.1}
+TERMS = {"auxiliary_weight": 0.1, "distillation": 0.5}
 """Every term that a removal can add to its loss."""
 
 WITHOUT_SPEED = ("step", "loss", "gradient_norm", "learning_rate")

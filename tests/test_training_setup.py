@@ -9,19 +9,19 @@ import pytest
 import torch
 from tiny_training import CONTEXT, EOT, tiny_model
 
-from ln_removal.attention_entropy import EXPLICIT_ATTENTION, EntropyRegulariser
-from ln_removal.evaluation.odd_text import odd_sequences
-from ln_removal.objective import Auxiliary, Distillation, EntropyPenalty, Objective, as_teacher
-from ln_removal.recipe import load_recipe
-from ln_removal.surgery import install
+from ln_removal.config.recipe import load_recipe
+from ln_removal.data.stress_text import odd_sequences
+from ln_removal.models.attention import EXPLICIT_ATTENTION, EntropyRegulariser
+from ln_removal.norms.surgery import install
 from ln_removal.training import session, setup
+from ln_removal.training.loss import Auxiliary, Distillation, EntropyPenalty, Objective, as_teacher
 
 
 def test_the_probe_leaves_nothing_and_gives_a_teacher_no_moments(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
     teacher = as_teacher(copy.deepcopy(model), "float32")
     sites = install(model, eot_token_id=EOT)
-    auxiliary, distillation = Auxiliary(0.1, sites="all"), Distillation(teacher, 0.5, matching=0.1)
+    auxiliary, distillation = Auxiliary(0.1, sites="all"), Distillation(teacher, 0.5)
     objective = Objective(model, eot_token_id=EOT, auxiliary=auxiliary, distillation=distillation)
     recipe = load_recipe("tiny", {"data.context": CONTEXT, "training.precision": "float32"})
     accelerator = setup.build_accelerator("cpu")
@@ -40,7 +40,7 @@ def test_the_probe_leaves_nothing_and_gives_a_teacher_no_moments(monkeypatch: py
     hook = model.transformer.ln_f.register_forward_pre_hook(_out_of_memory)
     assert not setup._fits(objective, 2, recipe, accelerator)
     hook.remove()
-    assert not (objective._listening or objective._read or objective._written or objective._taught)
+    assert not (objective._listening or objective._read)
     assert all(torch.equal(found, before[name]) for name, found in model.state_dict().items()), "nor any statistics"
     assert all(parameter.grad is None for parameter in objective.parameters())
     assert all(norm.training for norm in sites.norms.values()) and not teacher.training
@@ -51,7 +51,7 @@ def _out_of_memory(*_: object) -> None:
 
 
 def test_the_odd_text_that_is_scored_is_not_trained_on() -> None:
-    from ln_removal.models import load_tokenizer
+    from ln_removal.models.loading import load_tokenizer
 
     tokenizer = load_tokenizer("tiny")
     recipe = load_recipe("tiny", {"data.context": 256, "data.odd_text": 0.1})

@@ -18,10 +18,10 @@ from tiny_training import CONTEXT, EOT, tiny_model, tiny_spec
 from torch import nn
 
 from ln_removal.errors import UserError
-from ln_removal.surgery import install
-from ln_removal.training import state as state_module
+from ln_removal.norms.surgery import install
+from ln_removal.training import checkpoint as state_module
+from ln_removal.training.checkpoint import TrainerState, checkpoints, load_newest, prune, save_checkpoint
 from ln_removal.training.optimizers import build_optimizers, set_learning_rate
-from ln_removal.training.state import TrainerState, checkpoints, load_newest, prune, save_checkpoint
 
 Optimizers = list[torch.optim.Optimizer]
 KINDS = ["adamw", "muon"]

@@ -30,7 +30,7 @@ SMALL = {
 
 def command(name: str, *arguments: str) -> list[str]:
     module = name.removeprefix("ln-").replace("-", "_")
-    return [sys.executable, "-c", f"from ln_removal.commands.{module} import main; main()", *arguments]
+    return [sys.executable, "-c", f"from ln_removal.cli.{module} import main; main()", *arguments]
 
 
 def run(name: str, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
@@ -191,21 +191,14 @@ def test_gpt2_small_goes_through_every_stage_at_its_real_sizes(tmp_path: Path) -
     assert all(math.isfinite(printed["cross_entropy"][role]) for role in ("original", "ln_free"))
 
 
-def test_everything_a_removal_can_add_to_its_loss_and_schedule(place: tuple[Path, Path], tmp_path: Path) -> None:
+def test_everything_a_removal_can_add_to_its_loss_and_data(place: tuple[Path, Path], tmp_path: Path) -> None:
     model, corpus = place
     changes = {
         "training.distillation": "0.5",
-        "training.residual_matching": "0.1",
         "training.auxiliary_weight": "0.1",
         "training.auxiliary_target": "constants",
         "training.auxiliary_sites": "all",
-        "training.rewarm_steps": "2",
         "data.odd_text": "0.2",
-        "schedule.constant": "least_squares",
-        "schedule.layers": "last to first",
-        "schedule.adaptive.tolerance": "0.0",
-        "schedule.adaptive.largest_gap": "2",
-        "schedule.adaptive.recovery": "2",
     }
     arguments = removal_arguments(model, corpus, tmp_path / "run", **changes)
     printed = json.loads(run("ln-remove", *arguments).stdout)
@@ -213,6 +206,4 @@ def test_everything_a_removal_can_add_to_its_loss_and_schedule(place: tuple[Path
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     frozen = [row["site"] for row in rows if row["kind"] == "event" and row["value"] == 1.0]
     assert len(frozen) == 3 * 2 + 1 + 2
-    begun = [row["site"] for row in rows if row["kind"] == "event"]  # 12 steps leave the same gap of 0 to many
-    assert begun.index("ln_2.1") < begun.index("ln_1_v.1")
     assert (tmp_path / "run" / "model" / "config.json").exists(), "folded, verified and written"

@@ -18,18 +18,17 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from ln_removal.adaptive_schedule import AdaptiveSchedule
+from ln_removal.config.recipe import ScheduleSpec, TrainingSpec
 from ln_removal.data.sampler import WindowSampler
-from ln_removal.data.tokens import Shard, TokenDataset, TokenIndex, checksum, write_index
-from ln_removal.delayed_schedule import DelayedSchedule
-from ln_removal.loss_spikes import SpikeSchedule
-from ln_removal.objective import Auxiliary, Distillation, Objective, StepLoss, as_teacher
-from ln_removal.recipe import AdaptiveSpec, ScheduleSpec, TrainingSpec
-from ln_removal.schedule import RemovalSchedule, expand
-from ln_removal.surgery import NormSites, install
+from ln_removal.data.tokens import Shard, TokenDataset, TokenIndex, write_index
+from ln_removal.files.atomic import checksum
+from ln_removal.norms.schedule import RemovalSchedule, expand
+from ln_removal.norms.surgery import NormSites, install
+from ln_removal.training.divergence import SpikeSchedule
 from ln_removal.training.loop import Removal, TrainResult, train
+from ln_removal.training.loss import Auxiliary, Distillation, Objective, StepLoss, as_teacher
+from ln_removal.training.metrics import Tracker
 from ln_removal.training.setup import build_accelerator, causal_attention
-from ln_removal.training.tracking import Tracker
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
@@ -142,15 +141,13 @@ class TinyRun:
         spec: TrainingSpec | None = None,
         seed: int = 0,
         objective: type[Objective] = Objective,
-        adaptive: AdaptiveSpec | None = None,
         on_spike: Literal["wait", "ignore"] = "ignore",
         planned: RemovalSchedule | None = None,
     ) -> None:
         self.directory = directory
-        self.adaptive = adaptive
         self.on_spike = on_spike
         self.planned = planned
-        self.schedule: RemovalSchedule | DelayedSchedule | None = None
+        self.schedule: RemovalSchedule | SpikeSchedule | None = None
         self.spec = spec or tiny_spec()
         self.data = write_tokens(directory.parent / "tokens")
         self.model = tiny_model(seed)
@@ -163,7 +160,7 @@ class TinyRun:
             auxiliary=Auxiliary(spec.auxiliary_weight, spec.auxiliary_target, spec.auxiliary_sites)
             if removal
             else None,
-            distillation=Distillation(teacher, spec.distillation, spec.residual_matching) if removal else None,
+            distillation=Distillation(teacher, spec.distillation) if removal else None,
         )
 
     @property
@@ -181,8 +178,6 @@ class TinyRun:
         if self.sites is not None:
             planned = self.planned or tiny_schedule(self.spec.steps)
             self.schedule = SpikeSchedule(planned) if self.on_spike == "wait" else planned
-            if self.adaptive is not None:
-                self.schedule = AdaptiveSchedule(planned, self.adaptive)
             removal = Removal(self.sites, self.schedule)
         tracker = Tracker(
             self.directory / "metrics.jsonl",

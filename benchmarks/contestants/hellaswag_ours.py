@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 import ln_removal  # noqa: F401  # LN-free models load by their name
 from ln_removal.evaluation.hellaswag import evaluate_choices
 from ln_removal.evaluation.questions import load_questions
-from ln_removal.models import load_tokenizer
+from ln_removal.models.loading import load_tokenizer
 
 
 def main() -> None:

@@ -19,15 +19,15 @@ import torch.nn.attention
 from pacing import Finished, Pace
 from shapes import Shape
 
-from ln_removal.architectures import all_sites
+from ln_removal.config.recipe import ArchitectureSpec, DataSpec, Recipe, TrainingSpec
 from ln_removal.data.sampler import WindowSampler
 from ln_removal.data.tokens import TokenDataset
-from ln_removal.export.normfree_gpt2 import NormFreeGPT2Config, NormFreeGPT2LMHeadModel
-from ln_removal.objective import Auxiliary, Distillation, Objective, as_teacher
-from ln_removal.recipe import ArchitectureSpec, DataSpec, Recipe, TrainingSpec
-from ln_removal.schedule import Event, RemovalSchedule
-from ln_removal.surgery import install
+from ln_removal.models.layout import all_sites
+from ln_removal.models.normfree_gpt2 import NormFreeGPT2Config, NormFreeGPT2LMHeadModel
+from ln_removal.norms.schedule import Event, RemovalSchedule
+from ln_removal.norms.surgery import install
 from ln_removal.training.loop import LOG_EVERY, Removal, train
+from ln_removal.training.loss import Auxiliary, Distillation, Objective, as_teacher
 from ln_removal.training.setup import build_accelerator, causal_attention, choose_micro_batch, compile_if_worthwhile
 
 NEVER = 10**6

@@ -34,9 +34,9 @@ def main() -> None:
 
 def ours(settings: dict[str, Any], out: Path) -> dict[str, Any]:
     """`ln_removal.data.prepare.prepare` on the corpus as a local file."""
-    from ln_removal.data.local_files import LocalFiles
+    from ln_removal.data.corpora import LocalFiles
     from ln_removal.data.prepare import prepare
-    from ln_removal.models import load_tokenizer, tokenizer_fingerprint
+    from ln_removal.models.loading import load_tokenizer, tokenizer_fingerprint
 
     tokenizer = load_tokenizer(settings["tokenizer"])
     began = time.perf_counter()
@@ -149,7 +149,7 @@ def tiktoken_twin(tokenizer: Any) -> Any:
     """tiktoken with the vocabulary and the pattern of a byte-level tokenizer: an id is the rank of its merge."""
     import tiktoken
 
-    from ln_removal.data.encoding import _byte_alphabet, word_pattern
+    from ln_removal.data.encoder import _byte_alphabet, word_pattern
 
     contents = json.loads(tokenizer.to_str())
     byte_of = {chr(character): byte for byte, character in _byte_alphabet().items()}

@@ -13,13 +13,13 @@ from ours import NEVER, PacedTracker, compiled_graphs
 from pacing import Finished, Pace
 from shapes import Shape, random_tokens
 
-from ln_removal.analysis.observer import Observer
+from ln_removal.config.recipe import ArchitectureSpec, DataSpec, Recipe, TrainingSpec
 from ln_removal.data.sampler import WindowSampler
 from ln_removal.data.tokens import TokenDataset
-from ln_removal.objective import Objective
-from ln_removal.pretraining.build import build_model
-from ln_removal.recipe import ArchitectureSpec, DataSpec, Recipe, TrainingSpec
+from ln_removal.pipelines.pretraining import build_model
 from ln_removal.training.loop import train
+from ln_removal.training.loss import Objective
+from ln_removal.training.probe import Observer
 from ln_removal.training.setup import build_accelerator, causal_attention, choose_micro_batch, compile_if_worthwhile
 
 

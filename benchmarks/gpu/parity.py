@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from ln_removal.objective import Auxiliary, Distillation, Objective, as_teacher
-from ln_removal.precision import autocast
-from ln_removal.surgery import install
+from ln_removal.models.precision import autocast
+from ln_removal.norms.surgery import install
+from ln_removal.training.loss import Auxiliary, Distillation, Objective, as_teacher
 from ln_removal.training.setup import causal_attention
 
 STEPS = 3

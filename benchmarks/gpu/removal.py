@@ -59,7 +59,7 @@ def row_losses(model: Any, rows: np.ndarray[Any, Any], eot: int, *, bos: bool, a
 def score(directory: str, tokens: Path, device: str) -> dict[str, float]:
     """The four losses of a model."""
     from ln_removal.data.tokens import TokenDataset
-    from ln_removal.models import load_model
+    from ln_removal.models.loading import load_model
 
     model = load_model(directory, device=device).model.eval()
     data = TokenDataset.open(tokens)

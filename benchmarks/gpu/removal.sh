@@ -15,8 +15,8 @@ if [ "$device" = cpu ]; then
         --set training.tokens_per_step=1024 --set training.evaluation_tokens=4096)
     small=(--layers 2 --tokens-per-step 1024 --micro-batch 8 --context 128 --validation-tokens 8192)
 fi
-part 60 -c 'from ln_removal.commands.prepare import main; main()' python-source --tokenizer $carried/tokenizer --max-tokens $tokens --out "$work/tokens"
-pretrain=(-c 'from ln_removal.commands.pretrain import main; main()' --recipe benchmarks/gpu/gpt2-python.toml --steps "$pretrain_steps"
+part 60 -m ln_removal.cli.prepare python-source --tokenizer $carried/tokenizer --max-tokens $tokens --out "$work/tokens"
+pretrain=(-m ln_removal.cli.pretrain --recipe benchmarks/gpu/gpt2-python.toml --steps "$pretrain_steps"
     --tokens "$work/tokens" --device "$device" --json "${few[@]}")
 part 60 "${pretrain[@]}" --out "$work/base" >"$out/pretrain.json" 2>"$out/pretrain.log"
 if [ ! -f "$work/base/model/config.json" ]; then # the choice of the micro-batch is what may fail on a new device

@@ -1,1 +1,1 @@
-"""Corpora (streams of documents) and the token shards made from them."""
+"""From a corpus to batches of tokens."""

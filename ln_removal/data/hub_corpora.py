@@ -16,10 +16,9 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from typing import Any
 
-from ln_removal.data.corpora import Document, Split, TokenDocument
-from ln_removal.data.local_files import VALIDATION_FRACTION, check_fraction, hash_split
+from ln_removal.data.corpora import VALIDATION_FRACTION, Document, Split, TokenDocument, check_fraction, hash_split
 from ln_removal.errors import UserError
-from ln_removal.hub_access import HUB_SECONDS, first_answer, hub_error, is_unreachable
+from ln_removal.files.hub import HUB_SECONDS, first_answer, hub_error, is_unreachable
 
 NANOGPT_TEST_SIZE = 0.0005
 NANOGPT_SEED = 2357

@@ -1,6 +1,6 @@
 """Turn a corpus into token shards: batched, in parallel with reading, with bounded memory, resumable.
 
-A reader thread fills a short queue with batches of documents, processes encode them (`encoder_pool`), and the main thread appends
+A reader thread fills a short queue with batches of documents, processes encode them (`EncoderPool`), and the main thread appends
 to the shards. Every few million tokens the shards are synced and their lengths written to `progress.json`; an interrupted
 preparation truncates its shards to those lengths and goes on.
 """
@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
@@ -20,22 +21,12 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 import numpy as np
 
 from ln_removal.data.corpora import Corpus, Document, Split, TokenDocument
-from ln_removal.data.encoder_pool import EncoderPool
-from ln_removal.data.read_ahead import read_ahead
-from ln_removal.data.tokens import (
-    INDEX,
-    Shard,
-    TokenDataset,
-    TokenIndex,
-    checksum,
-    dtype_for,
-    parse_index,
-    write_index,
-    write_json_atomically,
-)
-from ln_removal.disk_space import free_bytes, is_full, readable
+from ln_removal.data.encoder import EncoderPool
+from ln_removal.data.sampler import read_ahead
+from ln_removal.data.tokens import INDEX, Shard, TokenDataset, TokenIndex, dtype_for, parse_index, write_index
 from ln_removal.errors import UserError
-from ln_removal.training.interruption import deferred
+from ln_removal.files.atomic import checksum, free_bytes, is_full, readable, write_json_atomically
+from ln_removal.files.signals import deferred
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -118,7 +109,7 @@ def prepare(
         tokenizer: a fast tokenizer with an end-of-text token, appended to every document.
         out: directory for shards and index; created when missing.
         tokenizer_name: the name users know it by.
-        tokenizer_sha256: its fingerprint (`ln_removal.models.tokenizer_fingerprint`).
+        tokenizer_sha256: its fingerprint (`ln_removal.models.loading.tokenizer_fingerprint`).
         max_tokens: stop once the train split has this many tokens.
         shard_tokens: tokens after which a shard is closed and the next one opened (a document is never split).
         checkpoint_tokens: tokens between two points from which an interrupted run resumes.
@@ -370,3 +361,23 @@ def _lock(out: Path) -> Iterator[None]:
         except BlockingIOError:
             raise UserError(f"another process is preparing {out}; wait for it, or choose another --out") from None
         yield
+
+
+@contextmanager
+def prepare_bar(label: str, *, total: int | None, enabled: bool) -> Iterator[Callable[[PrepareProgress], None]]:
+    """A bar on standard error; what it yields is the `progress` of `prepare`.
+
+    Args:
+        label: shown before the bar.
+        total: tokens at which the preparation stops; None when only the end of the corpus will tell.
+        enabled: False shows nothing.
+    """
+    from tqdm import tqdm
+
+    with tqdm(desc=label, unit="tok", unit_scale=True, total=total, file=sys.stderr, disable=not enabled) as bar:
+
+        def show(progress: PrepareProgress) -> None:
+            bar.set_postfix_str(f"{progress.documents:,} documents, {progress.bytes / 1e6:,.0f} MB", refresh=False)
+            bar.update(progress.tokens - bar.n)
+
+        yield show

@@ -1,25 +1,30 @@
-"""Which tokens a step trains on: a pure function of (seed, step), sliced by rank and micro-batch.
+"""Choose the windows of tokens that are read: at random for a training step, one after the other for evaluation.
 
 The train split is cut into windows of the context length; every epoch shuffles them by a permutation keyed by (seed,
 epoch) and shifts the cuts by a random offset. Global sequence number k of the run is entry k of that endless list, so a
 resumed run needs no replay, and the number of ranks or micro-batches changes nothing about what a step sees.
 
 Shape legend: N sequences, T positions.
+
+Evaluation reads the windows of `plan_windows` in order. `read_ahead` lets a thread prepare the next items of an iterator.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import queue
+import threading
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from ln_removal.data.tokens import TokenSplit
+from ln_removal.data.tokens import Tokens, TokenSplit
 from ln_removal.errors import UserError
 
-Tokens = npt.NDArray[np.int64]
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -129,3 +134,88 @@ class WindowSampler:
         share = self._sequences_per_step // ranks
         for first in range(0, share, micro_batch):
             yield self.sequences(step, rank * share + first, min(micro_batch, share - first))
+
+
+def read_ahead(items: Iterable[Item], depth: int = 4) -> Generator[Item, None, None]:
+    """Yield `items`, read by a thread that stays at most `depth` ahead.
+
+    An exception of the iterator is raised here, at its place in the order. Closing this generator stops the thread.
+    """
+    ready: queue.Queue[tuple[str, Item | BaseException | None]] = queue.Queue(depth)
+    stop = threading.Event()
+
+    def put(kind: str, value: Item | BaseException | None) -> bool:
+        while not stop.is_set():
+            try:
+                ready.put((kind, value), timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def read() -> None:
+        try:
+            for item in items:
+                if not put("item", item):
+                    return
+            put("end", None)
+        except BaseException as error:  # noqa: BLE001 (handed over, raised by the consumer)
+            put("error", error)
+
+    thread = threading.Thread(target=read, name="read-ahead", daemon=True)
+    thread.start()
+    try:
+        while True:
+            kind, value = ready.get()
+            if kind == "end":
+                return
+            if isinstance(value, BaseException):
+                raise value
+            yield value  # type: ignore[misc]  # "item" always carries an Item
+    finally:
+        stop.set()
+        thread.join()
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """`count` inputs from `start` of a shard; their targets stand one token further. The first `skip` are not scored."""
+
+    shard: int
+    start: int
+    count: int
+    skip: int = 0
+
+    @property
+    def scored(self) -> int:
+        """Targets that count."""
+        return self.count - self.skip
+
+
+def plan_windows(
+    shards: list[int], context: int, max_tokens: int | None = None, stride: int | None = None
+) -> list[Window]:
+    """The windows to score, given the number of tokens in each shard.
+
+    With a `stride` below the context, windows begin every `stride` tokens and overlap: each scores what the one before
+    did not, at least context - stride tokens of text before it. With `max_tokens` below what is there:
+    max(1, max_tokens // stride) whole windows, evenly spread (the shorter windows at the ends of shards only where no
+    whole one exists).
+    """
+    step = stride or context
+    windows: list[Window] = []
+    for shard, tokens in enumerate(shards):
+        reached = 0  # inputs of this shard whose targets are scored already
+        start = 0
+        while reached < tokens - 1:
+            count = min(context, tokens - 1 - start)
+            windows.append(Window(shard, start, count, reached - start))
+            reached = start + count
+            start += step
+    if max_tokens is None or max_tokens >= sum(window.scored for window in windows):
+        return windows
+    # The first window of a shard scores its whole context: with overlap, leave it out or positions would be mixed.
+    whole = [window for window in windows if window.count == context and window.scored == step]
+    windows = whole or windows
+    wanted = min(len(windows), max(1, max_tokens // step))
+    return [windows[(2 * i + 1) * len(windows) // (2 * wanted)] for i in range(wanted)]

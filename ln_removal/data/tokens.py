@@ -8,9 +8,7 @@ Shape legend: N windows, T positions.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -22,6 +20,7 @@ import numpy.typing as npt
 
 from ln_removal.data.corpora import SPLITS, Split
 from ln_removal.errors import UserError
+from ln_removal.files.atomic import checksum, write_json_atomically
 
 FORMAT = "ln-removal tokens 1"
 INDEX = "index.json"
@@ -61,16 +60,6 @@ class TokenIndex:
 def dtype_for(vocab_size: int) -> str:
     """The smallest of uint16 and uint32 that holds every token id."""
     return "uint16" if vocab_size <= 2**16 else "uint32"
-
-
-def write_json_atomically(path: Path, value: Any) -> None:
-    """Write JSON so that a reader, or a crash, sees the old file or the new one and nothing between."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 class TokenSplit:
@@ -225,10 +214,13 @@ def write_index(directory: Path, index: TokenIndex) -> None:
     write_json_atomically(directory / INDEX, asdict(index))
 
 
-def checksum(path: Path) -> str:
-    """SHA-256 of a file, read in blocks."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+def given_tokens(out: Path, directory: Path | str | None) -> TokenDataset | None:
+    """The tokens named by the user, now or when the run was begun; None when the run prepares its own.
+
+    Raises:
+        UserError: as `TokenDataset.open`.
+    """
+
+    if directory is not None:
+        return TokenDataset.open(directory)
+    return TokenDataset.open(out / "tokens") if (out / "tokens").is_symlink() else None

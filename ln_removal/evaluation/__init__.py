@@ -1,1 +1,1 @@
-"""Scoring: cross-entropy on a token split, four-way multiple choice, and the results file that holds both."""
+"""What a model is worth: losses, questions, samples, comparisons."""

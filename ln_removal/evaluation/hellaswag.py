@@ -26,10 +26,10 @@ import torch
 from torch import nn
 
 from ln_removal.errors import UserError
-from ln_removal.evaluation.multiple_choice import Prompt, ending_log_probs
-from ln_removal.evaluation.paired_comparison import compare_accuracies
+from ln_removal.evaluation.bootstrap import compare_accuracies
+from ln_removal.evaluation.choices import Prompt, ending_log_probs
 from ln_removal.evaluation.questions import Question
-from ln_removal.precision import Precision
+from ln_removal.models.precision import Precision
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -140,7 +140,7 @@ def evaluate_choices(
         questions: what to answer.
         protocol: see the module's docstring.
         limit: the first this many questions only.
-        batch_tokens, packed, device, precision, progress: as in `multiple_choice.ending_log_probs`.
+        batch_tokens, packed, device, precision, progress: as in `choices.ending_log_probs`.
 
     Raises:
         UserError: no questions, an unknown protocol, an ending that gives no token or does not fit, scores not finite.

@@ -21,12 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ln_removal.data.sampler import Window, plan_windows
 from ln_removal.errors import UserError
-from ln_removal.precision import Precision, autocast
+from ln_removal.models.precision import Precision, autocast
 
 if TYPE_CHECKING:
     from ln_removal.data.tokens import TokenSplit
-
 
 Measure = Callable[[Tensor, Tensor], Tensor]
 """From logits (m, V) and targets (m,) to what is kept of each position: (m,), or (F, m) for F figures."""
@@ -98,21 +98,6 @@ def cross_entropy(
     return summarise(losses, [window.scored for window in windows], tokens=split.tokens, size=split.bytes)
 
 
-@dataclass(frozen=True, slots=True)
-class Window:
-    """`count` inputs from `start` of a shard; their targets stand one token further. The first `skip` are not scored."""
-
-    shard: int
-    start: int
-    count: int
-    skip: int = 0
-
-    @property
-    def scored(self) -> int:
-        """Targets that count."""
-        return self.count - self.skip
-
-
 def windows_to_score(
     model: nn.Module, split: TokenSplit, *, context: int, max_tokens: int | None = None, stride: int | None = None
 ) -> list[Window]:
@@ -140,35 +125,6 @@ def windows_to_score(
             "prepare more text"
         )
     return windows
-
-
-def plan_windows(
-    shards: list[int], context: int, max_tokens: int | None = None, stride: int | None = None
-) -> list[Window]:
-    """The windows to score, given the number of tokens in each shard.
-
-    With a `stride` below the context, windows begin every `stride` tokens and overlap: each scores what the one before
-    did not, at least context - stride tokens of text before it. With `max_tokens` below what is there:
-    max(1, max_tokens // stride) whole windows, evenly spread (the shorter windows at the ends of shards only where no
-    whole one exists).
-    """
-    step = stride or context
-    windows: list[Window] = []
-    for shard, tokens in enumerate(shards):
-        reached = 0  # inputs of this shard whose targets are scored already
-        start = 0
-        while reached < tokens - 1:
-            count = min(context, tokens - 1 - start)
-            windows.append(Window(shard, start, count, reached - start))
-            reached = start + count
-            start += step
-    if max_tokens is None or max_tokens >= sum(window.scored for window in windows):
-        return windows
-    # The first window of a shard scores its whole context: with overlap, leave it out or positions would be mixed.
-    whole = [window for window in windows if window.count == context and window.scored == step]
-    windows = whole or windows
-    wanted = min(len(windows), max(1, max_tokens // step))
-    return [windows[(2 * i + 1) * len(windows) // (2 * wanted)] for i in range(wanted)]
 
 
 def score_windows(

@@ -96,7 +96,7 @@ def load_from_hub(*, split: str = "validation") -> list[Question]:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import OfflineModeIsEnabled
 
-    from ln_removal.hub_access import first_answer, hub_error
+    from ln_removal.files.hub import first_answer, hub_error
 
     advice = (
         "give --data FILE (hellaswag_val.jsonl from github.com/rowanz/hellaswag), or, if it was downloaded before, set "

@@ -23,62 +23,207 @@ kept) and `ln_free`. A model that was not there, or not scored, is null.
       "versions": {"ln_removal": ..., "torch": ..., "transformers": ..., "python": ...}
     }
 
-The figures at the top are those of the first data set. `by_data` says more of each one (`data_scores.DataScores`), the
+The figures at the top are those of the first data set. `by_data` says more of each one (`DataScores`), the
 first included; it and what follows it may be empty, as in files of earlier versions.
 
 `accuracy` is acc_norm, the length-normalised choice that is usually quoted for HellaSwag; it is null when no questions
 were asked.
+
+Losses are in nats per token; positions count from 0; texts are as the tokenizer decodes them.
 """
 
 from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, ValidationError, model_validator
-
-from ln_removal.data.tokens import write_json_atomically
-from ln_removal.errors import UserError
-from ln_removal.evaluation.data_scores import (
-    ROLES,
-    TITLES,
-    Continuation,
-    DataScores,
-    LossSpread,
-    OddText,
-    ResidualStd,
-    Schema,
-    Trio,
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    model_validator,
 )
-from ln_removal.precision import Precision
+
+from ln_removal.errors import UserError
+from ln_removal.files.atomic import write_json_atomically
+from ln_removal.files.resources import package_version
+from ln_removal.models.precision import Precision
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
-
     from ln_removal.evaluation.hellaswag import ChoiceResult
     from ln_removal.evaluation.loss import LossResult
 
-__all__ = [
-    "ROLES",
-    "TITLES",
-    "LossSpread",
-    "Results",
-    "Settings",
-    "Trio",
-    "collect",
-    "read",
-    "render",
-    "versions",
-    "write",
-]
+ROLES = ("original", "control", "ln_free")
+TITLES = {"original": "original", "control": "control", "ln_free": "LN-free"}
 
-WORST_SHOWN = 2
-"""Worst windows of a data set that the printed table shows; results.json and the report have more."""
+T = TypeVar("T")
+
+
+class Schema(BaseModel):
+    """A part of results.json: no key but the known ones, no change after reading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Trio(Schema, Generic[T]):
+    """One value for each model; None for a model that was not there or not scored."""
+
+    original: T | None = None
+    control: T | None = None
+    ln_free: T | None = None
+
+
+class LossSpread(Schema):
+    """How the per-token losses spread, in nats; `standard_error` is that of the mean, over windows."""
+
+    standard_error: float | None
+    median: float
+    percentile_95: float
+    percentile_99_9: float
+
+
+class PositionLoss(Schema):
+    """Mean loss of the targets after the inputs `first` to `last` of a window."""
+
+    first: NonNegativeInt
+    last: NonNegativeInt
+    loss: float
+    tokens: PositiveInt
+
+
+class Calibration(Schema):
+    """Whether the model knows what it knows.
+
+    Attributes:
+        expected_calibration_error: sum over 15 equal bins of the top-1 probability of (tokens in the bin / tokens) *
+            |share predicted rightly - mean top-1 probability| (Guo et al. 2017).
+        top_1_accuracy: share of tokens that the model held for the likeliest.
+        confidence: mean top-1 probability. entropy: mean entropy of the prediction, nats.
+    """
+
+    expected_calibration_error: float
+    top_1_accuracy: float
+    confidence: float
+    entropy: float
+
+
+class Difference(Schema):
+    """How much higher the loss of `model` is than that of `than`, with its paired bootstrap interval.
+
+    Attributes:
+        confidence: share of the resamples inside the interval.
+        unit: what was drawn; units: how many there are.
+    """
+
+    model: str
+    than: str
+    mean: float
+    low: float
+    high: float
+    confidence: float
+    unit: str
+    units: PositiveInt
+
+
+class WorstSample(Schema):
+    """A window with a high mean loss, and the token in it that cost most.
+
+    Attributes:
+        ranked_by: the model whose losses chose it.
+        loss: mean over the window's scored tokens, of every model.
+        tokens: scored tokens in the window.
+        shard, start: where the window begins.
+        position: of the costliest token's input in the window; token_loss: what that token cost the model `ranked_by`.
+        before, token, after: the text around it.
+    """
+
+    ranked_by: str
+    loss: Trio[float]
+    tokens: PositiveInt
+    shard: NonNegativeInt
+    start: NonNegativeInt
+    position: NonNegativeInt
+    token_loss: float
+    before: str
+    token: str
+    after: str
+
+
+class DataScores(Schema):
+    """The figures of one data set.
+
+    Attributes:
+        data: its name. tokens, windows: scored. context: inputs in a window.
+        stride: tokens between the beginnings of two windows; the context where they do not overlap.
+        interval: bootstrap interval (low, high) of each mean, over the units that `differences` names.
+    """
+
+    data: str
+    tokens: NonNegativeInt
+    windows: NonNegativeInt
+    context: PositiveInt
+    stride: PositiveInt
+    cross_entropy: Trio[float]
+    bits_per_byte: Trio[float] = Trio[float]()
+    loss_spread: Trio[LossSpread] = Trio[LossSpread]()
+    interval: Trio[tuple[float, float]] = Trio[tuple[float, float]]()
+    differences: tuple[Difference, ...] = ()
+    calibration: Trio[Calibration] = Trio[Calibration]()
+    by_position: Trio[tuple[PositionLoss, ...]] = Trio[tuple[PositionLoss, ...]]()
+    worst: tuple[WorstSample, ...] = ()
+
+
+class ResidualStd(Schema):
+    """Mean standard deviation of the residual stream over its width, layer by layer, on held-out text.
+
+    Attributes:
+        ordinary_pre: what block 0, 1, ... reads, and last what ln_f reads; over positions that are neither position 0
+            nor end-of-text tokens. ordinary_mid: between attention and MLP of each block.
+        first_pre, first_mid: the same at position 0.
+        tokens: read.
+    """
+
+    ordinary_pre: tuple[float, ...]
+    ordinary_mid: tuple[float, ...]
+    first_pre: tuple[float, ...]
+    first_mid: tuple[float, ...]
+    tokens: PositiveInt
+
+
+class OddText(Schema):
+    """Mean loss on token sequences unlike text, and the highest mean of a single sequence.
+
+    Attributes:
+        kind: see `stress_text.KINDS`. sequences: of `context` tokens each.
+        loss, median, worst: over tokens, over tokens, and of the worst sequence.
+        sample: the beginning of the sequence that was worst for the model `ranked_by`.
+    """
+
+    kind: str
+    sequences: PositiveInt
+    context: PositiveInt
+    loss: Trio[float]
+    median: Trio[float]
+    worst: Trio[float]
+    ranked_by: str
+    sample: str
+
+
+class Continuation(Schema):
+    """What each model wrote after `prompt`, drawn with the same seed."""
+
+    prompt: str
+    temperature: float
+    seed: NonNegativeInt
+    texts: Trio[str]
 
 
 class Settings(Schema):
@@ -126,7 +271,7 @@ class Results(Schema):
 
     @model_validator(mode="after")
     def _gap_is_the_difference(self) -> Results:
-        difference = _minus(self.cross_entropy.ln_free, self.cross_entropy.control)
+        difference = difference_of(self.cross_entropy.ln_free, self.cross_entropy.control)
         same = self.gap == difference or (
             self.gap is not None
             and difference is not None
@@ -160,7 +305,6 @@ def collect(
         device: where it ran, such as "cpu" or "NVIDIA H100".
         by_data, residual_std, odd_text, continuations: as in `Results`, residual_std by role.
     """
-    from ln_removal.evaluation.side_by_side import spread_of
 
     choices = choices or {}
     assert {*losses, *choices, *models} <= {*ROLES}, "roles are original, control and ln_free"
@@ -175,7 +319,7 @@ def collect(
             **{role: choice.acc_norm_standard_error for role, choice in choices.items()}
         ),
         loss_spread=Trio[LossSpread](**{role: spread_of(loss) for role, loss in losses.items()}),
-        gap=_minus(cross_entropy.get("ln_free"), cross_entropy.get("control")),
+        gap=difference_of(cross_entropy.get("ln_free"), cross_entropy.get("control")),
         tokens=max((loss.tokens for loss in losses.values()), default=0),
         seconds=seconds,
         device=device,
@@ -189,9 +333,7 @@ def collect(
 
 def versions() -> dict[str, str]:
     """Versions of what the figures depend on."""
-    import ln_removal
-
-    found = {"ln_removal": ln_removal.__version__, "python": platform.python_version()}
+    found = {"ln_removal": package_version(), "python": platform.python_version()}
     return {**found, **{name: metadata.version(name) for name in ("torch", "transformers")}}
 
 
@@ -226,122 +368,15 @@ def read(path: Path | str) -> Results:
         ) from error
 
 
-def render(results: Results, console: Console) -> None:
-    """Print the table original / control / LN-free, with the differences that matter."""
-    from rich.table import Table
-
-    shown = [role for role in ROLES if getattr(results.models, role) is not None]
-    table = Table(title="LayerNorm removal: scores", title_justify="left")
-    table.add_column("")
-    for role in shown:
-        table.add_column(TITLES[role], justify="right")
-    differences = [role for role in ("control", "original") if role in shown and "ln_free" in shown]
-    for role in differences:
-        table.add_column(f"LN-free - {TITLES[role]}", justify="right")
-
-    def row(name: str, values: Trio[float], form: str, errors: Trio[float] | None = None) -> None:
-        cells = []
-        for role in shown:
-            value, error = getattr(values, role), getattr(errors, role, None)
-            cells.append(
-                ("-" if value is None else format(value, form)) + (f" ± {error:{form}}" if error is not None else "")
-            )
-        for role in differences:
-            difference = _minus(values.ln_free, getattr(values, role))
-            cells.append("-" if difference is None else format(difference, "+" + form))
-        if any(getattr(values, role) is not None for role in shown):
-            table.add_row(name, *cells)
-
-    def part(name: str) -> Trio[float]:
-        spreads = {role: getattr(results.loss_spread, role) for role in ROLES}
-        return Trio[float](**{role: getattr(spread, name) for role, spread in spreads.items() if spread is not None})
-
-    row("cross-entropy (nats per token)", results.cross_entropy, ".4f", part("standard_error"))
-    row("  median token", part("median"), ".4f")
-    row("  95 % of tokens below", part("percentile_95"), ".2f")
-    row("  99.9 % of tokens below", part("percentile_99_9"), ".2f")
-    if results.by_data:
-        calibrations = {role: getattr(results.by_data[0].calibration, role) for role in ROLES}
-
-        def calibration(name: str) -> Trio[float]:
-            return Trio[float](**{role: getattr(c, name) for role, c in calibrations.items() if c is not None})
-
-        row("calibration error", calibration("expected_calibration_error"), ".4f")
-        row("entropy of the prediction", calibration("entropy"), ".4f")
-    row("bits per byte", results.bits_per_byte, ".4f")
-    row("accuracy (%)", _percent(results.accuracy), ".2f", _percent(results.accuracy_standard_error))
-    console.print(table)
-    for more in _further_tables(results, shown):
-        console.print(more)
-    settings = results.settings
-    window = f"context {settings.context}{results.stride_note}"
-    notes = [f"{results.tokens:,} tokens of {settings.data}, {window}, {settings.precision}"]
-    if settings.questions:
-        notes.append(f"{settings.questions:,} questions of {settings.question_set}, protocol {settings.protocol}")
-    notes.append(f"{results.seconds:.0f} s on {results.device}")
-    if results.gap is not None:
-        notes.append(f"gap (LN-free - control): {results.gap:+.4f} nats per token")
-    for note in notes:
-        console.print(note, markup=False, highlight=False)
-    for data in results.by_data:
-        for one in data.differences:
-            console.print(
-                f"{data.data}: {TITLES[one.model]} - {TITLES[one.than]} {one.mean:+.4f}, {100 * one.confidence:.0f} % "
-                f"interval {one.low:+.4f} to {one.high:+.4f} ({one.units} {one.unit})",
-                markup=False,
-                highlight=False,
-            )
-        for sample in data.worst[:WORST_SHOWN]:
-            losses = ", ".join(
-                f"{TITLES[role]} {value:.2f}" for role in shown if (value := getattr(sample.loss, role)) is not None
-            )
-            text = (
-                repr(sample.before[-60:])[1:-1]
-                + " >>"
-                + repr(sample.token)[1:-1]
-                + "<< "
-                + repr(sample.after[:20])[1:-1]
-            )
-            console.print(f"{data.data}: worst window, {losses}: {text}", markup=False, highlight=False)
-    for written in results.continuations:
-        for role in shown:
-            if (text := getattr(written.texts, role)) is not None:
-                console.print(f"--- {TITLES[role]}\n{written.prompt}{text}", markup=False, highlight=False)
-
-
-def _further_tables(results: Results, shown: Sequence[str]) -> Iterator[Table]:
-    """By data set where there are several, and on odd text."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    def cells(values: Trio[float], form: str) -> list[str]:
-        return ["-" if (value := getattr(values, role)) is None else format(value, form) for role in shown]
-
-    def begun(title: str) -> Table:
-        table = Table(title=title, title_justify="left")
-        table.add_column("")
-        for role in shown:
-            table.add_column(TITLES[role], justify="right")
-        return table
-
-    if len(results.by_data) > 1:
-        table = begun("Cross-entropy by data set")
-        for data in results.by_data:
-            table.add_row(escape(data.data), *cells(data.cross_entropy, ".4f"))
-            highest = {role: spread.percentile_99_9 for role in shown if (spread := getattr(data.loss_spread, role))}
-            table.add_row("  99.9 % of tokens below", *cells(Trio[float](**highest), ".2f"))
-        yield table
-    if results.odd_text:
-        table = begun(f"Odd text: mean loss and worst of {results.odd_text[0].sequences} sequences")
-        for odd in results.odd_text:
-            pairs = zip(cells(odd.loss, ".3f"), cells(odd.worst, ".3f"), strict=True)
-            table.add_row(odd.kind, *(f"{mean} / {worst}" for mean, worst in pairs))
-        yield table
-
-
-def _percent(values: Trio[float]) -> Trio[float]:
-    return Trio[float](**{role: 100 * share for role in ROLES if (share := getattr(values, role)) is not None})
-
-
-def _minus(first: Any, second: Any) -> float | None:
+def difference_of(first: Any, second: Any) -> float | None:
     return None if first is None or second is None else float(first - second)
+
+
+def spread_of(loss: LossResult) -> LossSpread:
+    """The part of a LossResult that says how the losses spread."""
+    return LossSpread(
+        standard_error=loss.standard_error,
+        median=loss.median,
+        percentile_95=loss.percentile_95,
+        percentile_99_9=loss.percentile_99_9,
+    )

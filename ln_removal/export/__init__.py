@@ -1,1 +1,1 @@
-"""From a frozen model to one without norms: model classes, the stock form, and the check before anything is written."""
+"""The trained model without its norms: folded, verified, written, converted, published."""

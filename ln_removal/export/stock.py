@@ -26,12 +26,12 @@ import torch
 from torch import Tensor, nn
 
 from ln_removal.errors import UserError
-from ln_removal.export.normfree_gpt2 import without_identity
+from ln_removal.models.normfree_gpt2 import without_identity
 
 if TYPE_CHECKING:
-    from transformers import GPT2LMHeadModel, PretrainedConfig
+    from transformers import GPT2LMHeadModel
 
-    from ln_removal.export.normfree_gpt2 import NormFreeGPT2LMHeadModel
+    from ln_removal.models.normfree_gpt2 import NormFreeGPT2LMHeadModel
 
 EPSILON = 2.0**40
 """layer_norm_epsilon of the stock form; its square root is 2^20."""
@@ -42,9 +42,6 @@ NORM_WEIGHT = 2.0**14
 READER_SCALE = 2.0**6
 """Factor on the weights behind each norm: sqrt(EPSILON) / NORM_WEIGHT."""
 
-DISARMING_EPSILON = 1e6
-"""Least layer_norm_epsilon that is taken to disarm a LayerNorm: the usual one is 1e-5, the published models have 1e12."""
-
 LARGEST_MEAN = 0.005
 """Mean of a folded weight's columns relative to the weights that rounding, to bfloat16 at most, can leave."""
 
@@ -52,11 +49,6 @@ LARGEST_MEAN = 0.005
 _SMALLEST_CARRIER, _LARGEST_CARRIER = 2.0**-10, 2.0**4
 
 _READERS = ("attn.c_attn", "mlp.c_fc")
-
-
-def is_disarmed(config: PretrainedConfig) -> bool:
-    """Whether a GPT-2 configuration is of a stock form, ours or a published one: its epsilon disarms LayerNorm."""
-    return bool(getattr(config, "layer_norm_epsilon", 0.0) >= DISARMING_EPSILON)
 
 
 @torch.no_grad()

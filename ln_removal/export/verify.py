@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ln_removal.errors import UserError
-from ln_removal.norm import FreezableNorm
+from ln_removal.norms.freezable import FreezableNorm
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
@@ -111,8 +111,8 @@ def _blame_rounding_or_raise(frozen: GPT2LMHeadModel, folded: GPT2LMHeadModel, i
     frozen model just as in the folded one. Then the fold is right when, done and run in float64, it agrees with the
     frozen model, and when the folded weights are those of that fold.
     """
-    from ln_removal.export.normfree_gpt2 import from_folded
-    from ln_removal.surgery import fold
+    from ln_removal.models.normfree_gpt2 import from_folded
+    from ln_removal.norms.surgery import fold
 
     wide = copy.deepcopy(frozen).double()
     try:

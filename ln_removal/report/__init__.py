@@ -1,1 +1,1 @@
-"""report.html: what a run did and measured, on one page that needs nothing else."""
+"""What people look at: pages, plots, tables and model cards."""

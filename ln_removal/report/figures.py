@@ -1,19 +1,232 @@
-"""The report's figures: which series, on which axes, with which words below them."""
+"""The report's figures: which series, on which axes, with which words below them, drawn as inline SVG.
+
+The charts have real axes and take their colours from the page's style sheet; they are readable in light, dark and print.
+Coordinates of a chart are pixels of its viewBox; x grows to the right, y downwards.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from html import escape
+from itertools import groupby
+from typing import TYPE_CHECKING, Literal
 
-from ln_removal.evaluation.data_scores import ROLES, TITLES, ResidualStd
-from ln_removal.report.charts import Chart, Series, Track, figure, robust_limit
+from ln_removal.evaluation.results import ROLES, TITLES, ResidualStd
 from ln_removal.report.run_record import Curve, FrozenConstant, RunRecord
 
 if TYPE_CHECKING:
     from ln_removal.evaluation.results import Results
 
+Point = tuple[float, float]
+Scale = Callable[[float], float]
+
+WIDE, NARROW = 760, 350
+"""Widths in pixels: for a page, and for a phone. Text keeps its size in both."""
+
+TRACK_HEIGHT = 15
+LEFT, RIGHT, TOP, BOTTOM = 58, 12, 10, 40
+
 TRACK_NAMES = {"ln_2": "ln_2", "ln_1_qk": "qk", "ln_1_v": "v", "ln_f": "ln_f", "special": "special"}
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line: `role` picks the colour, `style` how it is drawn. A point that is not finite interrupts it."""
+
+    name: str
+    points: Sequence[Point]
+    role: str
+    style: Literal["line", "dashed", "faint", "dots"] = "line"
+
+
+@dataclass(frozen=True)
+class Track:
+    """A row below the plot: spans of x in which something happens, such as one kind of site freezing."""
+
+    name: str
+    spans: Sequence[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """What to draw.
+
+    Attributes:
+        description: one sentence, read to those who do not see the chart.
+        log_x, log_y: logarithmic axes; what is not above 0 is left out.
+        integers: ticks of x at whole numbers only.
+        y_limit: higher values are drawn at the upper edge.
+    """
+
+    series: Sequence[Series]
+    x_label: str
+    y_label: str
+    description: str
+    tracks: Sequence[Track] = ()
+    log_x: bool = False
+    log_y: bool = False
+    integers: bool = False
+    y_limit: float | None = None
+
+
+def figure(chart: Chart, caption: str) -> str:
+    """A <figure> with legend, the chart for a page and the same for a phone, and its caption (HTML)."""
+    drawn = replace(chart, series=[_drawable(chart, series) for series in chart.series])
+    if not any(series.points for series in drawn.series):
+        return ""
+    return (
+        f"<figure>{_legend(chart.series)}"
+        f'<div class="wide">{_svg(drawn, WIDE, 330)}</div><div class="narrow">{_svg(drawn, NARROW, 280)}</div>'
+        f"<figcaption>{caption}</figcaption></figure>"
+    )
+
+
+def robust_limit(values: Sequence[float]) -> float | None:
+    """An upper limit that a few values far above all others do not stretch; None when there are none such."""
+    found = sorted(value for value in values if math.isfinite(value))
+    if len(found) < 20:
+        return None
+    low, high = found[0], found[int(0.98 * (len(found) - 1))]
+    limit = high + 0.6 * (high - low)
+    return limit if found[-1] > limit else None
+
+
+def _drawable(chart: Chart, series: Series) -> Series:
+    """The points that the axes can show; one that is not finite stays, as a gap."""
+    kept = [
+        (x, y)
+        for x, y in series.points
+        if math.isfinite(x) and (x > 0 or not chart.log_x) and not (math.isfinite(y) and y <= 0 and chart.log_y)
+    ]
+    return replace(series, points=kept if any(math.isfinite(y) for _, y in kept) else [])
+
+
+def _legend(series: Sequence[Series]) -> str:
+    items = "".join(
+        '<span class="key"><svg width="26" height="10" aria-hidden="true">'
+        + (
+            f'<circle class="dot {one.role}" cx="13" cy="5" r="3.5"/>'
+            if one.style == "dots"
+            else f'<line class="{one.style} {one.role}" x1="1" y1="5" x2="25" y2="5"/>'
+        )
+        + f"</svg>{escape(one.name)}</span>"
+        for one in series
+        if one.name
+    )
+    return f'<div class="legend">{items}</div>'
+
+
+def _svg(chart: Chart, width: int, height: int) -> str:
+    points = [point for series in chart.series for point in series.points if math.isfinite(point[1])]
+    xs, ys = [x for x, _ in points], [y for _, y in points]
+    xs += [edge for track in chart.tracks for span in track.spans for edge in span]
+    if chart.y_limit is not None:
+        ys = [min(y, chart.y_limit) for y in ys]
+    plot_bottom = height - BOTTOM
+    left = LEFT if width == WIDE else LEFT - 8
+    x_of, x_ticks = _axis(min(xs), max(xs), left, width - RIGHT, log=chart.log_x, many=width == WIDE, pad=False)
+    y_of, y_ticks = _axis(min(ys), max(ys), plot_bottom, TOP, log=chart.log_y, many=True, pad=True)
+    if chart.integers:
+        x_ticks = sorted({round(tick) for tick in x_ticks if abs(tick - round(tick)) < 1e-9})
+    total = height + len(chart.tracks) * TRACK_HEIGHT + (12 if chart.tracks else 0)
+    parts = [
+        f'<svg class="chart" viewBox="0 0 {width} {total}" role="img" aria-label="{escape(chart.description)}">'
+        f"<title>{escape(chart.description)}</title>"
+    ]
+    if spans := [span for track in chart.tracks for span in track.spans]:
+        first, last = x_of(min(low for low, _ in spans)), x_of(max(high for _, high in spans))
+        parts.append(
+            f'<rect class="band" x="{first:.1f}" y="{TOP}" width="{last - first:.1f}" height="{plot_bottom - TOP}"/>'
+        )
+    for tick in y_ticks:
+        y = y_of(tick)
+        parts.append(f'<line class="grid" x1="{left}" x2="{width - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text class="tick" x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{_number(tick)}</text>')
+    for tick in x_ticks:
+        x = x_of(tick)
+        parts.append(
+            f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{plot_bottom}" y2="{plot_bottom + 4}"/>'
+            f'<text class="tick" x="{x:.1f}" y="{plot_bottom + 17}" text-anchor="middle">{_number(tick)}</text>'
+        )
+    parts.append(
+        f'<path class="axis" fill="none" d="M{left} {TOP}V{plot_bottom}H{width - RIGHT}"/>'
+        f'<text class="label" x="{(left + width - RIGHT) / 2:.0f}" y="{plot_bottom + 34}" text-anchor="middle">'
+        f"{escape(chart.x_label)}</text>"
+        f'<text class="label" transform="translate(13 {(TOP + plot_bottom) / 2:.0f}) rotate(-90)" text-anchor="middle">'
+        f"{escape(chart.y_label)}</text>"
+    )
+    for series in chart.series:
+        parts.append(_drawn(series, x_of, y_of, chart.y_limit))
+    for number, track in enumerate(chart.tracks):
+        parts.append(_track(track, x_of, height + 8 + number * TRACK_HEIGHT, left, width - RIGHT))
+    return "".join(parts) + "</svg>"
+
+
+def _drawn(series: Series, x_of: Scale, y_of: Scale, limit: float | None) -> str:
+    def place(point: Point) -> tuple[str, str]:
+        x, y = point
+        return f"{x_of(x):.1f}", f"{y_of(y if limit is None else min(y, limit)):.1f}"
+
+    if series.style == "dots":
+        return "".join(
+            '<circle class="dot {}" cx="{}" cy="{}" r="3.5"><title>{}: {:.4f} at {:g}</title></circle>'.format(
+                series.role, *place(point), escape(series.name), point[1], point[0]
+            )
+            for point in series.points
+            if math.isfinite(point[1])
+        )
+    lines = [list(part) for finite, part in groupby(series.points, lambda p: math.isfinite(p[1])) if finite]
+    return "".join(
+        f'<polyline class="{series.style} {series.role}" points="{" ".join(",".join(place(p)) for p in line)}"/>'
+        for line in lines
+    )
+
+
+def _track(track: Track, x_of: Scale, y: int, left: int, right: int) -> str:
+    bars = "".join(
+        f'<rect class="span" x="{x_of(first):.1f}" y="{y + 3}" width="{max(2.0, x_of(last) - x_of(first)):.1f}" '
+        f'height="{TRACK_HEIGHT - 6}"/>'
+        for first, last in track.spans
+    )
+    return (
+        f'<line class="grid" x1="{left}" x2="{right}" y1="{y + TRACK_HEIGHT / 2}" y2="{y + TRACK_HEIGHT / 2}"/>{bars}'
+        f'<text class="tick" x="{left - 6}" y="{y + 11}" text-anchor="end">{escape(track.name)}</text>'
+    )
+
+
+def _axis(
+    low: float, high: float, start: float, end: float, *, log: bool, many: bool, pad: bool
+) -> tuple[Scale, list[float]]:
+    """A scale from values to pixels, and the values of its ticks."""
+    if low == high:
+        low, high = (low / 2, high * 2) if log else (low - 0.5, high + 0.5)
+    a, b = (math.log10(low), math.log10(high)) if log else (low, high)
+    if pad:
+        a, b = a - 0.04 * (b - a), b + 0.04 * (b - a)
+
+    def scale(value: float) -> float:
+        return start + (end - start) * ((math.log10(value) if log else value) - a) / (b - a)
+
+    if log:
+        steps = (1, 2, 5) if b - a < 3 and many else (1,)
+        ticks = [m * 10.0**e for e in range(math.floor(a), math.ceil(b) + 1) for m in steps]
+        return scale, [tick for tick in ticks if a - 1e-9 <= math.log10(tick) <= b + 1e-9]
+    return scale, _linear_ticks(a, b, 7 if many else 5)
+
+
+def _linear_ticks(low: float, high: float, wanted: int) -> list[float]:
+    """About `wanted` round numbers in [low, high]."""
+    rough = (high - low) / wanted
+    size = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * size for factor in (1, 2, 2.5, 5, 10) if factor * size >= rough * 0.999)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [number * step for number in range(first, last + 1)]
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def loss_figure(record: RunRecord) -> str:
@@ -77,7 +290,6 @@ def position_figure(results: Results) -> str:
             for role in ROLES
             if (bins := getattr(data.by_position, role))
         ]
-        from html import escape
 
         caption = f"{escape(data.data)}: mean loss of the token after so many tokens of context."
         chart = Chart(series, "tokens of context", "nats per token", "Loss by position in the context", log_x=True)

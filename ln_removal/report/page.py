@@ -12,13 +12,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ln_removal.errors import UserError
-from ln_removal.evaluation.data_scores import ROLES, TITLES, DataScores, Trio
+from ln_removal.evaluation.results import ROLES, TITLES, DataScores, Trio
+from ln_removal.files.metrics_log import METRICS_FILE
 from ln_removal.report.figures import constants_figure, loss_figure, position_figure, residual_figure
-from ln_removal.report.incidents import incident_lines
-from ln_removal.report.published_results import ACCURACIES, HEIMERSHEIM, LOSS_NOTE, LOSSES, SOURCES
-from ln_removal.report.run_record import RunRecord, read_run
+from ln_removal.report.run_record import (
+    ACCURACIES,
+    HEIMERSHEIM,
+    LOSS_NOTE,
+    LOSSES,
+    SOURCES,
+    RunRecord,
+    incident_lines,
+    read_run,
+)
 from ln_removal.report.style import STYLE
-from ln_removal.run_directory import METRICS_FILE
 
 if TYPE_CHECKING:
     from ln_removal.evaluation.results import Results
@@ -363,7 +370,7 @@ def _published(results: Results, model: str | None) -> str:
 
 
 def _recipe(record: RunRecord) -> str:
-    from ln_removal.recipe import dump_toml
+    from ln_removal.config.recipe import dump_toml
 
     results, recipe, training = record.results, record.recipe, record.training
     facts: list[tuple[str, str]] = []

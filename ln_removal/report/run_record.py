@@ -1,23 +1,50 @@
-"""What a run's directory holds for its report: results, metrics, recipe, frozen constants. What is missing is None or empty."""
+"""What the report of a run is made from: its results, metrics, recipe, frozen constants and incidents, and published results.
+
+What is missing in a run is None or empty. Incidents (skipped steps, loss spikes, waiting, going back) come from metrics.jsonl.
+The published results are those of the two earlier removals of LayerNorm from GPT-2, to set a run beside. Losses are in nats per
+token. The gap is the LN-free model minus a control fine-tuned on the same tokens with its LayerNorm kept.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ln_removal.architectures import SITE_KINDS
 from ln_removal.errors import UserError
-from ln_removal.run_directory import METRICS_FILE, RECIPE_FILE
+from ln_removal.files.metrics_log import METRICS_FILE
+from ln_removal.files.run_directory import RECIPE_FILE
+from ln_removal.models.layout import SITE_KINDS
 
 if TYPE_CHECKING:
+    from ln_removal.config.recipe import Recipe
     from ln_removal.evaluation.results import Results
-    from ln_removal.recipe import Recipe
 
 SPECIALS = ("eot", "first")
+
+SHOWN = 20
+"""Steps that are named in one line, and lines that are shown."""
+
+HEIMERSHEIM = "Heimersheim 2024"
+BARONI = "Baroni et al. 2025"
+
+SOURCES = {
+    HEIMERSHEIM: ("You can remove GPT2's LayerNorm by fine-tuning", "https://arxiv.org/abs/2409.13710"),
+    BARONI: (
+        "Transformers Don't Need LayerNorm at Inference Time: Scaling LayerNorm Removal to GPT-2 XL and the "
+        "Implications for Mechanistic Interpretability",
+        "https://arxiv.org/abs/2507.02559",
+    ),
+}
+"""Title and address of each paper."""
+
+LOSS_NOTE = (
+    "GPT-2 XL's 130.22 on the Pile comes from 3 of 10,000 samples, with form feeds and tabs that OpenWebText does not "
+    "have; its median is unremarkable."
+)
 
 
 @dataclass(frozen=True)
@@ -65,8 +92,8 @@ def read_run(directory: Path | str) -> RunRecord:
     Raises:
         UserError: there is no such directory, or its results cannot be read.
     """
+    from ln_removal.config.recipe import load_recipe
     from ln_removal.evaluation import results as results_file
-    from ln_removal.recipe import load_recipe
 
     directory = Path(directory)
     if not directory.is_dir():
@@ -123,7 +150,7 @@ def read_constants(state: Path) -> list[FrozenConstant]:
     """The frozen standard deviations in the newest checkpoint that can be read, site by site; empty without one."""
     from safetensors import SafetensorError, safe_open
 
-    from ln_removal.training.state import checkpoints
+    from ln_removal.training.checkpoint import checkpoints
 
     for _, path in reversed(checkpoints(state)):
         try:
@@ -137,7 +164,7 @@ def read_constants(state: Path) -> list[FrozenConstant]:
 
 
 def _constants(tensors: dict[str, tuple[Any, Any]]) -> Iterable[FrozenConstant]:
-    """Site by site from (captured, frozen), each (R, K): see `norm.FreezableNorm`."""
+    """Site by site from (captured, frozen), each (R, K): see `freezable.FreezableNorm`."""
     for name, (captured, frozen) in tensors.items():
         parts = name.split(".")
         layer = next((part for part in parts if part.isdigit()), None)
@@ -163,3 +190,110 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def incident_lines(metrics: Path) -> list[str]:
+    """One sentence for each, in the order in which they happened; skipped steps first, by cause. Plain text, not HTML."""
+    skipped: dict[str, list[int]] = {}
+    lines: list[str] = []
+    for row in _rows(metrics):
+        try:
+            if row["kind"] == "incident" and row["incident"] == "skipped":
+                skipped.setdefault(str(row["cause"]), []).append(int(row["step"]))
+            elif (line := _line(row)) is not None:
+                lines.append(line)
+        except (KeyError, TypeError, ValueError):  # not one of ours
+            continue
+    more = [f"and {len(lines) - SHOWN} more, see {metrics.name}"] if len(lines) > SHOWN else []
+    return [_skipped(cause, steps) for cause, steps in skipped.items()] + lines[:SHOWN] + more
+
+
+def _rows(metrics: Path) -> Iterator[dict[str, Any]]:
+    if not metrics.is_file():
+        return
+    for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:  # cut short by a crash
+            continue
+        if isinstance(row, dict):
+            yield row
+
+
+def _skipped(cause: str, steps: list[int]) -> str:
+    named = ", ".join(map(str, steps[:SHOWN])) + (f" and {len(steps) - SHOWN} more" if len(steps) > SHOWN else "")
+    return f"step{'s' if len(steps) > 1 else ''} {named}: the update was left out, the {cause} was not finite"
+
+
+def _line(row: dict[str, Any]) -> str | None:
+    kind, step = row["kind"], row.get("step")
+    if kind == "rollback":
+        bad = ", ".join(map(str, row["bad_steps"]))
+        return (
+            f"back to step {step}: in step{'s' if len(row['bad_steps']) > 1 else ''} {bad} the {row['cause']} was not finite "
+            f"(stage {row['stage']}, learning rate {row['learning_rate']:g})"
+        )
+    if kind == "recipe":
+        return f"from step {step} on with another recipe: {row['changed']}"
+    if kind != "incident":
+        return None
+    if row["incident"] == "spike":
+        high = "not finite" if row["loss"] is None else f"{row['loss']:.2f}"
+        return f"step {step}: the loss spiked ({high}, usually {row['usual_loss']:.2f})"
+    if row["incident"] == "recovered":
+        return f"step {step}: it had recovered ({row['loss']:.2f})"
+    if row["incident"] == "waiting":
+        return f"step {step}: {row['site']} and what follows now begin {row['delay']} steps later than planned"
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedLoss:
+    """Cross-entropy of one model on one data set, mean over its samples."""
+
+    model: str
+    tokens: str
+    data: str
+    original: float
+    control: float
+    ln_free: float
+    source: str
+
+    @property
+    def gap(self) -> float:
+        """LN-free minus control."""
+        return self.ln_free - self.control
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedAccuracy:
+    """HellaSwag in per cent; None where the source gives no figure."""
+
+    model: str
+    measure: str
+    original: float
+    control: float | None
+    ln_free: float
+    source: str
+
+
+LOSSES = (
+    PublishedLoss("gpt2", "about 590M", "OpenWebText", 3.095, 2.989, 3.014, HEIMERSHEIM),
+    PublishedLoss("gpt2", "157M", "OpenWebText", 3.1006, 3.0126, 3.0797, BARONI),
+    PublishedLoss("gpt2-medium", "262M", "OpenWebText", 2.8145, 2.7390, 2.7642, BARONI),
+    PublishedLoss("gpt2-large", "315M", "OpenWebText", 2.6623, 2.6240, 2.6384, BARONI),
+    PublishedLoss("gpt2-xl", "413M", "OpenWebText", 2.5567, 2.4799, 2.5052, BARONI),
+    PublishedLoss("gpt2", "about 590M", "The Pile", 2.856, 2.880, 2.926, HEIMERSHEIM),
+    PublishedLoss("gpt2", "157M", "The Pile", 2.8450, 2.8511, 2.8852, BARONI),
+    PublishedLoss("gpt2-medium", "262M", "The Pile", 2.5163, 2.5752, 2.6579, BARONI),
+    PublishedLoss("gpt2-large", "315M", "The Pile", 2.5320, 2.6233, 2.7504, BARONI),
+    PublishedLoss("gpt2-xl", "413M", "The Pile", 2.4436, 2.4673, 130.22, BARONI),
+)
+
+ACCURACIES = (
+    PublishedAccuracy("gpt2", "nanoGPT-style protocol", 29.56, 29.82, 29.54, HEIMERSHEIM),
+    PublishedAccuracy("gpt2", "lm-eval acc_norm", 31.1, None, 30.2, BARONI),
+    PublishedAccuracy("gpt2-medium", "lm-eval acc_norm", 39.4, None, 37.4, BARONI),
+    PublishedAccuracy("gpt2-large", "lm-eval acc_norm", 45.4, 43.4, 42.8, BARONI),
+    PublishedAccuracy("gpt2-xl", "lm-eval acc_norm", 50.9, 49.8, 48.8, BARONI),
+)

@@ -1,5 +1,7 @@
 """The report's style sheet: system fonts, light and dark by the reader's setting, one column on a phone, plain in print."""
 
+from __future__ import annotations
+
 STYLE = """
 :root {
   color-scheme: light dark;

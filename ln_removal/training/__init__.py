@@ -1,1 +1,1 @@
-"""The training loop shared by removal and pretraining, with its optimizers, checkpoints and metrics."""
+"""The training loop shared by removal and pretraining, with its loss, optimizers, checkpoints and metrics."""

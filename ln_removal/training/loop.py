@@ -19,28 +19,30 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ln_removal.data.read_ahead import read_ahead
-from ln_removal.data.sampler import WindowSampler
-from ln_removal.delayed_schedule import DelayedSchedule
-from ln_removal.precision import LOSS_SCALE, autocast
-from ln_removal.training.bad_steps import BadSteps, are_finite, roll_back
-from ln_removal.training.interruption import deferred
-from ln_removal.training.learning_rate import distillation_at, learning_rate_at, rewarm_factor
-from ln_removal.training.optimizers import build_optimizers, set_learning_rate, step_unless_bad
-from ln_removal.training.state import TrainerState, load_newest, prune, save_checkpoint
-from ln_removal.training.step_figures import StepFigures
+from ln_removal.data.sampler import WindowSampler, read_ahead
+from ln_removal.files.signals import deferred
+from ln_removal.models.precision import LOSS_SCALE, autocast
+from ln_removal.training.checkpoint import TrainerState, load_newest, prune, save_checkpoint
+from ln_removal.training.divergence import BadSteps, SpikeSchedule, StepFigures, are_finite, roll_back
+from ln_removal.training.optimizers import (
+    build_optimizers,
+    distillation_at,
+    learning_rate_at,
+    set_learning_rate,
+    step_unless_bad,
+)
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import nn
     from transformers import PreTrainedModel
 
-    from ln_removal.analysis.observer import Figures, Observer
-    from ln_removal.objective import Objective
-    from ln_removal.recipe import TrainingSpec
-    from ln_removal.schedule import RemovalSchedule
-    from ln_removal.surgery import NormSites
-    from ln_removal.training.tracking import Metrics, Tracker
+    from ln_removal.config.recipe import TrainingSpec
+    from ln_removal.norms.schedule import RemovalSchedule
+    from ln_removal.norms.surgery import NormSites
+    from ln_removal.training.loss import Objective
+    from ln_removal.training.metrics import Metrics, Tracker
+    from ln_removal.training.probe import Figures, Observer
 
 LOG_EVERY = 10
 """Steps between two synchronisations with the device, at which metrics are written and the bar moves."""
@@ -51,7 +53,7 @@ class Removal:
     """What turns a fine-tuning into a removal: the installed sites and when each one freezes."""
 
     sites: NormSites
-    schedule: RemovalSchedule | DelayedSchedule
+    schedule: RemovalSchedule | SpikeSchedule
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def train(
             tracker.say(f"warning: {fault}")
         if found is not None and not faults and accelerator.is_main_process:
             prune(state_directory, keep=spec.keep_checkpoints)  # the run may have been killed just before it did
-    delayed = removal.schedule if removal is not None and isinstance(removal.schedule, DelayedSchedule) else None
+    delayed = removal.schedule if removal is not None and isinstance(removal.schedule, SpikeSchedule) else None
     if delayed is not None:
         delayed.restore(state.schedule, state.step)
     tracker.forget_after(state.step)
@@ -149,10 +151,8 @@ def train(
             if removal is not None:
                 _apply_schedule(removal, step, tracker)
             rate = learning_rate_at(step, spec)
-            if removal is not None:
-                rate *= rewarm_factor(step, removal.schedule.begins_of_kinds(), spec.rewarm_steps)
             set_learning_rate(optimizers, rate)
-            if objective.soft:
+            if objective.teacher is not None:
                 objective.set_share(distillation_at(step, spec))
             loss, norm = _forward_backward(model, batches, accelerator, parameters, spec)
             if observer is not None and observer.wants(step):
@@ -163,8 +163,6 @@ def train(
                 # Every step, so that the number of ranks changes nothing, and a checkpoint of one rank serves all.
                 removal.sites.average_over_ranks()
                 removal.sites.update_running(spec.std_momentum, discard=bad)
-            if delayed is not None and delayed.needs_every_loss:  # then each step waits for the device
-                delayed.observe(step, pending.newest_loss())
             state.step, state.tokens = step + 1, state.tokens + spec.tokens_per_step
 
             last = state.step == spec.steps
@@ -188,8 +186,8 @@ def train(
                         },
                     )
                     bad_steps.note(number, row_loss, row_norm, tracker)
-                    if delayed is not None and not delayed.needs_every_loss:
-                        _log_incidents(delayed.observe(number, row_loss), number, tracker)
+                    if delayed is not None:
+                        _log_incidents(delayed.observe(row_loss), number, tracker)
                 state.skipped = skipped_before + bad_steps.total
                 last_loss = next((value for value, _, _ in reversed(rows) if math.isfinite(value)), last_loss)
                 tracker.show(state.step, stage=stage_at(step), loss=rows[-1][0], tokens_per_second=speed)
@@ -199,7 +197,7 @@ def train(
                     raise go_back(seen=_look(observer, objective.model, step, tracker))
                 # Not wherever something is saved: a stop and --resume change nothing.
                 if delayed is not None and state.step % LOG_EVERY == 0:
-                    _log_incidents(delayed.decide(state.step, state.step + LOG_EVERY), step, tracker)
+                    _log_incidents(delayed.decide(state.step + LOG_EVERY), step, tracker)
             pause = time.perf_counter()
             if evaluate is not None and (state.step % spec.evaluate_every == 0 or last):
                 objective.eval()

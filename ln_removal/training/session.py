@@ -10,26 +10,24 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ln_removal.analysis.observer import Observer
-from ln_removal.attention_entropy import EntropyRegulariser
-from ln_removal.data.sampler import Mixture, WindowSampler
-from ln_removal.disk_space import check_room_for_run
+from ln_removal.data.sampler import Mixture, WindowSampler, plan_windows
 from ln_removal.errors import UserError
-from ln_removal.evaluation.loss import plan_windows
-from ln_removal.export.writing import export_bytes
-from ln_removal.objective import Auxiliary, Distillation, EntropyPenalty, Objective
+from ln_removal.files.atomic import check_room_for_run
+from ln_removal.models.attention import EntropyRegulariser
+from ln_removal.models.precision import export_bytes
+from ln_removal.training.checkpoint import BESIDE_TENSORS, checkpoints
 from ln_removal.training.loop import Removal, TrainResult, train
+from ln_removal.training.loss import Auxiliary, Distillation, EntropyPenalty, Objective
+from ln_removal.training.metrics import Progress, Tracker
+from ln_removal.training.probe import Observer
 from ln_removal.training.setup import choose_micro_batch, compile_if_worthwhile, training_attention
-from ln_removal.training.state import BESIDE_TENSORS, checkpoints
-from ln_removal.training.tracking import Progress, Tracker
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from ln_removal.config.recipe import Recipe, TrainingSpec
     from ln_removal.data.tokens import TokenDataset
-    from ln_removal.recipe import Recipe, TrainingSpec
-
 
 ODD_SEQUENCES = 64
 """Of each kind, from which those that are mixed in are drawn."""
@@ -59,7 +57,7 @@ def sampler_of(recipe: Recipe, data: TokenDataset, tokenizer: PreTrainedTokenize
 
 
 def _odd_text(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Mixture | None:
-    from ln_removal.evaluation.odd_text import odd_sequences
+    from ln_removal.data.stress_text import odd_sequences
 
     if recipe.data.odd_text == 0:
         return None
@@ -98,7 +96,7 @@ def train_model(
         label: names the training on its progress bar and in wandb.
         evaluate: measures the model while training pauses.
         removal: sites and schedule; None keeps the norms (pretraining, control) and leaves out the losses of a removal.
-        teacher: for `training.distillation` and `residual_matching`: the model as it was, see `objective.as_teacher`.
+        teacher: for `training.distillation`: the model as it was, see `loss.as_teacher`.
         tokenizer: the model's, for `data.odd_text`.
         resume: continue from the newest checkpoint in `directory`.
         wandb_project: also log to this Weights & Biases project.
@@ -193,9 +191,9 @@ def _objective(
     if removal is None:
         return Objective(model, eot_token_id=eot_token_id, entropy=_entropy_penalty(model, spec))
     distillation = None
-    if spec.has_teacher:
+    if spec.distillation > 0:
         assert teacher is not None, "the caller keeps a copy of the original model"
-        distillation = Distillation(teacher.to(model.device), spec.distillation, spec.residual_matching)
+        distillation = Distillation(teacher.to(model.device), spec.distillation)
     auxiliary = Auxiliary(spec.auxiliary_weight, spec.auxiliary_target, spec.auxiliary_sites)
     return Objective(model, eot_token_id=eot_token_id, auxiliary=auxiliary, distillation=distillation)
 

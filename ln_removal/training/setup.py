@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from ln_removal.attention_entropy import attention_without_mask, explicit_attention
 from ln_removal.errors import UserError
-from ln_removal.norm import FreezableNorm
-from ln_removal.precision import autocast
+from ln_removal.models.attention import attention_without_mask, explicit_attention
+from ln_removal.models.precision import autocast
+from ln_removal.norms.freezable import FreezableNorm
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedModel
 
-    from ln_removal.objective import Objective
-    from ln_removal.recipe import Recipe
+    from ln_removal.config.recipe import Recipe
+    from ln_removal.training.loss import Objective
 
 TOKENS_IN_A_CPU_PASS = 4096
 LARGEST_MICRO_BATCH = 128
@@ -127,7 +127,7 @@ def choose_micro_batch(recipe: Recipe, objective: Objective, accelerator: Accele
 def checkpoint_activations(model: PreTrainedModel) -> None:
     """Keep only the input of each block for the backward pass, which then computes the block once more.
 
-    Memory of a sequence falls from about 40 to 4 bytes a layer, token and unit of width (see planning.py); a step takes about
+    Memory of a sequence falls from about 40 to 4 bytes a layer, token and unit of width (see config/estimate.py); a step takes about
     a third longer. Norms that see a batch twice count it twice, which leaves their means as they are.
     """
     # The second is its name in older versions of transformers.

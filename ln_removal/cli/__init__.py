@@ -1,0 +1,1 @@
+"""The command-line programs: each parses, calls one function and prints."""

@@ -1,0 +1,198 @@
+"""`ln-analyze`: attention entropy, NaN and learnable slopes of runs and models, as figures and tables."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ln_removal.cli import console
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from matplotlib.figure import Figure
+
+RunsArgument = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="RUN...", help="Runs trained with observation.every, or directories of them.", show_default=False
+    ),
+]
+OutOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Where the figures go. Default: RUN/analysis, or ./analysis for several.",
+        show_default=False,
+    ),
+]
+
+
+def entropy(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN|MODEL...",
+            help="Runs trained with observation.every, or directories of them; with --tokens or --text also models: tiny, a "
+            "directory, a Hub id.",
+            show_default=False,
+        ),
+    ],
+    out: OutOption = None,
+    step: Annotated[
+        int | None, typer.Option(min=0, help="The observation to show. Default: a run's last.", show_default=False)
+    ] = None,
+    tokens: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Measure models on these tokens from ln-prepare.", show_default=False),
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Measure models on this text.", show_default=False)
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="Tokens in a measured sequence. Default: the shortest context of the models, at most 1024.",
+            show_default=False,
+        ),
+    ] = None,
+    device: console.DeviceOption = "auto",
+    as_json: console.JsonOption = False,
+    debug: console.DebugOption = False,
+) -> None:
+    """Attention entropy of every head. Heatmaps, layers over the steps, and the heads that look everywhere alike.
+
+    Entropy is that of a row of attention, averaged over sequences and queries, in nats. A causal head that looks at all its
+    keys alike has log(T!)/T; heads above 0.9 of that are in the overload band.
+
+    \b
+    Examples:
+      ln-analyze entropy checkpoints/normfree
+      ln-analyze entropy checkpoints/normfree-table --out figures --step 1000
+      ln-analyze entropy tiny checkpoints/demo/model --tokens checkpoints/demo/tokens
+      ln-analyze entropy gpt2 schaeff/gpt2-small_LNFree300 --text notes.txt --context 256
+    """
+    from ln_removal.interpret.entropies import heads_of, output_directory
+    from ln_removal.report import plots, tables
+
+    place = console.pick_device(device) if tokens is not None or text is not None else "cpu"
+    found = heads_of(sources, step=step, tokens=tokens, text=text, context=context, device=place)
+    charts: dict[str, Callable[[], Figure]] = {
+        "entropy-heads": lambda: plots.head_heatmap(found.heads),
+        "entropy-overload": lambda: plots.overload_shares(found.heads),
+    }
+    if found.runs:
+        charts["entropy-layers"] = lambda: plots.layers_over_steps(found.runs)
+    figures = _draw(charts, output_directory(out, sources))
+    if as_json:
+        _print_json(tables.entropy_json(found.heads, found.runs), figures)
+        return
+    screen = console.wide_console()
+    for table in tables.entropy_tables(found.heads):
+        screen.print(table, markup=False)
+    _print_figures(figures)
+
+
+def nans(
+    runs: RunsArgument,
+    out: OutOption = None,
+    as_json: console.JsonOption = False,
+    debug: console.DebugOption = False,
+) -> None:
+    """NaN and infinity by layer and step. Where and when a training met them, and the norms on the way there.
+
+    \b
+    Examples:
+      ln-analyze nans checkpoints/unstable
+    """
+    from ln_removal.interpret.entropies import output_directory, runs_of
+    from ln_removal.report import plots, tables
+
+    found = runs_of(runs)
+    figures = _draw(
+        {
+            "nans": lambda: plots.nan_counts(found),
+            "residual-norms": lambda: plots.norms_over_steps(found),
+            "gradient-norms": lambda: plots.gradients_over_steps(found),
+        },
+        output_directory(out, runs),
+    )
+    if as_json:
+        _print_json(tables.nan_json(found), figures)
+        return
+    for line in tables.nan_lines(found):
+        typer.echo(line)
+    _print_figures(figures)
+
+
+def slopes(
+    runs: RunsArgument,
+    out: OutOption = None,
+    as_json: console.JsonOption = False,
+    debug: console.DebugOption = False,
+) -> None:
+    """Learnable slopes over the steps. How those of a leaky ReLU move while training; 0 is ReLU.
+
+    \b
+    Examples:
+      ln-analyze slopes checkpoints/learnable-slopes
+    """
+    from ln_removal.interpret.entropies import output_directory, runs_of
+    from ln_removal.report import plots, tables
+
+    found = tables.with_slopes(runs_of(runs))
+    figures = _draw({"slopes": lambda: plots.slopes_over_steps(found)}, output_directory(out, runs))
+    if as_json:
+        _print_json(tables.slope_json(found), figures)
+        return
+    console.wide_console().print(tables.slope_table(found), markup=False)
+    _print_figures(figures)
+
+
+def _draw(charts: dict[str, Callable[[], Figure]], directory: Path) -> list[Path]:
+    """Draw each chart and write it as PNG and PDF under its name."""
+    from ln_removal.report import plots
+
+    with plots.house_style():
+        return [path for name, draw in charts.items() for path in plots.save(draw(), directory, name)]
+
+
+def _print_json(found: list[dict[str, Any]], figures: list[Path]) -> None:
+    typer.echo(json.dumps({"runs": found, "figures": [str(path) for path in figures]}, indent=2, allow_nan=False))
+
+
+def _print_figures(figures: list[Path]) -> None:
+    names = ", ".join(path.name for path in figures if path.suffix == ".png")
+    typer.echo(f"figures: {figures[0].parent}/ {names}, and each as PDF")
+
+
+HELP = """Look into models and their training: attention entropy by head, NaN by layer, learnable slopes.
+
+Figures are written as PNG and PDF; tables go to the screen, or everything as JSON with --json.
+
+\b
+Examples:
+  ln-analyze entropy checkpoints/normfree-table
+  ln-analyze entropy tiny checkpoints/demo/model --tokens checkpoints/demo/tokens
+  ln-analyze nans checkpoints/unstable --json
+"""
+
+app = console.build_group(
+    HELP,
+    entropy=entropy,
+    nans=nans,
+    slopes=slopes,
+)
+
+
+def main() -> None:
+    """Entry point of `ln-analyze`."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

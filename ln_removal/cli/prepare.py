@@ -1,0 +1,112 @@
+"""`ln-prepare`: a corpus into token shards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ln_removal.cli import console
+
+
+def prepare(
+    corpus: Annotated[
+        str,
+        typer.Argument(
+            help="A named corpus (--list shows them), hub:OWNER/NAME[:CONFIG], or a file or directory.",
+            show_default=False,
+        ),
+    ] = "",
+    out: Annotated[
+        Path | None, typer.Option(help="Directory for the tokens. Default: data/CORPUS.", show_default=False)
+    ] = None,
+    tokenizer: Annotated[
+        str, typer.Option(help="The model whose tokenizer to use: tiny, gpt2, a directory, a Hub id.")
+    ] = "gpt2",
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Stop after this many training tokens.", show_default=False)
+    ] = None,
+    max_bytes: Annotated[
+        int | None, typer.Option(min=1, help="Read about this much training text.", show_default=False)
+    ] = None,
+    field: Annotated[
+        str | None,
+        typer.Option(help="Name of the text field in jsonl, parquet or the Hub data set.", show_default=False),
+    ] = None,
+    list_corpora: Annotated[bool, typer.Option("--list", help="List the named corpora and stop.")] = False,
+    as_json: console.JsonOption = False,
+    debug: console.DebugOption = False,
+    version: console.VersionOption = False,
+) -> None:
+    """Tokenize a corpus into memory-mapped shards. Interrupted, the same command goes on where it stopped.
+
+    \b
+    Examples:
+      ln-prepare --list
+      ln-prepare python-source --tokenizer tiny --out data/python
+      ln-prepare openwebtext --max-tokens 600000000 --out data/openwebtext
+      ln-prepare texts/ --tokenizer gpt2 --out data/texts
+    """
+    from ln_removal.data.open_corpus import known_corpora, open_corpus
+    from ln_removal.errors import UserError
+
+    if list_corpora:
+        for name, summary in known_corpora().items():
+            typer.echo(f"{name:24} {summary}")
+        return
+    if not corpus:
+        raise UserError("name a corpus, a file or a directory; `ln-prepare --list` shows the named ones")
+    import json
+    import sys
+
+    from ln_removal.data.prepare import prepare as run_prepare
+    from ln_removal.data.prepare import prepare_bar
+    from ln_removal.files.run_directory import remove_unfinished_tokens
+    from ln_removal.models.loading import load_tokenizer, tokenizer_fingerprint
+
+    source = open_corpus(corpus, max_bytes=max_bytes, field=field)
+    loaded = load_tokenizer(tokenizer)
+    safe = "".join(character if character.isalnum() or character in "-_." else "-" for character in corpus).strip("-.")
+    place = out or Path("data") / (safe or "corpus")
+    try:
+        with prepare_bar(source.name, total=max_tokens, enabled=sys.stderr.isatty()) as show:
+            data = run_prepare(
+                source,
+                loaded,
+                place,
+                tokenizer_name=tokenizer,
+                tokenizer_sha256=tokenizer_fingerprint(loaded),
+                max_tokens=max_tokens,
+                progress=show,
+            )
+    except UserError:
+        remove_unfinished_tokens(place)
+        raise
+    splits = {
+        name: {"tokens": split.tokens, "documents": split.documents, "bytes": split.bytes}
+        for name in ("train", "validation")
+        for split in [data.split(name)]
+    }
+    if as_json:
+        typer.echo(
+            json.dumps({"directory": str(place), "tokenizer": tokenizer, "vocab_size": data.vocab_size, **splits})
+        )
+        return
+    for name, counts in splits.items():
+        typer.echo(
+            f"{name:10} {counts['tokens']:>14,} tokens  {counts['documents']:>10,} documents  {counts['bytes']:>14,} bytes"
+        )
+    typer.echo(f"tokens: {place}   train on them with --tokens {place}")
+
+
+app = console.build(prepare)
+
+
+def main() -> None:
+    """Entry point of `ln-prepare`."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""Estimates for a run from its sizes alone: parameters, memory and time, without weights or network.
+
+Memory is estimated as parameters, gradients and moments in float32, plus what the forward pass keeps for the backward
+pass: for B sequences of T tokens, L layers of width D and a vocabulary of V,
+
+    activations = B T (L c D + 12 D)  +  10 V min(B T, positions of one chunk)        [bytes]
+
+(and with a teacher its weights in the run's precision and twice the last term; with the entropy penalty 15 B H T T L
+for H heads), with c measured on this project's model (bytes kept by autograd per layer, token and unit of width, with
+dropout off and fused attention): 40 compiled and 82 not in bfloat16 autocast, 76 and 140 in float32. Time is estimated
+as tokens * (6 N + 12 L D T) FLOPs (N parameters, the second term for attention; a third more with a teacher) at an
+assumed share of the device's peak.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ln_removal.config.recipe import ArchitectureSpec, Recipe
+from ln_removal.errors import UserError
+
+
+def _published(n_layer: int, n_head: int, n_embd: int) -> ArchitectureSpec:
+    return ArchitectureSpec(n_layer=n_layer, n_head=n_head, n_embd=n_embd, n_positions=1024, vocab_size=50257)
+
+
+KNOWN_ARCHITECTURES = {
+    "gpt2": _published(12, 12, 768),
+    "distilgpt2": _published(6, 12, 768),
+    "gpt2-medium": _published(24, 16, 1024),
+    "gpt2-large": _published(36, 20, 1280),
+    "gpt2-xl": _published(48, 25, 1600),
+}
+"""Published sizes, so that planning them needs neither weights nor network."""
+
+_OWNERS = ("openai-community/", "distilbert/")
+
+
+def published_architecture(name: str) -> ArchitectureSpec | None:
+    """The architecture of a published size, with its Hub owner or without; None for any other model."""
+    for owner in _OWNERS:
+        name = name.removeprefix(owner)
+    return KNOWN_ARCHITECTURES.get(name)
+
+
+@dataclass(frozen=True)
+class DevicePeak:
+    """A GPU's dense peak in FLOP/s, for bfloat16 or float16 and for float32 inputs (TensorFloat-32), and its memory in bytes."""
+
+    bfloat16: float
+    float32: float
+    memory: int
+
+
+DEVICE_PEAKS = {
+    "H200": DevicePeak(989e12, 495e12, 141 * 10**9),
+    "H100": DevicePeak(989e12, 495e12, 80 * 10**9),
+    "A100": DevicePeak(312e12, 156e12, 80 * 10**9),
+    "L40S": DevicePeak(362e12, 183e12, 48 * 10**9),
+    "RTX 4090": DevicePeak(165e12, 82.6e12, 24 * 10**9),
+    "RTX 3090": DevicePeak(71e12, 35.6e12, 24 * 10**9),
+    "L4": DevicePeak(121e12, 60e12, 24 * 10**9),
+}
+"""From the makers' data sheets; the part of a name that identifies the GPU, the first match counts."""
+
+ASSUMED_UTILISATION = 0.30
+"""Share of the peak: nanoGPT reaches it with GPT-2 small on an A100 (107k tokens/s), llm.c reaches 0.41 on an H100."""
+
+ACTIVATION_BYTES = {("bfloat16", True): 40, ("bfloat16", False): 82, ("float32", True): 76, ("float32", False): 140}
+"""c of the module's formula, by (precision, compiled)."""
+
+# The same numbers as in training/cross_entropy.py and training/setup.py, which import torch: planning answers without it.
+POSITIONS_IN_A_CHUNK = 8192  # on a GPU
+CPU_TOKENS_IN_A_PASS = 4096
+LARGEST_AUTOMATIC_MICRO_BATCH = 128
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Estimated bytes on one device at the peak of a training step."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    teacher: int = 0
+
+    @property
+    def total(self) -> int:
+        """The sum of all parts, in bytes."""
+        return self.parameters + self.gradients + self.optimizer + self.activations + self.teacher
+
+
+def count_parameters(shape: ArchitectureSpec) -> int:
+    """Parameters of a model of this architecture, a tied unembedding counted once.
+
+    GPT-2 as published: V D + P D + L (12 D^2 + 13 D) + 2 D, P positions. Pythia has 2 V D and no P D. Without norms L 4 D
+    and 2 D are missing, with the paper's biases 7 of the 9 D that a layer has.
+    """
+    width, layers = shape.n_embd, shape.n_layer
+    embeddings = 2 * shape.vocab_size if shape.family == "pythia" else shape.vocab_size + shape.n_positions
+    layer = 12 * width * width + (2 if shape.biases == "paper" else 9) * width
+    layer += 4 * width if shape.block_norm == "layernorm" else 0
+    count = embeddings * width + layers * layer + (2 * width if shape.final_norm == "layernorm" else 0)
+    if shape.activation == "learnable_leaky_relu":
+        count += layers if shape.slopes == "layer" else 1
+    return count
+
+
+def flops_per_token(shape: ArchitectureSpec, context: int) -> int:
+    """Training FLOPs of one token: 6 N + 12 L D T (Chowdhery et al. 2022, arXiv 2204.02311, appendix B)."""
+    return 6 * count_parameters(shape) + 12 * shape.n_layer * shape.n_embd * context
+
+
+def estimate_memory(recipe: Recipe, shape: ArchitectureSpec, micro_batch: int) -> Memory:
+    """Bytes at the peak of a training step with `micro_batch` sequences a pass (formula: see the module's text)."""
+    count = count_parameters(shape)
+    training = recipe.training
+    matrices = 12 * shape.n_layer * shape.n_embd**2
+    # AdamW keeps two moments of every parameter, Muon one of the matrices inside the blocks.
+    moments = 2 * count - (matrices if training.optimizer == "muon" else 0)
+    tokens = micro_batch * recipe.data.context
+    kept = ACTIVATION_BYTES["float32" if training.precision == "float32" else "bfloat16", training.compile is not False]
+    activations = tokens * (shape.n_layer * kept + 12) * shape.n_embd
+    # bfloat16 logits, their float32 copy and its gradient, for one chunk at a time.
+    logits = 10 * min(tokens, POSITIONS_IN_A_CHUNK) * shape.vocab_size
+    activations += logits
+    if training.entropy_weight > 0:  # scores, probabilities and their gradients, (B, H, T, T) in float32
+        activations += tokens * shape.n_layer * shape.n_head * recipe.data.context * 15
+    teacher = 0
+    if has_teacher(recipe):
+        teacher = (4 if training.precision == "float32" else 2) * count
+        activations += logits
+    if training.precision != "float32":
+        activations += 2 * matrices  # autocast's copies of the weights
+    return Memory(
+        parameters=4 * count, gradients=4 * count, optimizer=4 * moments, activations=activations, teacher=teacher
+    )
+
+
+def has_teacher(recipe: Recipe) -> bool:
+    return recipe.schedule is not None and recipe.training.distillation > 0
+
+
+def peak_of(device: str) -> DevicePeak | None:
+    """The peak of a GPU by its name; None for a CPU and for GPUs that the table does not know."""
+    return next((peak for name, peak in DEVICE_PEAKS.items() if name.lower() in device.lower()), None)
+
+
+def micro_batch_of(recipe: Recipe, shape: ArchitectureSpec, peak: DevicePeak | None, processes: int) -> int:
+    """What the recipe says, or for "auto" the largest divisor of a process's share that should do."""
+    context = recipe.data.context
+    sequences = recipe.training.tokens_per_step // context
+    if sequences % processes:
+        raise UserError(
+            f"{sequences} sequences a step do not divide among {processes} processes; "
+            "change training.tokens_per_step or the number of processes"
+        )
+    share = sequences // processes
+    if recipe.training.micro_batch != "auto":
+        return min(share, recipe.training.micro_batch)
+    divisors = [size for size in range(min(share, LARGEST_AUTOMATIC_MICRO_BATCH), 0, -1) if share % size == 0]
+    if peak is None:
+        return next((size for size in divisors if size * context <= CPU_TOKENS_IN_A_PASS), 1)
+    return next((size for size in divisors if estimate_memory(recipe, shape, size).total <= 0.9 * peak.memory), 1)
+
+
+def assumed_rate(peak: DevicePeak, recipe: Recipe) -> float:
+    """FLOP/s that a run is assumed to reach on one GPU."""
+    return ASSUMED_UTILISATION * (peak.float32 if recipe.training.precision == "float32" else peak.bfloat16)
+
+
+def memory_assumption(recipe: Recipe) -> str:
+    compiled = "not compiled" if recipe.training.compile is False else "compiled"
+    return f"memory for a {compiled} model in {recipe.training.precision}, float32 weights and moments; estimate"
+
+
+def readable_size(count: float) -> str:
+    """Bytes in a unit that keeps the number readable (powers of 1,000)."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
+
+
+def readable_duration(seconds: float) -> str:
+    """Seconds as the largest two units that matter."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"

@@ -1,0 +1,110 @@
+"""The same recipe for a shorter or longer run or for another model, and the recipe to start from for any model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ln_removal.config.recipe import ArchitectureSpec, Recipe, ScheduleSpec, load_recipe
+from ln_removal.errors import UserError
+
+_MOMENTS = ("ln_2_start", "qk_start", "v_start", "ln_f_at")
+_GAPS = ("ln_2_gap", "qk_gap", "v_gap")
+
+_WRITTEN_FOR = {"distilgpt2": 6, "gpt2": 12, "gpt2-medium": 24, "gpt2-large": 36, "gpt2-xl": 48}
+"""Default recipes and the layers of their models."""
+
+
+def default_recipe(model: str, shape: ArchitectureSpec) -> Recipe:
+    """The removal recipe for a model when none is named.
+
+    That is the built-in recipe of the model's own name (a Hub owner is ignored); for any other model the one written
+    for the closest depth, with gaps and context fitted to the model.
+
+    Args:
+        model: "tiny", a local directory or a Hub id.
+        shape: the model's architecture, see `plan.architecture_of`.
+    """
+    own = model.rpartition("/")[2]
+    if model == "tiny" or _WRITTEN_FOR.get(own) == shape.n_layer:
+        recipe = load_recipe(own)
+    else:
+        closest = min(_WRITTEN_FOR, key=lambda name: abs(_WRITTEN_FOR[name] - shape.n_layer))
+        recipe = with_layers(load_recipe(closest), written_for=_WRITTEN_FOR[closest], n_layer=shape.n_layer)
+    tokens = recipe.training.tokens_per_step
+    fitting = range(min(recipe.data.context, shape.n_positions), 0, -1)
+    context = next(length for length in fitting if tokens % length == 0)
+    data = recipe.data.model_copy(update={"context": context})
+    return Recipe.model_validate(dict(recipe) | {"model": model, "data": data})
+
+
+def resolve_pretraining(
+    recipe: str, *, overrides: Mapping[str, object] | None = None, steps: int | None = None
+) -> Recipe:
+    """The pretraining that a user asks for; arguments as of `resolve_recipe`.
+
+    Raises:
+        UserError: there is no such recipe, it is a removal recipe, or the result has faults.
+    """
+    found = load_recipe(recipe, overrides)
+    check_is_pretraining(found)
+    return found if steps is None else with_steps(found, steps)
+
+
+def check_is_removal(recipe: Recipe) -> None:
+    """Raises UserError for a pretraining recipe."""
+    if recipe.schedule is None:
+        raise UserError(f"recipe {recipe.name} has no [schedule]; it trains from scratch: run it with ln-pretrain")
+
+
+def check_is_pretraining(recipe: Recipe) -> None:
+    """Raises UserError for a removal recipe."""
+    if recipe.architecture is None:
+        raise UserError(f"recipe {recipe.name} has no [architecture]; it removes LayerNorm: run it with ln-remove")
+
+
+def with_steps(recipe: Recipe, steps: int) -> Recipe:
+    """Compress or stretch a run to another number of steps: schedule, warm-up and decay scale with it.
+
+    Step 1 stays step 1 (statistics need one step before the first freeze) and the last step stays the last; numbers are
+    rounded down. So a schedule that fits its run fits the scaled one, whatever the model's depth.
+
+    Raises:
+        UserError: too few steps: a removal needs 2, one that gathers statistics and one with everything frozen.
+    """
+    least = 1 if recipe.schedule is None else 2
+    if steps < least:
+        raise UserError(f"a run of {steps} steps is too short for recipe {recipe.name!r}; give at least {least}")
+    old = recipe.training.steps
+    changes: dict[str, object] = {"steps": steps, "warmup_steps": recipe.training.warmup_steps * steps // old}
+    if recipe.training.decay_steps is not None:
+        changes["decay_steps"] = max(1, recipe.training.decay_steps * steps // old)
+    schedule = recipe.schedule
+    if schedule is not None and old > 2:
+        schedule = _scaled(schedule, steps - 2, old - 2)
+    training = recipe.training.model_copy(update=changes)
+    return Recipe.model_validate(dict(recipe) | {"training": training, "schedule": schedule})
+
+
+def with_layers(recipe: Recipe, *, written_for: int, n_layer: int) -> Recipe:
+    """Fit a removal to a model of another depth: gaps change so that each kind of site takes no longer than before.
+
+    Args:
+        recipe: a removal recipe; a pretraining recipe comes back unchanged.
+        written_for: number of layers of the model the recipe was written for.
+        n_layer: number of layers of the model to be used.
+    """
+    if recipe.schedule is None or written_for == n_layer:
+        return recipe
+    changes = {key: getattr(recipe.schedule, key) * written_for // n_layer for key in _GAPS}
+    return recipe.model_copy(update={"schedule": recipe.schedule.model_copy(update=changes)})
+
+
+def _scaled(spec: ScheduleSpec, new: int, old: int) -> ScheduleSpec:
+    """Durations times new / old, rounded down; moments likewise, counted from step 1."""
+    changes: dict[str, object] = {}
+    for key, value in dict(spec).items():
+        if key in _MOMENTS and value is not None:
+            changes[key] = 1 + (value - 1) * new // old if value > 0 else 0
+        elif isinstance(value, int):
+            changes[key] = value * new // old
+    return spec.model_copy(update=changes)

@@ -1,0 +1,248 @@
+"""What can be wrong with a recipe, said in the recipe's own words: one line a fault, with what to do about it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic_core import ErrorDetails
+
+REMOVED_KEYS = {
+    "schedule.layers": "first to last",
+    "schedule.constant": "mean",
+    "schedule.adaptive": None,
+    "training.rewarm_steps": 0,
+    "training.distillation_until": 1.0,
+    "training.residual_matching": 0.0,
+}
+"""Keys that version 0.2.0 removed, with the value that switched each one off.
+
+Version 0.1 wrote every default into recipe.toml, so the recipe of any of its runs has these keys (but not `adaptive`, whose off
+value was to be absent).
+"""
+
+
+def without_removed_keys(document: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's nested dictionary without the removed keys that were off; with any other value they stay, and are faults."""
+    kept = dict(document)
+    for key, off in REMOVED_KEYS.items():
+        section, _, name = key.partition(".")
+        table = kept.get(section)
+        if isinstance(table, Mapping) and name in table and table[name] == off:
+            kept[section] = {other: value for other, value in table.items() if other != name}
+    return kept
+
+
+def did_you_mean(word: str, candidates: Iterable[str], prefix: str = "") -> str:
+    """ "; did you mean 'gpt2'?" for the closest candidate, or nothing when none is close."""
+    close = difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.6)
+    return f"; did you mean {prefix + close[0]!r}?" if close else ""
+
+
+def all_faults(errors: Iterable[ErrorDetails], document: Mapping[str, Any], schema: type[BaseModel]) -> list[str]:
+    """One line for each fault of a document that pydantic refused.
+
+    Args:
+        errors: what pydantic found, which is only about single fields: it skips checks across fields once any is wrong.
+        document: the recipe as read.
+        schema: the Recipe class; its fields that are models themselves are the sections.
+    """
+    sections = sections_of(schema)
+    messages: dict[str, list[str]] = {}
+    for error in errors:
+        if error["loc"]:  # an error without a place is a check across fields, repeated below
+            key = _dotted(error["loc"], document, sections)
+            messages.setdefault(key, []).append(_message(error, key, schema, sections))
+    # A union complains once for each of its members; that is still one fault.
+    faults = [f"{key}: {' or '.join(dict.fromkeys(texts))}{_found(key, document)}" for key, texts in messages.items()]
+
+    def sound(key: str) -> Any:
+        """What the document says under a key that is not faulty, or else the schema's default."""
+        section, _, name = key.partition(".")
+        if key in messages or section in messages:
+            return None
+        table = document.get(section)
+        if not name or not isinstance(table, Mapping):
+            return None if name else table
+        return table[name] if name in table else sections[section].model_fields[name].get_default()
+
+    return faults + cross_field_faults(sound)
+
+
+def sections_of(schema: type[BaseModel]) -> dict[str, type[BaseModel]]:
+    """The schema's sections: field name to model, for fields of the form `Spec` or `Spec | None`."""
+    found: dict[str, type[BaseModel]] = {}
+    for name, field in schema.model_fields.items():
+        for candidate in (field.annotation, *getattr(field.annotation, "__args__", ())):
+            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+                found[name] = candidate
+    return found
+
+
+def follow(root: object, dotted: str) -> Any:
+    """The value under a dotted key of a model or of nested dictionaries; None where there is none."""
+    value = root
+    for part in dotted.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else getattr(value, part, None)
+    return value
+
+
+def cross_field_faults(value: Callable[[str], Any]) -> list[str]:
+    """Contradictions between fields, one line each.
+
+    Args:
+        value: gives the value under a dotted key, or None where it is unset or wrong in itself; a check that lacks one
+            of its values is left out.
+    """
+    faults: list[str] = []
+    removal, pretraining = value("schedule") is not None, value("architecture") is not None
+    if removal and pretraining:
+        faults.append("schedule: a pretraining recipe, one with [architecture], has none; drop one of the two tables")
+    if not removal and not pretraining:
+        faults.append("schedule: missing; add [schedule] for a removal or [architecture] for pretraining")
+
+    def at_most(low: str, high: str) -> None:
+        smaller, larger = value(low), value(high)
+        if smaller is not None and larger is not None and smaller > larger:
+            faults.append(f"{low}: must be at most {high} ({larger:g}), found {smaller:g}; lower it")
+
+    at_most("training.warmup_steps", "training.steps")
+    at_most("training.warmup_steps", "training.decay_steps")
+    at_most("training.minimum_learning_rate", "training.learning_rate")
+    at_most("data.context", "architecture.n_positions")
+    faults += _batch_faults(value("training.tokens_per_step"), value("data.context"), value("training.micro_batch"))
+    faults += _trapezoid_faults(value)
+    faults += _pretraining_faults(value) if pretraining else _removal_faults(value)
+    width, heads = value("architecture.n_embd"), value("architecture.n_head")
+    if width is not None and heads is not None and width % heads:
+        faults.append(f"architecture.n_embd: must be a multiple of n_head ({heads}), found {width}")
+    elif width is not None and heads is not None and value("architecture.family") == "pythia" and width // heads % 8:
+        rule = f"must be a multiple of 8 n_head ({8 * heads}): a quarter of each head is rotated, in pairs"
+        faults.append(f"architecture.n_embd: {rule}; found {width}")
+    return faults
+
+
+def _batch_faults(tokens: int | None, context: int | None, micro_batch: int | str | None) -> list[str]:
+    """A step must be a whole number of sequences, and of micro-batches."""
+    if tokens is None or context is None:
+        return []
+    if tokens % context:
+        nearest = max(context, round(tokens / context) * context)
+        found = f"found {tokens}; try {nearest}"
+        return [f"training.tokens_per_step: must be a multiple of data.context ({context}), {found}"]
+    sequences = tokens // context
+    if isinstance(micro_batch, int) and sequences % micro_batch:
+        fitting = max(size for size in range(1, min(micro_batch, sequences) + 1) if sequences % size == 0)
+        rule = f"must divide the {sequences} sequences of a step ({tokens} tokens / context {context})"
+        return [f"training.micro_batch: {rule}, found {micro_batch}; try {fitting}"]
+    return []
+
+
+ONLY_IN_REMOVALS = (
+    "data.odd_text",
+    "training.auxiliary_weight",
+    "training.distillation",
+)
+
+
+def _pretraining_faults(value: Callable[[str], Any]) -> list[str]:
+    """What would be ignored: what only removals have, and choices that another one makes void."""
+    faults = [
+        f"{key}: a pretraining recipe, one with [architecture], has none; leave it out"
+        for key in ONLY_IN_REMOVALS
+        if value(key)
+    ]
+    activation = value("architecture.activation")
+    if value("architecture.slopes") == "network" and activation not in (None, "learnable_leaky_relu"):
+        rule = "has no effect unless activation is 'learnable_leaky_relu'"
+        faults.append(
+            f"architecture.slopes: {rule}, found activation {activation!r}; leave it out, or learn the slopes"
+        )
+    if value("architecture.negative_slope") not in (None, 0.01) and activation in ("gelu", "relu"):
+        rule = "has no effect unless activation is 'leaky_relu' or 'learnable_leaky_relu'"
+        faults.append(f"architecture.negative_slope: {rule}, found activation {activation!r}; leave it out")
+    return faults
+
+
+def _removal_faults(value: Callable[[str], Any]) -> list[str]:
+    """Details of something that is switched off.
+
+    A weight that is written as 0 is meant: so a recipe can be tried without one of its terms.
+    """
+    faults: list[str] = []
+    training = value("training")
+    written = training.model_fields_set if isinstance(training, BaseModel) else training or ()
+    if value("training.auxiliary_weight") == 0 and "auxiliary_weight" not in written:
+        for key, usual in (("training.auxiliary_target", "batch"), ("training.auxiliary_sites", "ln_f")):
+            if (found := value(key)) not in (None, usual):
+                advice = "give that, or leave this out"
+                faults.append(f"{key}: has no effect without training.auxiliary_weight, found {found!r}; {advice}")
+    if value("training.entropy_weight"):
+        faults.append("training.entropy_weight: a removal, a recipe with [schedule], has none; leave it out")
+    share, end = value("training.distillation"), value("training.distillation_end")
+    if share == 0 and end:
+        advice = "set that above 0, or leave this out"
+        faults.append(
+            f"training.distillation_end: has no effect while training.distillation is 0, found {end}; {advice}"
+        )
+    return faults
+
+
+def _trapezoid_faults(value: Callable[[str], Any]) -> list[str]:
+    """The warm-up and the final decay of a trapezoid must not overlap."""
+    fraction, warmup = value("training.decay_fraction"), value("training.warmup_steps")
+    end = value("training.decay_steps") or value("training.steps")
+    if value("training.decay") != "trapezoid" or fraction is None or warmup is None or end is None:
+        return []
+    falling = round(fraction * end)
+    if warmup + falling <= end:
+        return []
+    overlap = f"the decay ({falling} steps) and the warm-up ({warmup}) overlap within {end} steps"
+    return [f"training.decay_fraction: {overlap}; lower one of them"]
+
+
+def _message(error: ErrorDetails, key: str, schema: type[BaseModel], sections: Mapping[str, type[BaseModel]]) -> str:
+    """The fault in words, without the key."""
+    if error["type"] == "extra_forbidden" and key in REMOVED_KEYS:
+        return "this option was removed in version 0.2.0; leave it out, or use version 0.1"
+    if error["type"] == "extra_forbidden":
+        return "unknown key" + _suggestion(key, schema, sections)
+    if error["type"] == "missing" and len(error["loc"]) <= key.count(".") + 1:
+        return "missing; add it"
+    if error["type"] == "missing":  # below a key: a list that is too short
+        return "should have one more item"
+    if error["type"] in ("model_type", "model_attributes_type"):
+        return f"should be a table; write [{key}]"
+    return error["msg"].removeprefix("Input ").removeprefix("Value error, ")
+
+
+def _found(key: str, document: Mapping[str, Any]) -> str:
+    """ ", found 'x'" for a key whose value fits in a line."""
+    value = follow(document, key)
+    return "" if value is None or isinstance(value, Mapping) else f", found {value!r}"
+
+
+def _dotted(
+    location: tuple[int | str, ...], document: Mapping[str, Any], sections: Mapping[str, type[BaseModel]]
+) -> str:
+    """The key in the file for a pydantic location, which also names union members and list positions (dropped here)."""
+    parts = [str(part) for part in location]
+    if parts[0] not in sections:
+        return parts[0]
+    inside_a_table = isinstance(follow(document, ".".join(parts[:2])), Mapping)
+    return ".".join(parts[:3] if inside_a_table else parts[:2])
+
+
+def _suggestion(key: str, schema: type[BaseModel], sections: Mapping[str, type[BaseModel]]) -> str:
+    """Where an unknown key probably belongs, or which keys there are."""
+    section, dot, name = key.partition(".")  # the first: a quoted key may have dots of its own
+    if not dot:
+        section, name = "", key
+    known = sections[section].model_fields if section in sections else schema.model_fields
+    close = did_you_mean(name, known, prefix=f"{section}." if section else "")
+    if close:
+        return close
+    elsewhere = [f"{other}.{name}" for other, spec in sections.items() if name in spec.model_fields]
+    return f"; did you mean {elsewhere[0]!r}?" if elsewhere else f"; known here: {', '.join(known)}"

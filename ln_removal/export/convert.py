@@ -1,0 +1,266 @@
+"""Convert LN-free models: a published one, with disarmed LayerNorms, to one without norms, and an LN-free one to TransformerLens.
+
+Both earlier projects (apollo-research/gpt2_noLN, schaeff/gpt2-*_LNFree*) give LayerNorm an epsilon of 10^12 and weights
+of 10^6 gamma / sigma. For any residual stream whose variance is small against 10^12 such a norm computes
+
+    (x - mean(x)) / sqrt(var(x) + eps) * weight + bias  =  (x - mean(x)) * weight / sqrt(eps) + bias,
+
+a frozen norm with the constant sqrt(eps), so it folds like ours. Our own stock form is one more of this kind.
+
+The epsilon lives in config.json and the weights in another file, so the two can disagree: a model whose weights are
+disarmed still is when its config has LayerNorm's usual epsilon, but then the epsilon has to be guessed.
+
+Shapes: D model width, V vocabulary, L layers.
+
+A bridge of TransformerLens 4 is made from a model in memory, or by TransformerLens from its directory:
+
+    bridge = ln_removal.to_bridge(model, tokenizer)
+    bridge = TransformerBridge.boot_transformers("path/to/an/ln-free/model")      # after `import ln_removal`
+
+Nothing normalises, so the residual stream's components add up to the logits: with `logits, cache =
+bridge.run_with_cache(tokens)`,
+
+    cache.get_full_resid_decomposition(expand_neurons=False) @ bridge.W_U, summed, + bridge.b_U  ==  logits
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+
+from ln_removal.errors import UserError
+from ln_removal.export.stock import EPSILON, NORM_WEIGHT
+from ln_removal.export.verify import TOLERANCE, ExportError, position_errors, readers
+from ln_removal.models.layout import DISARMING_EPSILON, check_supported
+from ln_removal.models.normfree_gpt2 import from_folded
+from ln_removal.models.registration import ARCHITECTURE
+from ln_removal.norms.surgery import fold_affine
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
+
+    from ln_removal.models.normfree_gpt2 import NormFreeGPT2LMHeadModel
+
+logger = logging.getLogger(__name__)
+
+PUBLISHED_EPSILON = 1e12
+"""layer_norm_epsilon of the published models."""
+
+DISARMED_WEIGHT = 1e3
+"""Root mean square that tells a disarmed norm's weight from LayerNorm's own: published ones lie between 10^4 and 10^7
+(10^6 gamma / sigma), ours are 2^14, those of a LayerNorm lie below 10^2."""
+
+
+def has_disarmed_norms(model: GPT2LMHeadModel) -> bool:
+    """Whether any norm of a stock GPT-2 is disarmed, by the epsilon of its configuration or norms, or by its weights."""
+    norms = _norms(model).values()
+    return max(_written_epsilons(model)) >= DISARMING_EPSILON or any(map(_has_disarmed_weight, norms))
+
+
+@torch.no_grad()
+def from_disarmed(model: GPT2LMHeadModel) -> NormFreeGPT2LMHeadModel:
+    """Convert a GPT-2 with disarmed LayerNorms to one without norms, in evaluation mode.
+
+    A norm's own epsilon counts if it disarms; else that of the configuration; else, where the weights are those of a
+    disarmed norm, the epsilon that goes with them, with a warning.
+
+    Args:
+        model: every norm disarmed; the unembedding tied or not. Not changed.
+
+    Returns:
+        The LN-free model, with new weights in the model's dtype and on its device.
+
+    Raises:
+        UserError: not a GPT-2, some of its norms still normalise, or weights are not finite.
+    """
+    check_supported(model)
+    _check_finite(model)
+    norms, epsilons = _norms(model), _epsilons(model)
+    if max(_written_epsilons(model)) < DISARMING_EPSILON:
+        logger.warning(
+            "the configuration has layer_norm_epsilon %g, but the LayerNorm weights are those of disarmed norms; took epsilon "
+            "%.6g, with which such models are made",
+            model.config.layer_norm_epsilon,
+            max(epsilons.values()),
+        )
+    state = {name: value.detach().clone() for name, value in model.state_dict().items() if ".ln_" not in name}
+    for name, (_, reader) in readers(model).items():
+        weight, bias = reader.get_parameter("weight"), cast("Tensor | None", reader.bias)
+        sigma = torch.tensor(math.sqrt(epsilons[name]), dtype=torch.float64, device=weight.device)
+        # nn.Linear keeps its weight output-first (V, D)
+        wide = weight.T if name == "lm_head" else weight
+        folded, shift = fold_affine(wide, bias, norms[name].weight, norms[name].bias, sigma)
+        state[f"{name}.weight"] = (folded.T if name == "lm_head" else folded).to(weight.dtype).contiguous()
+        state[f"{name}.bias"] = shift.to(weight.dtype)
+    return from_folded(model.config, state)
+
+
+def check_conversion(source: GPT2LMHeadModel, converted: NormFreeGPT2LMHeadModel, input_ids: Tensor) -> float:
+    """Compare a converted model with its source, in float32 and, where that does not decide, in float64.
+
+    The source is run with the epsilons that the conversion took, whatever its configuration says. Some LN-free models'
+    activations explode on tokens that their training text lacked, and there even a disarmed norm still normalises: such
+    positions are passed over with a warning as long as they are the lesser part.
+
+    Args:
+        source: as given to `from_disarmed`.
+        converted: what it returned.
+        input_ids: (B, T) tokens; many short rows, since an explosion reaches all later positions of its row.
+
+    Returns:
+        The largest difference of a position's logits relative to its largest logit.
+
+    Raises:
+        ExportError: most positions differ by more than TOLERANCE: at the size of its activations the source still
+            normalises.
+    """
+    epsilons = _epsilons(source)
+    for dtype in (torch.float32, torch.float64):
+        reference, candidate = (
+            model if model.dtype == dtype else copy.deepcopy(model).to(dtype) for model in (source, converted)
+        )
+        with _run_with(reference, epsilons):
+            errors = position_errors(reference, candidate, input_ids)
+        equal = errors <= TOLERANCE  # a NaN is not
+        if equal.all():
+            return float(errors.max())
+    if equal.double().mean() <= 0.5:
+        raise ExportError(
+            f"the model without norms differs from the disarmed one by {float(errors.median()):.2e} relative, more than "
+            f"{TOLERANCE:.0e}: the activations are too large for epsilon {min(epsilons.values()):g}, so it still normalises and "
+            "is not LN-free"
+        )
+    logger.warning(
+        "at %d of %d positions of random tokens the activations are so large that the disarmed LayerNorms still act, and the "
+        "model without norms differs there by up to %.1e relative",
+        int((~equal).sum()),
+        equal.numel(),
+        float(errors.max()),
+    )
+    return float(errors[equal].max())
+
+
+def _epsilons(model: GPT2LMHeadModel) -> dict[str, float]:
+    """The epsilon of each norm, by the name of the linear map that reads it.
+
+    Raises:
+        UserError: some norms still normalise.
+    """
+    norms = _norms(model)
+    configured = float(model.config.layer_norm_epsilon)
+    armed = [name for name, norm in norms.items() if not _has_disarmed_weight(norm)]
+    if len(armed) == len(norms):
+        raise UserError(
+            f"layer_norm_epsilon {max(_written_epsilons(model)):g} disarms the LayerNorms, but their weights are ordinary ones, "
+            "so next to nothing is left of what they read; if the model has its LayerNorms, set it back to 1e-5 in config.json"
+        )
+    if armed:
+        raise UserError(
+            f"the model is only partly disarmed: {len(armed)} of its {len(norms)} LayerNorms, the first the one that "
+            f"{armed[0]} reads, have ordinary weights; get the checkpoint again from where it was published"
+        )
+    ours = all(bool((norm.weight == NORM_WEIGHT).all()) for norm in norms.values())
+    default = configured if configured >= DISARMING_EPSILON else EPSILON if ours else PUBLISHED_EPSILON
+    return {name: float(norm.eps) if norm.eps >= DISARMING_EPSILON else default for name, norm in norms.items()}
+
+
+def _written_epsilons(model: GPT2LMHeadModel) -> list[float]:
+    """That of the configuration, then those of the norms."""
+    return [float(model.config.layer_norm_epsilon), *(float(norm.eps) for norm in _norms(model).values())]
+
+
+def _norms(model: GPT2LMHeadModel) -> dict[str, nn.LayerNorm]:
+    return {name: cast(nn.LayerNorm, norm) for name, (norm, _) in readers(model).items()}
+
+
+def _check_finite(model: nn.Module) -> None:
+    for name, value in model.named_parameters():
+        if not bool(torch.isfinite(value).all()):
+            raise UserError(
+                f"{name} holds values that are not finite: a disarmed LayerNorm's weights do not fit float16; take the "
+                "float32 or bfloat16 weights"
+            )
+
+
+@contextmanager
+def _run_with(model: GPT2LMHeadModel, epsilons: dict[str, float]) -> Iterator[None]:
+    """Give the norms these epsilons for a while."""
+    norms = _norms(model)
+    before = {name: norm.eps for name, norm in norms.items()}
+    try:
+        for name, norm in norms.items():
+            norm.eps = epsilons[name]
+        yield
+    finally:
+        for name, norm in norms.items():
+            norm.eps = before[name]
+
+
+def _has_disarmed_weight(norm: nn.LayerNorm) -> bool:
+    return bool(norm.weight.double().square().mean().sqrt() >= DISARMED_WEIGHT)
+
+
+def to_bridge(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase | None = None) -> TransformerBridge:
+    """Put a TransformerBridge around an LN-free model.
+
+    Args:
+        model: an LN-free model of this project; or a published one, or our stock form, with disarmed LayerNorms, which is
+            converted first. It is left as it is: the bridge gets modules of its own that share the LN-free model's
+            weights (a conversion makes new ones).
+        tokenizer: for `to_tokens`, `generate` from text and the like; none is looked for if it is left out.
+
+    Returns:
+        The bridge, in evaluation mode, on the model's device and in its dtype. Its logits are the model's, attention is
+        computed by transformers' eager code.
+
+    Raises:
+        UserError: the model is not LN-free.
+    """
+    # boot_transformers would look for a tokenizer on the Hub when it is given none.
+    from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
+
+    source = _ln_free(model)
+    own = from_folded(source.config, source.state_dict())
+    own.set_attn_implementation("eager")
+    own.generation_config = copy.deepcopy(source.generation_config)
+    bridge = build_bridge_from_module(
+        own,
+        ARCHITECTURE,
+        hf_config=own.config,
+        tokenizer=None if tokenizer is None else _prepared(tokenizer),
+        model_name=source.config.name_or_path or ARCHITECTURE,
+    )
+    return bridge.eval()
+
+
+def _ln_free(model: GPT2LMHeadModel) -> NormFreeGPT2LMHeadModel:
+    from transformers import GPT2LMHeadModel
+
+    from ln_removal.models.normfree_gpt2 import NormFreeGPT2LMHeadModel
+
+    if isinstance(model, NormFreeGPT2LMHeadModel):
+        if not isinstance(model.lm_head, nn.Linear):
+            raise UserError("the model is in a bridge already, which has changed its modules; load it afresh")
+        return model
+    if isinstance(model, GPT2LMHeadModel) and has_disarmed_norms(model):
+        return from_disarmed(model)
+    raise UserError(
+        f"{type(model).__name__} is not LN-free; pass what ln_removal.fold and from_folded made, a model loaded from an "
+        "export, or a published one with disarmed LayerNorms"
+    )
+
+
+def _prepared(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A copy that TransformerLens can load anew: it does so by the name in `init_kwargs`, with a beginning-of-text token."""
+    own = copy.deepcopy(tokenizer)
+    own.init_kwargs.setdefault("name_or_path", "")
+    own.init_kwargs["add_bos_token"] = True
+    return own

@@ -1,0 +1,294 @@
+"""Write LN-free models to disk: folded and verified first, then under a temporary name and renamed, so nothing is half there.
+
+A model comes from a training that has just ended, from a run (folded from its newest checkpoint where it was not exported
+yet), from an LN-free model's directory, or from a published LN-free model with disarmed LayerNorms, here or on the Hub.
+
+`ln-export --with-code` puts the model's code beside its weights, for a transformers without ln-removal. transformers runs such
+a file only when the user passes trust_remote_code=True. With ln-removal imported it is not needed, and what is loaded is the
+installed class.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from ln_removal.errors import UserError
+from ln_removal.export.convert import check_conversion, from_disarmed, has_disarmed_norms
+from ln_removal.export.stock import to_stock
+from ln_removal.export.verify import TOLERANCE, ExportError, logits_error, verify_export
+from ln_removal.files.atomic import check_room, is_full, shortage, written_whole
+from ln_removal.models import normfree_gpt2
+from ln_removal.models.loading import quiet_transformers
+from ln_removal.models.normfree_gpt2 import NormFreeGPT2LMHeadModel, from_folded
+from ln_removal.models.precision import export_bytes
+from ln_removal.norms.surgery import fold
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    from transformers import GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
+
+    from ln_removal.config.recipe import ExportSpec
+
+MODULE = "modeling_normfree_gpt2"
+"""Name of the file in a model's directory, without its ending; transformers' own spelling."""
+
+Format = Literal["normfree", "stock"]
+DIRECTORIES: dict[Format, str] = {"normfree": "model", "stock": "stock"}
+
+logger = logging.getLogger(__name__)
+
+CHECK_TOKENS = 256
+"""Positions of the random token sequences on which the written form is compared with its source."""
+
+
+def add_modelling_file(directory: Path) -> None:
+    """Copy the source of `normfree_gpt2` into a saved LN-free model and name its classes in config.json.
+
+    Raises:
+        OSError: the directory cannot be written.
+    """
+    (directory / f"{MODULE}.py").write_text(inspect.getsource(normfree_gpt2), encoding="utf-8")
+    path = directory / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["auto_map"] = {
+        "AutoConfig": f"{MODULE}.{normfree_gpt2.NormFreeGPT2Config.__name__}",
+        "AutoModelForCausalLM": f"{MODULE}.{normfree_gpt2.NormFreeGPT2LMHeadModel.__name__}",
+    }
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def write_exports(
+    frozen: GPT2LMHeadModel,
+    tokenizer: PreTrainedTokenizerBase,
+    out: Path,
+    *,
+    held_out: npt.NDArray[np.int64],
+    export: ExportSpec,
+) -> NormFreeGPT2LMHeadModel:
+    """Fold a frozen model, check the result on held-out text, and write it in every format of the recipe.
+
+    Args:
+        frozen: with freezable norms, all frozen and special constants dropped; moved to the CPU in float32.
+        tokenizer: saved beside the weights.
+        out: run directory; `out/model` and `out/stock` are written.
+        held_out: token ids (B, T) for the check.
+        export: formats and precision.
+
+    Raises:
+        ExportError: the folded or stock model does not compute what the frozen one does; nothing is written.
+        UserError: a directory cannot be written.
+    """
+    frozen = frozen.to(device="cpu", dtype=torch.float32).eval()
+    tokens = torch.from_numpy(held_out)
+    folded = from_folded(frozen.config, fold(frozen))
+    verify_export(frozen, folded, tokens)
+    for form in export.formats:
+        write_format(folded, tokenizer, out / DIRECTORIES[form], form=form, tokens=tokens, dtype=export.dtype)
+    return folded
+
+
+def write_format(
+    folded: NormFreeGPT2LMHeadModel,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    *,
+    form: Format,
+    tokens: torch.Tensor,
+    dtype: str = "float32",
+    with_code: bool = False,
+) -> None:
+    """Write an LN-free model in one format; the stock form is compared with it first.
+
+    Args:
+        with_code: put the modelling file beside a normfree model; the stock form needs none.
+
+    Raises:
+        ExportError: the stock form's logits differ.
+        UserError: the directory cannot be written.
+    """
+    if form == "normfree":
+        save_model(folded, tokenizer, directory, dtype=dtype, with_code=with_code)
+        return
+    stock = to_stock(folded)
+    error = logits_error(folded, stock, tokens)
+    if not error <= TOLERANCE:
+        # Huge activations magnify float32 rounding; what counts then is whether the form is right in float64.
+        wide = copy.deepcopy(folded).double()
+        error = logits_error(wide, to_stock(wide), tokens)
+    if not error <= TOLERANCE:
+        raise ExportError(
+            f"the stock form's logits differ from the LN-free model's by {error:.2e} relative, more than {TOLERANCE:.0e}; if the "
+            "model was trained further after its norms were folded, it has no stock form; use --format normfree"
+        )
+    save_model(stock, tokenizer, directory, dtype=dtype)
+
+
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    *,
+    dtype: str = "float32",
+    with_code: bool = False,
+) -> None:
+    """Save in Hugging Face format: into a temporary directory beside the target, which then takes its place.
+
+    Args:
+        with_code: also save the modelling file; for an LN-free model.
+
+    Raises:
+        UserError: the disk is full or the directory cannot be written; what was there before stays as it was.
+    """
+    wanted = getattr(torch, dtype)
+    needed = export_bytes(model, dtype)
+    try:
+        check_room(directory, needed)
+        # A copy, because .to() would change the caller's model.
+        written = model if model.dtype == wanted else copy.deepcopy(model).to(dtype=wanted)
+        with written_whole(directory) as temporary:
+            with quiet_transformers():
+                written.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+            if with_code:
+                add_modelling_file(temporary)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        room = f"; {shortage(directory, needed)}" if is_full(error) else ""
+        raise UserError(
+            f"cannot write {directory}: {reason}{room}; free some space and run this again (a training: with --resume), or choose "
+            "another --out"
+        ) from error
+
+
+def export_model(
+    source: Path | str,
+    out: Path,
+    *,
+    form: Format,
+    dtype: str = "float32",
+    tokenizer: str | None = None,
+    with_code: bool = False,
+) -> float:
+    """Write `source` to `out` in a format, and load it back to compare.
+
+    Args:
+        source: a run of `ln-remove`, an LN-free model's directory, or a published LN-free model: its directory or Hub id.
+        out: a directory that does not exist yet, or is empty.
+        form: "normfree" or "stock".
+        dtype: precision of the weights written.
+        tokenizer: a model to take the tokenizer from; default: the source's own.
+        with_code: put the modelling file beside a normfree model, for users without ln-removal.
+
+    Returns:
+        The largest relative difference between the logits of what was written and of the source in float32.
+
+    Raises:
+        UserError: `source` is none of these, its sites are not all frozen, it has no tokenizer, or `out` is in use.
+    """
+    from ln_removal.models.loading import load_model
+
+    if with_code and form != "normfree":
+        raise UserError("the stock form needs no code of its own; leave out --with-code, or use --format normfree")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is already in use; choose another --out")
+    model, own_tokenizer = open_source(source, tokenizer=tokenizer)
+    tokens = _check_tokens(model, rows=4)
+    reference = from_folded(model.config, model.state_dict()).float()
+    write_format(model, own_tokenizer, out, form=form, tokens=tokens, dtype=dtype, with_code=with_code)
+    return logits_error(reference, load_model(str(out)).model, tokens)
+
+
+def open_source(
+    source: Path | str, *, tokenizer: str | None = None
+) -> tuple[NormFreeGPT2LMHeadModel, PreTrainedTokenizerBase]:
+    """The LN-free model of a run, a directory or a Hub id, with its tokenizer.
+
+    Args:
+        source: as for `export_model`.
+        tokenizer: a model to take the tokenizer from; default: the source's own.
+
+    Raises:
+        UserError: there is none: not a run, not an LN-free model, or a run that is not frozen yet.
+    """
+    from ln_removal.files.run_directory import RECIPE_FILE
+    from ln_removal.models.loading import EMBEDDED_MODEL, NoTokenizerError, load_model, load_tokenizer
+
+    name, path = str(source), Path(source)
+    if not path.is_dir() and name != EMBEDDED_MODEL and not _looks_like_a_hub_id(name):
+        raise UserError(
+            f"no such directory: {name}; give a run of ln-remove, the directory of an LN-free model, or the Hub id "
+            "(OWNER/NAME) of a published one"
+        )
+    if (path / RECIPE_FILE).is_file():
+        if (path / "model" / "config.json").is_file():
+            return open_source(path / "model", tokenizer=tokenizer)
+        folded, own = _fold_checkpoint(path)
+        return folded, own if tokenizer is None else load_tokenizer(tokenizer)
+    try:
+        loaded = load_model(name, tokenizer_from=tokenizer)
+    except NoTokenizerError as error:
+        raise UserError(f"{error}, or name a model that has the same with --tokenizer (such as gpt2)") from error
+    if isinstance(loaded.model, NormFreeGPT2LMHeadModel):
+        # A configuration of our own, without a modelling file's entries.
+        return from_folded(loaded.model.config, loaded.model.state_dict()), loaded.tokenizer
+    if loaded.model.config.model_type != "gpt2":
+        raise UserError(
+            f"{name} is a {loaded.model.config.model_type} model, which nothing is left to be folded in; it loads as it is, see "
+            "its README.md"
+        )
+    if not has_disarmed_norms(loaded.model):
+        raise UserError(
+            f"{name} is a {loaded.model.config.model_type} model with its LayerNorms, not an LN-free one; remove them first "
+            f"with ln-remove --model {name}"
+        )
+    try:
+        converted = from_disarmed(loaded.model)
+        check_conversion(loaded.model, converted, _check_tokens(converted, rows=32, length=16))
+    except UserError as error:
+        raise type(error)(f"{name}: {error}") from error
+    return converted, loaded.tokenizer
+
+
+def _looks_like_a_hub_id(name: str) -> bool:
+    owner, _, model = name.partition("/")
+    return bool(owner and model) and "/" not in model and not name.startswith((".", "~")) and not Path(owner).is_dir()
+
+
+def _check_tokens(model: NormFreeGPT2LMHeadModel, *, rows: int, length: int = CHECK_TOKENS) -> Tensor:
+    """(rows, T) random tokens, T as asked for or the model's context."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(
+        model.config.vocab_size, (rows, min(length, model.config.max_position_embeddings)), generator=generator
+    )
+
+
+def _fold_checkpoint(run: Path) -> tuple[NormFreeGPT2LMHeadModel, PreTrainedTokenizerBase]:
+    from ln_removal.evaluation.scoring import recipe_of
+    from ln_removal.models.loading import load_model
+    from ln_removal.norms.surgery import install
+    from ln_removal.training.checkpoint import load_newest
+
+    recipe = recipe_of(run)
+    if recipe.schedule is None:
+        raise UserError(f"{run} is a run of ln-pretrain; only what ln-remove has made LN-free can be exported")
+    loaded = load_model(recipe.model)
+    install(loaded.model, eot_token_id=loaded.tokenizer.eos_token_id)
+    state, faults = load_newest(run / "state", loaded.model, None)
+    if state is None:
+        raise UserError(f"{run} has no checkpoint yet; continue it with ln-remove --out {run} --resume")
+    for fault in faults:
+        logger.warning("passed over: %s", fault)
+    loaded.model.eval()
+    folded = from_folded(loaded.model.config, fold(loaded.model))
+    verify_export(loaded.model, folded, _check_tokens(folded, rows=2))
+    return folded, loaded.tokenizer

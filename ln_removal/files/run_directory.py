@@ -1,0 +1,312 @@
+"""The directory of a run: it is locked and claimed before anything is written, and given back when nothing came of the run.
+
+A run that is resumed as it was comes to the same steps with the same numbers, so its recipe may not change. After a run went
+back to a checkpoint, and only then, it may go on with a lower learning rate, a lower minimum of it or a tighter clip. The
+change is written into recipe.toml and noted in metrics.jsonl.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import shutil
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from ln_removal.errors import UserError
+from ln_removal.files.atomic import clean_leftovers
+from ln_removal.files.metrics_log import METRICS_FILE, RECIPE_CHANGE, ROLLBACK, last_row, note_change
+from ln_removal.files.signals import Interrupted
+
+RECIPE_FILE = "recipe.toml"
+
+LOCK_FILE = ".lock"
+"""Locked while a process works on the run. The system lets go of the lock when that process ends, however it ends."""
+
+WithDefaults = Callable[[Mapping[str, Any]], dict[str, Any]]
+"""Writes out the defaults of a recipe, or of another record, that was read from TOML: `config.recipe.with_defaults`."""
+
+_DIFFERENCES_SHOWN = 4
+
+logger = logging.getLogger(__name__)
+
+MAY_BE_LOWERED = ("learning_rate", "minimum_learning_rate", "clip")
+"""Of [training]."""
+
+
+@contextmanager
+def run_directory(
+    out: Path, recipe_toml: str, *, with_defaults: WithDefaults, resume: bool, is_main: bool = True
+) -> Iterator[None]:
+    """Make `out` this run's directory and write its recipe there, or check that it is the run to resume.
+
+    When the block fails before the first training step was logged, what it left is removed again, so that the same
+    --out can be used once the mistake is mended. Prepared tokens, whole or resumable, are worth keeping: then the run
+    stays as it is, for --resume.
+
+    Args:
+        out: the run's directory.
+        recipe_toml: the resolved recipe.
+        with_defaults: so that a key which an older version did not write counts as its default.
+        resume: `out` may hold this run already. One that has not been trained yet takes the new recipe.
+        is_main: False does nothing: of several ranks only the main one claims.
+
+    Raises:
+        UserError: `out` cannot be written, another process is at work there, or it holds something already (without
+            `resume`) or a run of another recipe.
+        Interrupted: the block was, by a signal; says what is kept.
+    """
+    if not is_main:
+        yield
+        return
+    made = [path for path in (out, *out.parents) if not path.exists()]
+    with locked(out, resume=resume):
+        is_new, claimed = not (out / RECIPE_FILE).exists(), False
+        try:
+            _claim(out, recipe_toml, with_defaults, resume=resume)
+            claimed = True
+            _clean_leftovers(out)
+            yield
+        except BaseException as error:
+            is_kept = not is_new or not (_is_only_claimed(out) or (claimed and not _is_worth_keeping(out)))
+            if not is_kept:
+                _clear(out, made)
+            if isinstance(error, KeyboardInterrupt):
+                raise _interrupted(error, out, is_kept=is_kept) from None
+            raise
+
+
+def has_trained(out: Path) -> bool:
+    """Whether a run has been trained at least up to its first checkpoint."""
+    return (out / "model").is_dir() or any((out / "state").glob("step-*"))
+
+
+def link_tokens(out: Path, directory: Path) -> None:
+    """Make `out/tokens` a link to the given tokens, so that resuming and ln-evaluate find them.
+
+    Raises:
+        UserError: the run was trained on other tokens, or the link cannot be made.
+    """
+    link, target = out / "tokens", directory.resolve()
+    if link.exists() and link.resolve() == target:
+        return
+    if link.is_symlink() and not has_trained(out):
+        link.unlink()
+    elif link.is_symlink() or link.exists():
+        raise UserError(f"{out} has its own tokens, in {link.resolve()}; leave --tokens out, or choose another --out")
+    try:
+        link.symlink_to(target, target_is_directory=True)
+    except OSError as error:
+        raise UserError(f"cannot write {link}: {error.strerror or error}; choose another --out") from error
+
+
+def remove_unfinished_tokens(directory: Path) -> None:
+    """Remove what a failed preparation left that cannot be resumed; whole or resumable tokens stay."""
+    lock = directory / "prepare.lock"
+    if not lock.is_file() or _holds_tokens(directory):
+        return
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:  # another process is at work here, and that was the failure
+            return
+        for split in ("train", "validation"):
+            for leftover in directory.glob(f"{split}-*-[0-9][0-9][0-9][0-9][0-9].bin"):
+                leftover.unlink(missing_ok=True)
+        lock.unlink(missing_ok=True)
+    with suppress(OSError):  # not empty: not all of it is ours
+        directory.rmdir()
+
+
+@contextmanager
+def locked(out: Path, *, resume: bool, record: str = RECIPE_FILE) -> Iterator[None]:
+    """Keep other processes off the directory of a run, or of a grid of runs; it is made if it is not there.
+
+    Args:
+        out: the directory.
+        resume: there may be something of ours in it already.
+        record: the file that shows it.
+
+    Raises:
+        UserError: `out` cannot be written, another process is at work there, or it holds something already (without
+            `resume`, or something else).
+    """
+    lock = out / LOCK_FILE
+    try:
+        if not lock.exists():  # a lock is only put where a run may be
+            check_free(out, resume=resume, record=record)
+            out.mkdir(parents=True, exist_ok=True)
+        file = lock.open("a")
+    except OSError as error:
+        raise _unwritable(out, error) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another process is at work on the run in {out}; wait for it or stop it, or choose another --out"
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                raise _unwritable(out, error) from error
+            logger.warning("the file system of %s has no locks: see to it that no other process uses it", out)
+        yield
+
+
+def check_free(out: Path, *, resume: bool, record: str = RECIPE_FILE) -> bool:
+    """Whether there is something in `out`, which is then a run to resume; raises UserError when it is anything else."""
+    own = {LOCK_FILE, f".{record}.tmp"}  # all that a process leaves which is killed before it has written the record
+    used = out.is_dir() and any(path.name not in own for path in out.iterdir())
+    file = out / record
+    if used and not resume:
+        if file.exists():
+            raise UserError(f"{out} already holds a run; continue it with --resume, or choose another --out")
+        raise UserError(f"{out} already holds files that are not a run of ours; choose another --out")
+    if used and not file.exists():
+        raise UserError(f"{out} holds no {record}, so there is no run to resume; choose another --out")
+    return used
+
+
+def _claim(out: Path, recipe_toml: str, with_defaults: WithDefaults, *, resume: bool) -> None:
+    file = out / RECIPE_FILE
+    try:
+        used = check_free(out, resume=resume)
+        if used:
+            changed = differences(file.read_bytes(), recipe_toml, with_defaults)
+            lowered = may_go_on_with(out / METRICS_FILE, file.read_bytes(), recipe_toml, with_defaults)
+            if changed and has_trained(out) and not lowered:
+                raise UserError(
+                    f"{out} was begun with another recipe: {changed}; resume it with the recipe and options it was begun "
+                    "with, or choose another --out"
+                )
+            if not changed:
+                return
+            note_change(out / METRICS_FILE, changed)
+            if not lowered:
+                shutil.rmtree(out / "tokenizer", ignore_errors=True)  # trained by the recipe that is now replaced
+        out.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_name(f".{RECIPE_FILE}.tmp")
+        temporary.write_text(recipe_toml, encoding="utf-8")
+        os.replace(temporary, file)
+    except OSError as error:
+        raise _unwritable(out, error) from error
+
+
+def _clean_leftovers(out: Path) -> None:
+    """Delete what a killed process left under temporary names in a run's directory, which is locked by this one."""
+    for place in (out, out / "control"):
+        for name in ("", "state", "model", "stock"):
+            directory = place / name
+            if directory.is_dir() and not directory.is_symlink():
+                clean_leftovers(directory)
+                for leftover in directory.glob("*.tmp"):
+                    leftover.unlink(missing_ok=True)
+
+
+def _interrupted(error: KeyboardInterrupt, out: Path, *, is_kept: bool) -> Interrupted:
+    """What was stopped from outside, with what is left of it in words."""
+    stopped = error if isinstance(error, Interrupted) else Interrupted()
+    stopped.resume = is_kept
+    if not stopped.kept:
+        stopped.kept = _kept(out) if is_kept else "nothing was trained or prepared yet, so nothing is kept"
+    return stopped
+
+
+def _kept(out: Path) -> str:
+    tokens = out / "tokens"
+    kept = [str(tokens)] if _holds_tokens(tokens) and not tokens.is_symlink() else []
+    for place in (out, out / "control"):
+        if (place / "model").is_dir():
+            kept.append(str(place / "model"))
+        else:
+            kept += [str(path) for path in sorted((place / "state").glob("step-*"))[-1:]]
+    if not kept:
+        return f"there is no checkpoint in {out} yet"
+    return f"{' and '.join(kept)} {'is' if len(kept) == 1 else 'are'} kept"
+
+
+def _unwritable(out: Path, error: OSError) -> UserError:
+    return UserError(f"cannot write {out}: {error.strerror or error}; choose another --out")
+
+
+def differences(before: bytes, now: str, with_defaults: WithDefaults, *, record: str = RECIPE_FILE) -> str:
+    """What differs between two recipes as TOML, in words; empty when nothing does.
+
+    A key that `before` lacks because the version that wrote it did not know it counts as its default.
+    """
+    try:
+        old = _flat(with_defaults(tomllib.loads(before.decode())))
+    except ValueError as error:
+        return f"its {record} is damaged ({error})"
+    new = _flat(with_defaults(tomllib.loads(now)))
+    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    shown = [f"{key} was {old.get(key, 'unset')}, now {new.get(key, 'unset')}" for key in keys[:_DIFFERENCES_SHOWN]]
+    more = len(keys) - len(shown)
+    return ", ".join(shown) + (f", and {more} more" if more else "")
+
+
+def _flat(table: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    found: dict[str, object] = {}
+    for key, value in table.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return found
+
+
+def _is_only_claimed(out: Path) -> bool:
+    """Whether there is nothing in a directory but what claiming it leaves."""
+    return {path.name for path in out.iterdir()} <= {LOCK_FILE, RECIPE_FILE, f".{RECIPE_FILE}.tmp"}
+
+
+def _is_worth_keeping(out: Path) -> bool:
+    metrics = out / METRICS_FILE
+    logged = metrics.is_file() and metrics.stat().st_size > 0
+    tokens = out / "tokens"
+    return logged or has_trained(out) or (_holds_tokens(tokens) and not tokens.is_symlink())
+
+
+def _holds_tokens(directory: Path) -> bool:
+    """Whether a directory holds tokens that are whole or can be completed."""
+    return any((directory / name).is_file() for name in ("index.json", "progress.json"))
+
+
+def _clear(out: Path, made: list[Path]) -> None:
+    """Remove what an unsuccessful run left in a directory that was empty before it, and the directories made for it."""
+    for name in (RECIPE_FILE, f".{RECIPE_FILE}.tmp", METRICS_FILE, LOCK_FILE):
+        (out / name).unlink(missing_ok=True)
+    for name in ("tokens", "tokenizer", ".tokenizer.tmp", "state"):
+        path = out / name
+        if path.is_symlink():
+            path.unlink()
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+    for path in made:
+        try:
+            path.rmdir()
+        except OSError:  # something else is in it
+            return
+
+
+def may_go_on_with(metrics: Path, before: bytes, now: str, with_defaults: WithDefaults) -> bool:
+    """Whether the run has just gone back, and its new recipe only lowers what may be lowered.
+
+    Args:
+        metrics: the run's metrics.jsonl.
+        before: recipe.toml as it is. now: the new one.
+    """
+    if last_row(metrics).get("kind") not in (ROLLBACK, RECIPE_CHANGE):
+        return False
+    try:
+        old, new = with_defaults(tomllib.loads(before.decode())), with_defaults(tomllib.loads(now))
+    except ValueError:  # recipe.toml is damaged
+        return False
+    was, wanted = old.get("training", {}), new.get("training", {})
+    lowered = all(wanted.get(name, 0) <= was.get(name, 0) for name in MAY_BE_LOWERED)
+    for name in MAY_BE_LOWERED:
+        was.pop(name, None)
+        wanted.pop(name, None)
+    return bool(lowered and old == new)

@@ -1,0 +1,1 @@
+"""What attention does, step by step and head by head."""

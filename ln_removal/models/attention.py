@@ -1,0 +1,202 @@
+"""How widely attention spreads: the entropy of its rows, how to get at them in a running model, and a penalty on it.
+
+    E(l, h) = mean over batch and queries of - sum over keys of p log p                                          (nats)
+
+Without LayerNorm the heads of early layers tend to the largest possible entropy ("entropic overload": they look everywhere
+alike), those of late layers to 0 (Jha and Reagen, arXiv 2410.09637). The fused kernels never hold the probabilities, so who
+wants to see them gives the model `explicit_causal_attention` for as long as it looks.
+
+Shape legend: B batch, H heads, T queries, S keys, K width of a head, L layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ln_removal.models.layout import attention_of, blocks_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+R = TypeVar("R")
+
+EXPLICIT_ATTENTION = "ln_removal_explicit"
+
+OVERLOAD_SHARE = 0.9
+"""A head whose entropy is above this share of the largest possible is in the overload band."""
+
+INITIAL_THRESHOLD = 0.5
+"""Thresholds start in the middle between a head that looks at one key and one that looks at all: no head type is preferred."""
+
+TOLERANCE = 0.2
+"""gamma: with thresholds of 0.5, heads between 0.3 and 0.7 of log T go free; a uniform causal head lies at 0.8 (T = 128)."""
+
+
+def attention_entropy(probabilities: Tensor) -> Tensor:
+    """Entropy of every row, - sum over keys of p log p, with 0 log 0 = 0.
+
+    A NaN among a row's probabilities makes its entropy NaN. The gradient is finite also where a probability is 0 (as all
+    masked keys are), where that of p log p is not.
+
+    Args:
+        probabilities: rows that sum to 1, (B, H, T, S), any floating-point type.
+
+    Returns:
+        (B, H, T) in float32, in nats, from 0 (one key) to log S (all keys alike).
+    """
+    p = probabilities.float()
+    # Below the smallest normal number the logarithm is cut off, with no gradient through it: 0 * log(tiny) is 0.
+    return (p * -p.clamp(min=torch.finfo(torch.float32).tiny).log()).sum(-1)
+
+
+def head_entropy(probabilities: Tensor) -> Tensor:
+    """Mean entropy of each head over batch and queries: (B, H, T, S) to (H,), float32, nats."""
+    return attention_entropy(probabilities).mean((0, 2))
+
+
+def largest_row_entropy(keys: int) -> float:
+    """log(keys) in nats: the entropy of a row that looks at all of its keys alike.
+
+    The papers call log T the largest entropy of a head. A causal head reaches it in its last row alone; what its mean over
+    the queries can reach is `largest_entropy`.
+    """
+    assert keys >= 1, keys
+    return math.log(keys)
+
+
+def largest_entropy(queries: int) -> float:
+    """log(T!) / T in nats: mean entropy of a causal head all of whose rows are uniform (row i, from 0, has i + 1 keys)."""
+    assert queries >= 1, queries
+    return math.lgamma(queries + 1) / queries
+
+
+def explicit_causal_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
+    """Causal attention that keeps its probabilities: an attention function for transformers' AttentionInterface.
+
+    Scores and softmax are computed in float32 whatever the precision of the model, as fused kernels do; queries, keys, values
+    and the output have the model's. For batches without padding, packing or a cache.
+
+    Args:
+        query, key, value: (B, H, T, K).
+        attention_mask: None; which keys a query sees follows from their positions.
+        scaling: of the scores, 1 / sqrt(K) by default.
+
+    Returns:
+        The heads' outputs (B, T, H, K) in the values' type, and the probabilities (B, H, T, S) in float32.
+    """
+    assert attention_mask is None, "explicit attention is causal by position; it takes no mask"
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    with torch.autocast(query.device.type, enabled=False):
+        scores = query.float() @ key.float().transpose(-1, -2) * scaling
+        queries = torch.arange(scores.shape[-2], device=scores.device)
+        keys = torch.arange(scores.shape[-1], device=scores.device)
+        probabilities = scores.masked_fill(keys > queries[:, None], -torch.inf).softmax(-1)
+        weights = nn.functional.dropout(probabilities, dropout, training=module.training)
+        output = weights.to(value.dtype) @ value
+    return output.transpose(1, 2), probabilities
+
+
+def explicit_attention(model: PreTrainedModel) -> AbstractContextManager[None]:
+    """Give `model` attention whose modules return their probabilities, and afterwards what it had."""
+    return attention_without_mask(model, EXPLICIT_ATTENTION, explicit_causal_attention)
+
+
+@contextmanager
+def attention_without_mask(model: PreTrainedModel, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Give `model` an attention function that is causal by itself, and afterwards what it had.
+
+    transformers makes no mask for an attention that has no entry in its mask interface.
+
+    Args:
+        name: under which transformers is to know it.
+        function: as transformers' AttentionInterface wants it.
+    """
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(name, function)
+    before = model.config._attn_implementation
+    model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+@contextmanager
+def record_attention(model: PreTrainedModel, keep: Callable[[Tensor], R]) -> Iterator[list[R]]:
+    """Run `model` with explicit attention and gather `keep(probabilities)` of each layer, first to last.
+
+    With gradients where the forward pass has them. `keep` sees (B, H, T, S) in float32 and should return something smaller
+    when that is all that is wanted: one layer's probabilities are let go before the next one's come.
+
+    Yields:
+        The list that a forward pass fills with L entries; a second pass appends L more.
+    """
+    kept: list[R] = []
+
+    def hook(module: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:
+        probabilities = output[1]
+        assert probabilities is not None, f"{type(module).__name__} did not return its attention probabilities"
+        kept.append(keep(probabilities))
+
+    with ExitStack() as stack:
+        stack.enter_context(explicit_attention(model))
+        for block in blocks_of(model):
+            stack.callback(attention_of(block).register_forward_hook(hook).remove)
+        yield kept
+
+
+class EntropyRegulariser(nn.Module):
+    """Penalty on heads whose entropy is far from a threshold of their own, which is learned.
+
+        D(l, h) = E(l, h) - theta(l, h) log T
+        penalty = mean over layers and heads of D^2 where |D| > gamma log T, else 0                            (nats^2)
+
+    (Jha and Reagen, arXiv 2501.03489; AERO, arXiv 2410.13060.) It is added to the cross-entropy with a weight lambda, 1e-5 in
+    their code. A penalised head moves towards its threshold, and its threshold towards the head.
+
+    Args:
+        layers, heads: of the model.
+        tolerance: gamma, a share of log T.
+    """
+
+    def __init__(self, layers: int, heads: int, *, tolerance: float = TOLERANCE) -> None:
+        super().__init__()
+        assert layers >= 1 and heads >= 1 and tolerance >= 0, (layers, heads, tolerance)
+        self.layers, self.heads, self.tolerance = layers, heads, tolerance
+        # A flat vector: optimizers here decay parameters of two dimensions and more, and a threshold should not decay.
+        self.thresholds = nn.Parameter(torch.full((layers * heads,), INITIAL_THRESHOLD))
+
+    def forward(self, probabilities: Sequence[Tensor]) -> Tensor:
+        """The penalty of one forward pass.
+
+        Args:
+            probabilities: L tensors (B, H, T, S) with S = T.
+
+        Returns:
+            Scalar in float32, in squared nats. NaN where an entropy is.
+        """
+        return self.penalty(torch.stack([head_entropy(layer) for layer in probabilities]), probabilities[0].shape[-1])
+
+    def penalty(self, entropy: Tensor, keys: int) -> Tensor:
+        """The same from the heads' entropies (L, H), for who records `head_entropy` and not the probabilities."""
+        assert entropy.shape == (self.layers, self.heads), entropy.shape
+        largest = largest_row_entropy(keys)
+        deviation = entropy - self.thresholds.view(self.layers, self.heads) * largest
+        tolerated = deviation.abs() <= self.tolerance * largest  # false for NaN, which then shows in the loss
+        return torch.where(tolerated, 0.0, deviation.square()).mean()

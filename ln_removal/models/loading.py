@@ -1,0 +1,382 @@
+"""Load a model, its configuration and its tokenizer: the embedded `tiny`, a local directory, or a Hub id.
+
+A Hub id is fetched file by file into the Hub client's cache and then read as a local directory, so that every kind of
+damage is found, and worded, in one place. Only safetensors are read, and no code from a model directory is ever run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from ln_removal.errors import UserError
+from ln_removal.files.hub import HUB_SECONDS, first_answer, hub_error, is_unreachable, one_line
+from ln_removal.files.run_directory import RECIPE_FILE
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+EMBEDDED_MODEL = "tiny"
+MODEL_TYPES = ("gpt2", "normfree_gpt2", "revival_gpt2", "gpt_neox", "revival_gpt_neox")
+WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json")
+SIZES = {
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_embd": "hidden_size",
+    "n_positions": "max_position_embeddings",
+    "vocab_size": "vocab_size",
+}
+"""A model's sizes as GPT-2 calls them, and as every configuration of transformers does."""
+ADAPTER = "adapter_config.json"
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+
+logger = logging.getLogger(__name__)
+
+
+class NoTokenizerError(UserError):
+    """A model without a tokenizer beside it."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A language model in evaluation mode, the tokenizer that belongs to it, and the name it was asked for by."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+
+
+def load_model(
+    name: str, *, device: str = "cpu", dtype: torch.dtype | None = None, tokenizer_from: str | None = None
+) -> LoadedModel:
+    """Load a GPT-2-architecture model (with LayerNorm, or a norm-free export of this project) and its tokenizer.
+
+    Args:
+        name: `tiny`, a directory in Hugging Face format, or a Hub id.
+        device: where to put the weights, such as `cpu` or `cuda`.
+        dtype: floating-point type of the weights; float32 by default, whatever the file holds.
+        tokenizer_from: a model to take the tokenizer from, for one that has none of its own.
+
+    Raises:
+        UserError: when there is no such model, the Hub is out of reach, a file is missing or damaged, the weights are
+            only there as a pickle, the architecture is another one, the device does not exist, or the tokenizer has
+            more entries than the model's embedding.
+    """
+    import torch
+    import transformers
+
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"device {device!r} asked for, but PyTorch sees no CUDA GPU; pass --device cpu")
+    directory = _directory(name, weights=True, tokenizer=tokenizer_from is None)
+    config = _read_config(directory)
+    _check_weight_files(directory)
+    tokenizer = _read_tokenizer(directory) if tokenizer_from is None else load_tokenizer(tokenizer_from)
+    check_tokenizer(config, tokenizer)
+    loader: Any = transformers.AutoModelForCausalLM
+    try:
+        with quiet_transformers():
+            model, report = loader.from_pretrained(
+                directory,
+                config=config,
+                dtype=dtype or torch.float32,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported below, with the names
+            )
+    except Exception as error:
+        raise UserError(f"{directory} does not load as {config.model_type}: {one_line(error)}") from error
+    if mismatched := sorted(report["mismatched_keys"]):
+        key, found, expected = mismatched[0]
+        raise UserError(
+            f"{directory}: config.json does not fit {len(mismatched)} of the weights, such as {key}: {tuple(found)} in "
+            f"the file, {tuple(expected)} by config.json; use the config.json that the weights were saved with"
+        )
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(
+            f"{directory}: the weights lack {len(missing)} tensors of a {config.num_hidden_layers}-layer {config.model_type}, "
+            f"such as {missing[0]}; save the model again with save_pretrained"
+        )
+    _check_finite(model, directory)
+    if unexpected := sorted(report["unexpected_keys"]):
+        logger.warning(
+            "%s: left out %d tensors unknown to %s, such as %s",
+            directory,
+            len(unexpected),
+            config.model_type,
+            unexpected[0],
+        )
+    return LoadedModel(model.to(device).eval(), tokenizer, name)
+
+
+def _check_finite(model: PreTrainedModel, directory: Path) -> None:
+    """Raises UserError when a weight is NaN or infinite: every figure would be, after hours."""
+    for name, weight in model.named_parameters():
+        broken = weight.numel() - int(weight.isfinite().sum())
+        if broken:
+            raise UserError(
+                f"{directory}: {broken:,} of the {weight.numel():,} weights in {name} are NaN or infinite; save the model again "
+                "from a sound checkpoint"
+            )
+
+
+def load_config(name: str) -> PretrainedConfig:
+    """The configuration of a model, without its weights (of a Hub id only config.json is fetched).
+
+    Raises:
+        UserError: as `load_model`.
+    """
+    return _read_config(_directory(name))
+
+
+def sizes_of(config: PretrainedConfig) -> dict[str, Any]:
+    """Layers, heads, width, positions and vocabulary by GPT-2's names, of a GPT-2 or a GPT-NeoX; None where there is none."""
+    return {ours: getattr(config, theirs, None) for ours, theirs in SIZES.items()}
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, or of a directory or Hub repository that holds only a tokenizer.
+
+    Raises:
+        UserError: as `load_model`.
+    """
+    return _read_tokenizer(_directory(name, config=False, tokenizer=True))
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 over what decides how text becomes ids: vocabulary, merges, normalizer, pre-tokenizer, added tokens.
+
+    Truncation and padding, which calls switch on and off, and the decoder are left out.
+
+    Raises:
+        UserError: when it is not a fast tokenizer.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise UserError(f"{type(tokenizer).__name__} is no fast tokenizer; load one that has a tokenizer.json")
+    state = json.loads(backend.to_str())
+    model = state["model"]
+    if "merges" in model:  # two notations for the same merges
+        model["merges"] = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    kept = {key: state[key] for key in ("model", "normalizer", "pre_tokenizer", "added_tokens")}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def check_tokenizer(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make sure that every id the tokenizer can give has a row in the model's embedding.
+
+    Raises:
+        UserError: when the vocabulary is larger than the embedding.
+    """
+    entries = max(tokenizer.get_vocab().values(), default=-1) + 1
+    if entries > config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {entries} entries and the model's embedding {config.vocab_size} rows; use the "
+            "tokenizer that the model was trained with"
+        )
+
+
+def _directory(name: str, *, config: bool = True, weights: bool = False, tokenizer: bool = False) -> Path:
+    """The directory that holds what is asked for, fetched first when `name` is a Hub id."""
+    if name == EMBEDDED_MODEL:
+        from ln_removal.files.resources import embedded_model_directory
+
+        return embedded_model_directory()
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise UserError(f"{name} is a file; a model is a directory with config.json and {WEIGHTS}")
+    if _looks_like_path(name):
+        raise UserError(f"no such directory: {name}; give one with config.json and {WEIGHTS}, or a Hub id such as gpt2")
+    return _fetch(name, config=config, weights=weights, tokenizer=tokenizer)
+
+
+def _looks_like_path(name: str) -> bool:
+    if name.startswith((".", "/", "~")) or name.endswith("/") or "\\" in name or name.count("/") > 1:
+        return True
+    return "/" in name and Path(name).parent.is_dir()
+
+
+def _fetch(repo_id: str, *, config: bool, weights: bool, tokenizer: bool) -> Path:
+    """Fetch the named kinds of files of a Hub model into the client's cache; the directory they lie in."""
+    from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    short = Path(repo_id).name
+    advice = (
+        f"download on another machine with `hf download {repo_id} --local-dir {short}`, copy that folder here and "
+        + (f"pass --model ./{short}" if config else f"name ./{short} in its place")
+    )
+    try:
+        info = first_answer(lambda: HfApi().model_info(repo_id, timeout=HUB_SECONDS - 2))
+    except HFValidationError:
+        raise UserError(f"{repo_id!r} is no directory and no valid Hub id; give ./DIRECTORY or OWNER/NAME") from None
+    except Exception as error:
+        cached = (try_to_load_from_cache(repo_id, name) for name in ("config.json", *TOKENIZER_FILES))
+        copy = next((path for path in cached if isinstance(path, str)), None)
+        if copy is not None and is_unreachable(error):
+            logger.warning("the Hub is out of reach; using the copy of %s that was downloaded before", repo_id)
+            return Path(copy).parent
+        raise hub_error(error, "model", repo_id, advice) from error
+
+    files = {sibling.rfilename for sibling in info.siblings or ()}
+    wanted = [_required("config.json", files, repo_id)] if config else []
+    if tokenizer:
+        _require_tokenizer(files, repo_id)
+        wanted += [name for name in TOKENIZER_FILES if name in files]
+    sharded = weights and WEIGHTS not in files and WEIGHTS_INDEX in files
+    if weights:
+        wanted.append(WEIGHTS_INDEX if sharded else _required(WEIGHTS, files, repo_id))
+    try:
+        # The first file notes in the cache what the main branch is now; the others come from the same commit.
+        directory = Path(hf_hub_download(repo_id, wanted[0])).parent
+        for name in wanted[1:]:
+            hf_hub_download(repo_id, name, revision=directory.name)
+        for name in _shards(directory / WEIGHTS_INDEX) if sharded else ():
+            hf_hub_download(repo_id, name, revision=directory.name)
+    except UserError:
+        raise
+    except Exception as error:
+        raise hub_error(error, "model", repo_id, advice) from error
+    return directory
+
+
+def _read_config(directory: Path) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    if (directory / RECIPE_FILE).is_file() and (directory / "model" / "config.json").is_file():
+        raise UserError(f"{directory} is a run, not a model; its model is {directory / 'model'}")
+    path = directory / _required("config.json", _names(directory), str(directory))
+    raw = _read_json(path)
+    if not isinstance(raw, dict) or raw.get("model_type") not in MODEL_TYPES:
+        fields = raw if isinstance(raw, dict) else {}
+        raise UserError(
+            f"{directory} is not a GPT-2: config.json says model_type {fields.get('model_type')!r}, architectures "
+            f"{fields.get('architectures')}; ln-removal works on GPT2LMHeadModel checkpoints (and scores GPT-NeoX ones)"
+        )
+    try:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise UserError(f"{path} is not a valid GPT-2 configuration: {one_line(error)}") from error
+    sizes = sizes_of(config)
+    if wrong := {name: size for name, size in sizes.items() if type(size) is not int or size < 1}:
+        name, size = next(iter(wrong.items()))
+        raise UserError(
+            f"{path} is not a valid GPT-2 configuration: {name} is {size!r}; it must be a whole number above 0"
+        )
+    if sizes["n_embd"] % sizes["n_head"]:
+        raise UserError(
+            f"{path} is not a valid GPT-2 configuration: n_embd {sizes['n_embd']} is no multiple of n_head {sizes['n_head']}"
+        )
+    return config
+
+
+def _read_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    _require_tokenizer(_names(directory), str(directory))
+    loader: Any = AutoTokenizer
+    try:
+        with quiet_transformers():
+            tokenizer = loader.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise UserError(f"the tokenizer in {directory} does not load: {one_line(error)}; save it again") from error
+    return cast("PreTrainedTokenizerBase", tokenizer)
+
+
+def _check_weight_files(directory: Path) -> None:
+    """Open every safetensors header, so that a truncated or foreign file is named before transformers trips over it."""
+    from safetensors import SafetensorError, safe_open
+
+    names = _names(directory)
+    if ADAPTER in names:  # with the package peft installed, transformers would load the model that it names instead
+        raise UserError(f"{directory} holds an adapter ({ADAPTER}), not a model; merge it into its model and save that")
+    sharded = WEIGHTS not in names and WEIGHTS_INDEX in names
+    for file in _shards(directory / WEIGHTS_INDEX) if sharded else [_required(WEIGHTS, names, str(directory))]:
+        path = directory / file
+        try:
+            with safe_open(path, framework="pt") as opened:
+                opened.keys()
+        except (SafetensorError, OSError) as error:
+            found = f"{path.stat().st_size:,} bytes; {one_line(error)}" if file in names else "no such file"
+            raise UserError(f"{path} is not a whole safetensors file ({found}); copy or download it again") from error
+
+
+def _shards(index: Path) -> list[str]:
+    """The weight files that an index names: files beside it, wherever else it may point."""
+    raw = _read_json(index)
+    weight_map = raw.get("weight_map") if isinstance(raw, dict) else None
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if not names or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{index} names no weight files; copy or download it again")
+    if outside := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
+        raise UserError(f"{index} names {outside[0]!r}, no safetensors file beside it; do not use this model")
+    return sorted(set(names))
+
+
+def _names(directory: Path) -> set[str]:
+    return {path.name for path in directory.iterdir() if path.is_file()}
+
+
+def _required(name: str, files: set[str], where: str) -> str:
+    """`name`, when it is among `files`; otherwise an error that says what is there instead."""
+    if name in files:
+        return name
+    pickles = sorted(file for file in files if file.endswith(PICKLE_SUFFIXES) and "training" not in file)
+    if name == WEIGHTS and pickles:
+        folder = where if Path(where).is_dir() else Path(where).name
+        download = "" if folder == where else f"run `hf download {where} --local-dir {folder}` and, "
+        raise UserError(
+            f"{where} has no {WEIGHTS}, only {pickles[0]}, a pickle, which can run code and is never loaded; {download}"
+            'if you trust it, convert it: python -c "from transformers import GPT2LMHeadModel as M; '
+            f"M.from_pretrained('{folder}').save_pretrained('{folder}')\""
+        )
+    raise UserError(f"{where} has no {name}; found: {_listing(files)}")
+
+
+def _require_tokenizer(files: set[str], where: str) -> None:
+    if "tokenizer.json" not in files and not {"vocab.json", "merges.txt"} <= files:
+        raise NoTokenizerError(
+            f"{where} has no tokenizer (tokenizer.json, or vocab.json and merges.txt); found: {_listing(files)}; save "
+            "one there with tokenizer.save_pretrained"
+        )
+
+
+def _listing(files: set[str], limit: int = 6) -> str:
+    more = f" and {len(files) - limit} more" if len(files) > limit else ""
+    return ", ".join(sorted(files)[:limit]) + more if files else "nothing"
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not readable JSON ({one_line(error)}); copy or download it again") from error
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No loading report and no progress bar: what matters in them is checked and raised here."""
+    import transformers
+
+    messages: Any = transformers.logging
+    verbosity, bars = messages.get_verbosity(), messages.is_progress_bar_enabled()
+    messages.set_verbosity_error()
+    messages.disable_progress_bar()
+    try:
+        yield
+    finally:
+        messages.set_verbosity(verbosity)
+        if bars:
+            messages.enable_progress_bar()

@@ -1,0 +1,217 @@
+"""GPT-2 and GPT-NeoX (Pythia) with a choice of norms, biases and activation, as transformers models.
+
+Underneath are transformers' own classes: attention, rotary positions, generation, saving and loading are theirs. What is
+chosen in the configuration replaces modules when the model is built:
+
+    block_norm, final_norm   "layernorm", or "none": an identity
+    biases                   "all", or "paper" (see models/norm_choice.py)
+    activation               "gelu" (the family's own), "relu", "leaky_relu" or "learnable_leaky_relu"
+    negative_slope           of leaky ReLU; where training of a learnable one begins
+    slopes                   "layer": a learnable slope for each layer; "network": one for all, and only one parameter
+
+Without LayerNorm this is the architecture of Jha & Reagen 2024 (arXiv 2410.09637), who keep the final norm. With the paper's
+biases the matrices also begin as in their code: a standard deviation of `initializer_range` for all of them, GPT-2's projections
+back into the residual stream too, which transformers begins smaller by sqrt(2 n_layer).
+
+The leaky ReLU has a slope that is fixed, learned for each layer, or learned once for the whole network:
+
+    leaky(x) = max(x, 0) + slope * min(x, 0)
+
+Jha & Reagen (section 3) train the slope, from 0.01, to see which activation a model without LayerNorm asks for. GELU and
+ReLU are transformers' own. With the paper's biases, queries and keys have a bias, values and the other projections none.
+
+Shape legend: D model width, H heads, K width of one head.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.models.gpt2.configuration_gpt2 import GPT2Config
+from transformers.models.gpt2.modeling_gpt2 import GPT2LMHeadModel
+from transformers.models.gpt_neox.configuration_gpt_neox import GPTNeoXConfig
+from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+
+class LearnableLeakyReLU(nn.Module):
+    """Leaky ReLU whose negative slope is a parameter: a scalar of shape (), which optimizers here do not decay.
+
+    Args:
+        initial: the slope before training.
+    """
+
+    def __init__(self, initial: float) -> None:
+        super().__init__()
+        self.initial = initial
+        self.slope = nn.Parameter(torch.tensor(float(initial)))
+
+    def reset_parameters(self) -> None:
+        """Back to the slope before training."""
+        nn.init.constant_(self.slope, self.initial)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape; the type of `x`, whatever that of the slope."""
+        return torch.where(x > 0, x, x * self.slope.to(x.dtype))
+
+    def extra_repr(self) -> str:
+        """What printing a model shows of it."""
+        return f"initial={self.initial}"
+
+
+def learnable_slopes(model: nn.Module) -> dict[str, Tensor]:
+    """The learnable slopes of a model by parameter name, each once: one for the network, one a layer, or none at all."""
+    modules = {f"{name}.slope": module for name, module in model.named_modules()}
+    return {name: module.slope for name, module in modules.items() if isinstance(module, LearnableLeakyReLU)}
+
+
+class QueryKeyBiasConv1D(Conv1D):
+    """GPT-2's c_attn, (D) to (3 D) in the order queries, keys, values, with a bias of (2 D) for the first two."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(3 * width, width)
+        self.bias = nn.Parameter(torch.zeros(2 * width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) to (..., 3 D)."""
+        bias = F.pad(self.bias, (0, self.nx))
+        return torch.addmm(bias, x.view(-1, self.nx), self.weight).view(*x.shape[:-1], self.nf)
+
+
+class BiaslessConv1D(Conv1D):
+    """Conv1D, `inputs` to `outputs`, without a bias."""
+
+    def __init__(self, outputs: int, inputs: int) -> None:
+        super().__init__(outputs, inputs)
+        del self.bias
+        self.register_parameter("bias", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., inputs) to (..., outputs)."""
+        return torch.mm(x.view(-1, self.nx), self.weight).view(*x.shape[:-1], self.nf)
+
+
+class QueryKeyBiasLinear(nn.Linear):
+    """GPT-NeoX's query_key_value, (D) to (3 D) in the order head by head: queries, keys, values, with a bias of (2 H K)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__(width, 3 * width, bias=False)
+        self.heads = heads
+        self.bias = nn.Parameter(torch.zeros(2 * width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) to (..., 3 D)."""
+        by_head = self.bias.view(self.heads, -1)
+        return F.linear(x, self.weight, F.pad(by_head, (0, by_head.shape[1] // 2)).flatten())
+
+
+class RevivalGPT2Config(GPT2Config):
+    """Configuration of `RevivalGPT2LMHeadModel`: GPT-2's and the choices of this module."""
+
+    model_type = "revival_gpt2"
+
+    block_norm: str = "layernorm"
+    final_norm: str = "layernorm"
+    biases: str = "all"
+    activation: str = "gelu"
+    negative_slope: float = 0.01
+    slopes: str = "layer"
+
+
+class RevivalGPTNeoXConfig(GPTNeoXConfig):
+    """Configuration of `RevivalGPTNeoXForCausalLM`: GPT-NeoX's and the choices of this module."""
+
+    model_type = "revival_gpt_neox"
+
+    block_norm: str = "layernorm"
+    final_norm: str = "layernorm"
+    biases: str = "all"
+    activation: str = "gelu"
+    negative_slope: float = 0.01
+    slopes: str = "layer"
+
+
+class RevivalGPT2LMHeadModel(GPT2LMHeadModel):
+    """GPT-2 language model with the norms, biases and activation that its configuration chooses.
+
+    Takes the inputs and gives the outputs of GPT2LMHeadModel.
+    """
+
+    config_class = RevivalGPT2Config
+
+    def __init__(self, config: RevivalGPT2Config) -> None:
+        super().__init__(config)
+        width = config.n_embd
+        for block in self.transformer.h:
+            if config.block_norm == "none":
+                block.ln_1, block.ln_2 = nn.Identity(), nn.Identity()
+            if config.biases == "paper":
+                block.attn.c_attn = QueryKeyBiasConv1D(width)
+                block.attn.c_proj = BiaslessConv1D(width, width)
+                block.mlp.c_fc = BiaslessConv1D(block.mlp.c_fc.nf, width)
+                block.mlp.c_proj = BiaslessConv1D(width, block.mlp.c_proj.nx)
+        if config.final_norm == "none":
+            self.transformer.ln_f = nn.Identity()
+        _choose_activation(self.transformer, [block.mlp for block in self.transformer.h], config)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        _init_slope(module)
+
+
+class RevivalGPTNeoXForCausalLM(GPTNeoXForCausalLM):
+    """GPT-NeoX language model with the norms, biases and activation that its configuration chooses.
+
+    Takes the inputs and gives the outputs of GPTNeoXForCausalLM.
+    """
+
+    config_class = RevivalGPTNeoXConfig
+
+    def __init__(self, config: RevivalGPTNeoXConfig) -> None:
+        super().__init__(config)
+        width = config.hidden_size
+        for layer in self.gpt_neox.layers:
+            if config.block_norm == "none":
+                layer.input_layernorm, layer.post_attention_layernorm = nn.Identity(), nn.Identity()
+            if config.biases == "paper":
+                layer.attention.query_key_value = QueryKeyBiasLinear(width, config.num_attention_heads)
+                layer.attention.dense = nn.Linear(width, width, bias=False)
+                layer.mlp.dense_h_to_4h = nn.Linear(width, config.intermediate_size, bias=False)
+                layer.mlp.dense_4h_to_h = nn.Linear(config.intermediate_size, width, bias=False)
+        if config.final_norm == "none":
+            self.gpt_neox.final_layer_norm = nn.Identity()
+        _choose_activation(self.gpt_neox, [layer.mlp for layer in self.gpt_neox.layers], config)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        _init_slope(module)
+
+
+def _choose_activation(body: nn.Module, mlps: list[Any], config: Any) -> None:
+    """Give every MLP the configured activation; the family's own GELU is in place."""
+    assert config.activation in ("gelu", "relu", "leaky_relu", "learnable_leaky_relu"), config.activation
+    if config.activation == "relu":
+        for mlp in mlps:
+            mlp.act = nn.ReLU()
+    elif config.activation == "leaky_relu":
+        for mlp in mlps:
+            mlp.act = nn.LeakyReLU(config.negative_slope)
+    elif config.activation == "learnable_leaky_relu" and config.slopes == "layer":
+        for mlp in mlps:
+            mlp.act = LearnableLeakyReLU(config.negative_slope)
+    elif config.activation == "learnable_leaky_relu":
+        body.activation = LearnableLeakyReLU(config.negative_slope)
+        for mlp in mlps:
+            # Used by every MLP and owned by none: one name in the state dict, one parameter for the optimizer.
+            del mlp.act
+            mlp.__dict__["act"] = body.activation
+
+
+def _init_slope(module: nn.Module) -> None:
+    if isinstance(module, LearnableLeakyReLU):
+        module.reset_parameters()

@@ -1,0 +1,88 @@
+"""Make transformers' Auto classes and TransformerLens know our model classes, whichever package is imported first.
+
+`ln_removal/__init__` calls `watch_imports`, which loads neither torch nor transformers: it leaves hooks that run when
+a module is imported.
+
+- AutoConfig: that can happen in the middle of transformers' own imports (importing GPT-2's model code loads the Auto
+  classes before GPT-2's classes exist), when a subclass of GPT-2 cannot be defined yet. So the hook registers a
+  stand-in.
+- The model's own module: its classes take the stand-in's place.
+- TransformerLens' table of architectures: a function that builds the adapter is entered.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import wrapt
+
+_NORMFREE = "ln_removal.models.normfree_gpt2"
+
+_REVIVAL = "ln_removal.models.norm_choice"
+
+MODEL_CLASSES = {
+    "normfree_gpt2": (_NORMFREE, "NormFreeGPT2Config", "NormFreeGPT2LMHeadModel"),
+    "revival_gpt2": (_REVIVAL, "RevivalGPT2Config", "RevivalGPT2LMHeadModel"),
+    "revival_gpt_neox": (_REVIVAL, "RevivalGPTNeoXConfig", "RevivalGPTNeoXForCausalLM"),
+}
+"""model_type in config.json: where its classes are, their names."""
+
+ARCHITECTURE = "NormFreeGPT2LMHeadModel"
+"""What TransformerLens finds in the list of architectures of an LN-free model."""
+
+
+def watch_imports() -> None:
+    """Leave the hooks; where a module is imported already, its hook runs at once."""
+    wrapt.when_imported("transformers.models.auto.configuration_auto")(_register_stand_ins)
+    for module in (_NORMFREE, _REVIVAL):
+        wrapt.when_imported(module)(_register_classes)
+    wrapt.when_imported("transformer_lens.factories.architecture_adapter_factory")(_register_adapter)
+
+
+def _register_stand_ins(configuration_auto: ModuleType) -> None:
+    # Loaded already: configuration_auto has imported it.
+    from transformers.configuration_utils import PreTrainedConfig
+
+    for name in MODEL_CLASSES:
+        if name in configuration_auto.CONFIG_MAPPING:
+            continue
+
+        class StandIn(PreTrainedConfig):
+            """Builds our configuration whenever AutoConfig builds one of these."""
+
+            model_type = name
+
+            def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+                # Importing the module registers its classes, so AutoModelForCausalLM finds them next.
+                module, config, _ = MODEL_CLASSES[cls.model_type]
+                return getattr(import_module(module), config)(*args, **kwargs)
+
+        configuration_auto.AutoConfig.register(name, StandIn)
+
+
+def _register_classes(module: ModuleType) -> None:
+    """Make AutoConfig give our configurations for their model types, and AutoModelForCausalLM our models for them."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    for name, (where, config_name, model_name) in MODEL_CLASSES.items():
+        if where == module.__name__:
+            config = getattr(module, config_name)
+            assert config.model_type == name, config.model_type
+            AutoConfig.register(name, config, exist_ok=True)
+            AutoModelForCausalLM.register(config, getattr(module, model_name), exist_ok=True)
+
+
+def _register_adapter(architecture_adapter_factory: ModuleType) -> None:
+    """Make TransformerBridge.boot_transformers take directories of LN-free models."""
+
+    def adapter(cfg: Any) -> Any:
+        """Builds a NormFreeGPT2Adapter; its class cannot be defined while TransformerLens is still being imported."""
+        from ln_removal.models.transformer_lens import NormFreeGPT2Adapter
+
+        return NormFreeGPT2Adapter(cfg)
+
+    architecture_adapter_factory.ArchitectureAdapterFactory.register_adapter(ARCHITECTURE, adapter)
+    # boot_transformers reads this table, which register_adapter leaves as it is.
+    architecture_adapter_factory.SUPPORTED_ARCHITECTURES[ARCHITECTURE] = adapter

@@ -1,0 +1,288 @@
+"""FreezableNorm: one module from a real LayerNorm (mix 0) to a constant scale (mix 1).
+
+    scale = (1 - mix) / sqrt(var(x) + eps) + mix / frozen_std[class of the position]
+    y     = (x - mean(x)) * scale * gamma + beta
+
+Mix 0 is LayerNorm (arXiv 1607.06450); mix 1 is the frozen norm of arXiv 2409.13710; between the two it is a weighted
+mean of both scales. Mix and constants are buffers, so freezing only writes memory: one compiled graph serves a whole
+run, and nothing in a forward pass waits for the device.
+
+Shapes: B batch, T positions, D model width, R readers of a norm, K position classes (3).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+ORDINARY, END_OF_TEXT, FIRST = 0, 1, 2
+"""Position classes. FIRST, a sequence's position 0, wins over END_OF_TEXT where both hold."""
+
+N_CLASSES = 3
+
+_FORWARD_ORDER = (
+    "input_ids",
+    "past_key_values",
+    "attention_mask",
+    "token_type_ids",
+    "position_ids",
+    "inputs_embeds",
+)
+"""Positional parameters of transformers' GPT2Model.forward."""
+
+
+class PositionClasses(nn.Module):
+    """The class of every position of the batch now in the model, shared by all its norms.
+
+    One instance a model. `watch` makes it look at each call of the transformer; norms then read `current`.
+
+    Args:
+        eot_token_id: id of the end-of-text token; None for a vocabulary without one, then no position is END_OF_TEXT.
+
+    Attributes:
+        current: (B, T) int64, a class for each position. (1, 1) ORDINARY before the first call.
+    """
+
+    def __init__(self, eot_token_id: int | None) -> None:
+        super().__init__()
+        self.eot_token_id = eot_token_id
+        # A plain attribute, not a buffer: it belongs to a batch, so it is not state and no wrapper should broadcast it.
+        self.current: Tensor = torch.zeros(1, 1, dtype=torch.int64)
+
+    def watch(self, transformer: nn.Module) -> RemovableHandle:
+        """Fill `current` before each forward pass of `transformer` (a transformers GPT2Model)."""
+        return transformer.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+
+    @torch.no_grad()
+    def fill(
+        self,
+        input_ids: Tensor | None,
+        *,
+        position_ids: Tensor | None = None,
+        cached: int | Tensor = 0,
+        inputs_embeds: Tensor | None = None,
+    ) -> None:
+        """Set `current` from the inputs of a forward pass.
+
+        Args:
+            input_ids: (B, T) tokens; None when inputs_embeds is given, then no position is END_OF_TEXT.
+            position_ids: (B, T), (1, T) or (T,) explicit positions; they win over what follows from `cached`.
+            cached: number of positions already in the key-value cache: column t is position cached + t.
+            inputs_embeds: (B, T, D), looked at for its shape and device when there are no tokens.
+        """
+        if input_ids is not None:
+            # The model folds leading dimensions into one, so do the same.
+            tokens = input_ids.reshape(-1, input_ids.shape[-1])
+            shape, device = tokens.shape, tokens.device
+        elif inputs_embeds is not None:
+            tokens = None
+            shape, device = inputs_embeds.shape[:2], inputs_embeds.device
+        else:
+            return  # The model raises its own error.
+        if position_ids is None:
+            position_ids = torch.arange(shape[1], device=device) + cached
+        classes = torch.full(shape, ORDINARY, dtype=torch.int64, device=device)
+        if tokens is not None and self.eot_token_id is not None:
+            classes.masked_fill_(tokens == self.eot_token_id, END_OF_TEXT)
+        self.current = classes.masked_fill_(position_ids == 0, FIRST)
+
+    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = {**dict(zip(_FORWARD_ORDER, args, strict=False)), **kwargs}
+        cache = given.get("past_key_values")
+        self.fill(
+            given.get("input_ids"),
+            position_ids=given.get("position_ids"),
+            cached=0 if cache is None else cache.get_seq_length(),
+            inputs_embeds=given.get("inputs_embeds"),
+        )
+
+    def extra_repr(self) -> str:
+        return f"eot_token_id={self.eot_token_id}"
+
+
+class FreezableNorm(nn.Module):
+    """A LayerNorm over the last dimension whose scale can be frozen, one reader at a time.
+
+    Args:
+        weight: (D,) gamma; taken over as a parameter, not copied.
+        bias: (D,) beta; likewise.
+        eps: added to the variance, as in LayerNorm.
+        classes: the model's shared position classes.
+        readers: R, how many readers with a mix of their own the norm has.
+
+    Buffers (float32, or float64 for float64 weights):
+        mix: (R,) 0 real, 1 frozen.
+        frozen_std: (R, K) the constants in use, units of the residual stream.
+        captured_std: (R, K) what they were when the reader left mix 0, before any special value was dropped.
+        dropped: (K,) how far each special class has moved from its own constant (0) to the ordinary one (1).
+        running_std: (K,) running mean over steps of the batch's mean std of each class, a std being sqrt(var + eps).
+        running_initialized: (K,) bool, whether a class was ever seen.
+        std_sum, std_count: (K,) sum and number of the stds since the last `update_running`.
+    """
+
+    mix: Tensor
+    frozen_std: Tensor
+    captured_std: Tensor
+    dropped: Tensor
+    running_std: Tensor
+    running_initialized: Tensor
+    std_sum: Tensor
+    std_count: Tensor
+
+    def __init__(
+        self,
+        weight: nn.Parameter,
+        bias: nn.Parameter,
+        eps: float,
+        *,
+        classes: PositionClasses,
+        readers: int = 1,
+    ) -> None:
+        super().__init__()
+        assert weight.shape == bias.shape and weight.ndim == 1, (weight.shape, bias.shape)
+        assert readers >= 1, readers
+        self.weight = weight
+        self.bias = bias
+        self.eps = eps
+        self.readers = readers
+        self.classes = classes
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+
+        def buffer(name: str, initial: Tensor) -> None:
+            self.register_buffer(name, initial.to(device=weight.device))
+
+        buffer("mix", torch.zeros(readers, dtype=dtype))
+        # Ones, not zeros: mix / frozen_std is computed while mix is still 0 and has to stay finite.
+        buffer("frozen_std", torch.ones(readers, N_CLASSES, dtype=dtype))
+        buffer("captured_std", torch.ones(readers, N_CLASSES, dtype=dtype))
+        buffer("dropped", torch.zeros(N_CLASSES, dtype=dtype))
+        buffer("running_std", torch.ones(N_CLASSES, dtype=dtype))
+        buffer("running_initialized", torch.zeros(N_CLASSES, dtype=torch.bool))
+        buffer("std_sum", torch.zeros(N_CLASSES, dtype=dtype))
+        buffer("std_count", torch.zeros(N_CLASSES, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Normalize `x` (B, T, D) once for each reader.
+
+        Computes in float32 (float64 for float64 input) and returns x's dtype: a (B, T, D) tensor when R == 1,
+        otherwise a tuple of R of them.
+        """
+        outputs = self.readings(x)
+        return outputs[0] if self.readers == 1 else outputs
+
+    def readings(self, x: Tensor) -> tuple[Tensor, ...]:
+        """What each of the R readers gets for `x` (B, T, D): always a tuple, else the same as `forward`."""
+        classes = self.classes.current
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        variance, mean = torch.var_mean(wide, dim=-1, correction=0, keepdim=True)
+        variance = variance + self.eps
+        if self.training:
+            self._observe(variance, classes)
+        real = torch.rsqrt(variance)  # (B, T, 1)
+        frozen = self.mix.unsqueeze(1) / self.frozen_std  # (R, K)
+        centred = (wide - mean) * self.weight
+        return tuple(
+            torch.addcmul(self.bias, centred, (1 - self.mix[r]) * real + frozen[r][classes].unsqueeze(-1)).to(x.dtype)
+            for r in range(self.readers)
+        )
+
+    @torch.no_grad()
+    def _observe(self, variance: Tensor, classes: Tensor) -> None:
+        """Add sqrt(variance) (B, T, 1) of each class to the sums, unless all readers are frozen."""
+        members = classes.expand(variance.shape[:-1]).unsqueeze(-1) == torch.arange(N_CLASSES, device=variance.device)
+        counted = members * (self.mix < 1).any()  # (B, T, K); false everywhere once nothing is real: no branch, no sync
+        # where, not a product: a non-finite std of one class must not reach the others
+        self.std_sum.add_(torch.where(counted, variance.sqrt(), 0.0).sum((0, 1)))
+        self.std_count.add_(counted.sum((0, 1)))
+
+    @torch.no_grad()
+    def update_running(self, momentum: float, discard: Tensor | None = None) -> None:
+        """Fold the sums since the last call into `running_std` and zero them. Does not wait for the device.
+
+        running = momentum * running + (1 - momentum) * mean, for each class. A class seen for the first time takes the
+        mean itself; a class that was absent, or whose mean is not finite, keeps its value.
+
+        Args:
+            momentum: weight of the old value, in [0, 1].
+            discard: scalar; not 0 drops the sums instead, as of a step whose update was not made.
+        """
+        assert 0 <= momentum <= 1, momentum
+        mean = self.std_sum / torch.where(self.std_count > 0, self.std_count, 1.0)
+        seen = (self.std_count > 0) & torch.isfinite(mean)
+        if discard is not None:
+            seen = seen & (discard == 0)
+        moved = torch.where(self.running_initialized, torch.lerp(mean, self.running_std, momentum), mean)
+        self.running_std.copy_(torch.where(seen, moved, self.running_std))
+        self.running_initialized.logical_or_(seen)
+        self.std_sum.zero_()
+        self.std_count.zero_()
+
+    @torch.no_grad()
+    def write_mix(self, reader: int, value: float) -> None:
+        """Set the mix of one reader; if it was 0, capture the running stds as its constants. No sync.
+
+        A class that was never seen takes the ordinary value.
+        """
+        running = torch.where(self.running_initialized, self.running_std, self.running_std[ORDINARY])
+        was_real = self.mix[reader] == 0
+        self.captured_std[reader] = torch.where(was_real, running, self.captured_std[reader])
+        self.mix[reader] = value
+        self._refresh_frozen()
+
+    @torch.no_grad()
+    def write_dropped(self, position_class: int, value: float) -> None:
+        """Move the constants of a special class to `value` of the way to the ordinary constant. No sync."""
+        assert position_class in (END_OF_TEXT, FIRST), position_class
+        self.dropped[position_class] = value
+        self._refresh_frozen()
+
+    def _refresh_frozen(self) -> None:
+        """Set frozen_std from captured_std and dropped: exp((1 - d) log special + d log ordinary)."""
+        ordinary = self.captured_std[:, :1]
+        between = self.captured_std * (ordinary / self.captured_std) ** self.dropped
+        # At d = 1 take the ordinary value itself, not one a rounding away: folding needs a single constant.
+        self.frozen_std.copy_(torch.where(self.dropped == 1, ordinary, between))
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.eps}, readers={self.readers}"
+
+
+class NormedProjection(nn.Module):
+    """GPT-2's attention input projection together with the norm in front of it.
+
+    Takes c_attn's place, with an identity in ln_1's: queries and keys are projected from the norm's reader 0
+    (ln_1_qk), values from its reader 1 (ln_1_v).
+
+    Args:
+        norm: ln_1 with R = 2 readers.
+        weight: (D, 3D) input-first weight of c_attn, columns q, k, v; taken over, not copied.
+        bias: (3D,) likewise.
+    """
+
+    def __init__(self, norm: FreezableNorm, weight: nn.Parameter, bias: nn.Parameter) -> None:
+        super().__init__()
+        assert norm.readers == 2, norm.readers
+        assert weight.shape == (norm.weight.shape[0], 3 * norm.weight.shape[0]), weight.shape
+        self.norm = norm
+        self.weight = weight
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Project the residual stream `x` (B, T, D) to queries, keys and values (B, T, 3D)."""
+        for_qk, for_v = self.norm.readings(x)
+        width = x.shape[-1]
+        # split, not two slices: its backward joins the two gradients instead of padding each with zeros and adding
+        weight_qk, weight_v = self.weight.split((2 * width, width), dim=1)
+        bias_qk, bias_v = self.bias.split((2 * width, width))
+        return torch.cat((_affine(for_qk, weight_qk, bias_qk), _affine(for_v, weight_v, bias_v)), dim=-1)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, {self.weight.shape[1]}"
+
+
+def _affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x (..., in) times weight (in, out) plus bias (out,)."""
+    return torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[1])

@@ -1,0 +1,322 @@
+"""Install freezable norms in a GPT-2, steer them, and fold them away.
+
+`install` replaces modules and leaves every forward method alone: an identity stands in ln_1's place, a projection that
+owns the norm in c_attn's place (so that queries and keys can lose the norm before values do), a FreezableNorm in ln_2's
+and ln_f's. `NormSites` is the handle that a training loop turns: mixes, special constants, running statistics.
+
+`fold` moves frozen norms into the weights that read them. A frozen norm in front of a linear map, W (in, out) and
+b (out,), is linear; with one constant sigma,
+
+    ((x - mean(x)) / sigma * gamma + beta) W + b  =  x W' + b'
+    W' = C diag(gamma / sigma) W        b' = b + beta W
+
+where C = I - 11^T / D subtracts, of each column, its mean over the input dimension (x - mean(x) = x C, C symmetric).
+
+Shapes: B batch, T positions, D model width, V vocabulary, L layers, R readers of a norm, K position classes (3).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ln_removal.errors import UserError
+from ln_removal.models.layout import Site, all_sites, check_supported, parse_site
+from ln_removal.norms.freezable import END_OF_TEXT, FIRST, ORDINARY, FreezableNorm, NormedProjection, PositionClasses
+
+if TYPE_CHECKING:
+    from transformers import GPT2LMHeadModel
+
+SPECIALS = {"eot": END_OF_TEXT, "first": FIRST}
+"""Names of the special position classes, as schedules write them."""
+
+
+def install(model: GPT2LMHeadModel, *, eot_token_id: int | None) -> NormSites:
+    """Replace every LayerNorm of `model`, in place, by a freezable norm at mix 0. Its outputs stay the same.
+
+    Parameters keep their identity (the same nn.Parameter objects, weights still tied); names change only for ln_1,
+    whose weight and bias are now under attn.c_attn.norm.
+
+    Args:
+        model: a GPT-2 with its LayerNorms.
+        eot_token_id: id of the end-of-text token, whose positions get a constant of their own until it is dropped;
+            None when the vocabulary has none.
+
+    Raises:
+        UserError: the model is not a GPT-2 with LayerNorms, or the norms are already installed.
+    """
+    check_supported(model)
+    classes = PositionClasses(eot_token_id)
+    classes.watch(model.transformer)
+
+    def freezable(norm: nn.Module, readers: int = 1) -> FreezableNorm:
+        assert isinstance(norm, nn.LayerNorm)
+        return FreezableNorm(norm.weight, norm.bias, norm.eps, classes=classes, readers=readers)
+
+    for block in model.transformer.h:
+        projection = block.attn.c_attn
+        block.attn.c_attn = NormedProjection(freezable(block.ln_1, readers=2), projection.weight, projection.bias)
+        block.ln_1 = nn.Identity()
+        block.ln_2 = freezable(block.ln_2)
+    model.transformer.ln_f = freezable(model.transformer.ln_f)
+    model.train(model.training)  # New modules start in training mode.
+    return NormSites.of(model)
+
+
+class NormSites:
+    """All freezable norms of one model, addressed by site.
+
+    Get it from `install`, or with `NormSites.of` from a model in which they are installed. It holds no state that is
+    not in the model's buffers, so loading a state dict needs no further step.
+
+    Attributes:
+        sites: every site, in removal order.
+        norms: the norms by name, in the order in which the residual stream meets them: "ln_1.0", "ln_2.0", ...,
+            "ln_f".
+    """
+
+    def __init__(self, norms: dict[str, FreezableNorm]) -> None:
+        self.norms = norms
+        self.sites: list[Site] = all_sites(n_layer=(len(norms) - 1) // 2)
+        assert {site.norm for site in self.sites} == set(norms), sorted(norms)
+        # Sites known to have had statistics when they left mix 0. Only spares repeated look-ups on the device.
+        self._checked: set[Site] = set()
+
+    @classmethod
+    def of(cls, model: nn.Module) -> NormSites:
+        """Find the freezable norms of a model.
+
+        Raises:
+            UserError: there are none.
+        """
+        if not any(isinstance(module, FreezableNorm) for module in model.modules()):
+            raise UserError(f"this {type(model).__name__} has no freezable norms; call install(model) first")
+        norms: dict[str, FreezableNorm] = {}
+        for i, block in enumerate(model.get_submodule("transformer.h").children()):
+            norms[f"ln_1.{i}"] = _as_freezable(block.get_submodule("attn.c_attn.norm"))
+            norms[f"ln_2.{i}"] = _as_freezable(block.get_submodule("ln_2"))
+        norms["ln_f"] = _as_freezable(model.get_submodule("transformer.ln_f"))
+        return cls(norms)
+
+    def set_mix(self, site: Site | str, value: float) -> None:
+        """Set the mix of one site.
+
+        When a site leaves mix 0 the running stds become its constants, and stay so until it is back at 0. Takes effect
+        in the next forward pass. Waits for the device once, when a site first leaves 0.
+
+        Args:
+            site: which one, as a Site or as text ("ln_1_v.7").
+            value: 0 (LayerNorm) to 1 (frozen).
+
+        Raises:
+            UserError: no such site, a value outside [0, 1], or no statistics to freeze at.
+        """
+        site = self._known(site)
+        _check_fraction(value, f"mix of {site}")
+        norm = self.norms[site.norm]
+        if value == 0:
+            self._checked.discard(site)
+        elif site not in self._checked:
+            if not norm.running_initialized[ORDINARY] and norm.mix[site.reader] == 0:
+                raise UserError(
+                    f"no statistics yet for {site}, so there is no constant to freeze it at; run a forward pass in "
+                    "training mode and update_running() before freezing"
+                )
+            self._checked.add(site)
+        norm.write_mix(site.reader, value)
+
+    def set_special(self, which: str, dropped: float) -> None:
+        """Move the constants of one special class, at all sites, towards the ordinary ones.
+
+        The constant is exp((1 - d) log(special) + d log(ordinary)), of the values captured when the site was frozen;
+        so the result depends on `dropped` alone, not on the values it had before.
+
+        Args:
+            which: "eot" (end-of-text tokens) or "first" (position 0).
+            dropped: d, 0 (a constant of their own) to 1 (the ordinary constant).
+
+        Raises:
+            UserError: no such class, or a value outside [0, 1].
+        """
+        if which not in SPECIALS:
+            raise UserError(f"{which!r} is not a special position class; use one of: {', '.join(SPECIALS)}")
+        _check_fraction(dropped, f"dropped share of {which!r}")
+        for norm in self.norms.values():
+            norm.write_dropped(SPECIALS[which], dropped)
+
+    def update_running(self, momentum: float, discard: Tensor | None = None) -> None:
+        """Fold the statistics gathered since the last call into the running stds; call once an optimizer step.
+
+        See `FreezableNorm.update_running`. Does not wait for the device.
+        """
+        for norm in self.norms.values():
+            norm.update_running(momentum, discard)
+
+    @torch.no_grad()
+    def average_over_ranks(self) -> None:
+        """Make the statistics of all ranks of a distributed run equal, in one all-reduce.
+
+        Sums and counts not yet folded in are added up, so that the next `update_running` sees the mean over every
+        rank's positions; running stds become the mean over the ranks that have one. Call it before `update_running`,
+        on every rank: at each step, or at least before a site leaves mix 0, so that all ranks freeze it at the same
+        constant. Does nothing without torch.distributed.
+        """
+        distributed = torch.distributed
+        if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+            return
+        norms = list(self.norms.values())
+        known = [norm.running_initialized.to(norm.running_std.dtype) for norm in norms]
+        pending = [torch.stack((norm.std_sum, norm.std_count)) for norm in norms]
+        running = [torch.stack((norm.running_std * seen, seen)) for norm, seen in zip(norms, known, strict=True)]
+        table = torch.stack([torch.cat(pair) for pair in zip(pending, running, strict=True)])  # (norms, 4, K)
+        distributed.all_reduce(table)
+        for norm, (std_sum, std_count, running_sum, ranks) in zip(norms, table.unbind(), strict=True):
+            norm.std_sum.copy_(std_sum)
+            norm.std_count.copy_(std_count)
+            norm.running_std.copy_(torch.where(ranks > 0, running_sum / ranks.clamp(min=1), norm.running_std))
+            norm.running_initialized.copy_(ranks > 0)
+
+    def mixes(self) -> dict[str, float]:
+        """Mix of every site, by its written form. Waits for the device: for logs and checks."""
+        values = {name: norm.mix.tolist() for name, norm in self.norms.items()}
+        return {str(site): values[site.norm][site.reader] for site in self.sites}
+
+    def frozen_constants(self) -> dict[str, list[float]]:
+        """The K constants (ordinary, end of text, position 0) of every site, whether in use yet or not.
+
+        Residual stream units; 1.0 for a site that has never left mix 0. Waits for the device.
+        """
+        values = {name: norm.frozen_std.tolist() for name, norm in self.norms.items()}
+        return {str(site): values[site.norm][site.reader] for site in self.sites}
+
+    def running_stds(self) -> dict[str, list[float]]:
+        """The K running stds of every norm, residual stream units; NaN for a class never seen. Waits for the device."""
+        nan = float("nan")
+        return {
+            name: torch.where(norm.running_initialized, norm.running_std, nan).tolist()
+            for name, norm in self.norms.items()
+        }
+
+    def unfrozen(self) -> list[Site]:
+        """The sites whose mix is not 1, in removal order. Waits for the device."""
+        mixes = self.mixes()
+        return [site for site in self.sites if mixes[str(site)] != 1]
+
+    def all_frozen(self) -> bool:
+        """Whether every site's mix is 1. Waits for the device."""
+        return not self.unfrozen()
+
+    def special_dropped(self) -> bool:
+        """Whether each site has one constant for all positions. Waits for the device."""
+        return all(bool((norm.frozen_std == norm.frozen_std[:, :1]).all()) for norm in self.norms.values())
+
+    def _known(self, site: Site | str) -> Site:
+        site = parse_site(site) if isinstance(site, str) else site
+        if site.norm not in self.norms:
+            raise UserError(f"{site} is not a site of this model, whose layers are 0 to {len(self.norms) // 2 - 1}")
+        return site
+
+
+def fold_affine(
+    weight: Tensor, bias: Tensor | None, gamma: Tensor, beta: Tensor, sigma: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Fold one frozen norm into the linear map behind it.
+
+    Args:
+        weight: (D, out) input-first weight of the map.
+        bias: (out,) its bias, None for none.
+        gamma: (D,) weight of the norm.
+        beta: (D,) bias of the norm.
+        sigma: the constant: a scalar, or (out,) one for each output column.
+
+    Returns:
+        (D, out) weight and (out,) bias in float64; each column of the weight has mean zero.
+    """
+    wide = weight.double()
+    scaled = gamma.double().unsqueeze(1) * wide / sigma.double()
+    shift = beta.double() @ wide
+    return scaled - scaled.mean(dim=0, keepdim=True), shift if bias is None else bias.double() + shift
+
+
+@torch.no_grad()
+def fold(model: GPT2LMHeadModel) -> dict[str, Tensor]:
+    """The state dict of the LN-free model that computes what `model` computes.
+
+    Queries and keys get the constant of ln_1_qk, values that of ln_1_v. ln_f folds into the unembedding, which thereby
+    stops being the embedding and gets a bias. Arithmetic is in float64.
+
+    Args:
+        model: a GPT-2 with freezable norms, every site frozen and the special constants dropped. Not changed.
+
+    Returns:
+        State dict of NormFreeGPT2LMHeadModel: new tensors in the dtype and on the device of the model's parameters.
+
+    Raises:
+        UserError: norms are not installed, a site is not frozen, or special positions still have their own constant.
+    """
+    sites = NormSites.of(model)
+    if left := sites.unfrozen():
+        raise UserError(
+            f"cannot fold: {len(left)} of {len(sites.sites)} sites are not frozen ({_some(left)}); "
+            "finish the removal schedule, or set their mix to 1"
+        )
+    if not sites.special_dropped():
+        raise UserError(
+            "cannot fold: position 0 or end-of-text tokens still have a constant of their own; "
+            "call set_special('eot', 1) and set_special('first', 1), or let the schedule do it"
+        )
+    state: dict[str, Tensor] = {}
+
+    def keep(name: str, value: Tensor, like: Tensor) -> None:
+        state[name] = value.detach().to(like.dtype, copy=True).contiguous()
+
+    for name in ("transformer.wte.weight", "transformer.wpe.weight"):
+        parameter = model.get_parameter(name)
+        keep(name, parameter, parameter)
+    for i, block in enumerate(model.transformer.h):
+        readers = {
+            f"transformer.h.{i}.attn.c_attn": _fold_attention(block.attn.c_attn),
+            f"transformer.h.{i}.mlp.c_fc": _fold_reader(block.ln_2, block.mlp.c_fc.weight, block.mlp.c_fc.bias),
+        }
+        for name, (weight, bias) in readers.items():
+            keep(f"{name}.weight", weight, block.mlp.c_fc.weight)
+            keep(f"{name}.bias", bias, block.mlp.c_fc.bias)
+        for name in (f"transformer.h.{i}.attn.c_proj", f"transformer.h.{i}.mlp.c_proj"):
+            for part in ("weight", "bias"):
+                parameter = model.get_parameter(f"{name}.{part}")
+                keep(f"{name}.{part}", parameter, parameter)
+    # nn.Linear keeps its weight output-first (V, D)
+    weight, bias = _fold_reader(model.transformer.ln_f, model.lm_head.weight.T, model.lm_head.bias)
+    keep("lm_head.weight", weight.T, model.lm_head.weight)
+    keep("lm_head.bias", bias, model.lm_head.weight)
+    return state
+
+
+def _fold_reader(norm: FreezableNorm, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    return fold_affine(weight, bias, norm.weight, norm.bias, norm.frozen_std[0, ORDINARY])
+
+
+def _fold_attention(projection: NormedProjection) -> tuple[Tensor, Tensor]:
+    """c_attn, with the constant of ln_1_qk for its query and key columns and that of ln_1_v for its value columns."""
+    norm = projection.norm
+    width = norm.weight.shape[0]
+    for_qk, for_v = norm.frozen_std[:, ORDINARY]
+    sigma = torch.cat((for_qk.expand(2 * width), for_v.expand(width)))
+    return fold_affine(projection.weight, projection.bias, norm.weight, norm.bias, sigma)
+
+
+def _some(sites: list[Site], most: int = 4) -> str:
+    names = [str(site) for site in sites[:most]]
+    return ", ".join(names) + (", ..." if len(sites) > most else "")
+
+
+def _as_freezable(module: nn.Module) -> FreezableNorm:
+    assert isinstance(module, FreezableNorm), type(module)
+    return module
+
+
+def _check_fraction(value: float, what: str) -> None:
+    if not 0 <= value <= 1:
+        raise UserError(f"the {what} is a share from 0 to 1, found {value}")

@@ -1,0 +1,1 @@
+"""What a command does, from its recipe to its results."""

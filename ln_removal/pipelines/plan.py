@@ -1,0 +1,400 @@
+"""The dry run: what a recipe, or every arm of a sweep, will do to a model, how much memory it takes and how long.
+
+The recipe is found and resolved first. Nothing is trained, and no weights are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ln_removal.config.estimate import (
+    ASSUMED_UTILISATION,
+    DEVICE_PEAKS,
+    Memory,
+    assumed_rate,
+    count_parameters,
+    estimate_memory,
+    flops_per_token,
+    has_teacher,
+    memory_assumption,
+    micro_batch_of,
+    peak_of,
+    published_architecture,
+    readable_duration,
+    readable_size,
+)
+from ln_removal.config.presets import check_is_removal, default_recipe, with_steps
+from ln_removal.config.recipe import ArchitectureSpec, Recipe, dump_toml, load_recipe, with_overrides
+from ln_removal.config.sweep import Grid
+from ln_removal.errors import UserError
+from ln_removal.norms.schedule import RemovalSchedule, expand
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+REMOVABLE = ("gpt2", "normfree_gpt2")
+"""Model types that a removal may be planned for; the latter is refused later, with what it is."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will be.
+
+    Attributes:
+        recipe: resolved, defaults and overrides applied.
+        architecture: of the model that the recipe names.
+        schedule: None for pretraining.
+        device: as asked for: "cpu", or a GPU's name.
+        micro_batch: sequences of one forward pass, chosen as training would where the recipe says "auto".
+        parameters: of the model, the tied unembedding counted once.
+        memory: estimate for one device.
+        seconds: estimate for the whole run, its control included if planned; None where only a run can tell.
+        seconds_elsewhere: the same on one GPU of other kinds, by name.
+        assumptions: sentences that say what the estimates rest on.
+    """
+
+    recipe: Recipe
+    architecture: ArchitectureSpec
+    schedule: RemovalSchedule | None
+    device: str
+    micro_batch: int
+    parameters: int
+    memory: Memory
+    seconds: float | None
+    seconds_elsewhere: dict[str, float]
+    assumptions: tuple[str, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Training tokens of the run, without its control."""
+        return self.recipe.tokens
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the run."""
+        return self.recipe.training.steps
+
+    def to_json(self) -> dict[str, object]:
+        """A dictionary of plain values: what `--dry-run --json` prints."""
+        tokens_per_step = self.recipe.training.tokens_per_step
+        return {
+            "recipe": self.recipe.model_dump(mode="json"),
+            "architecture": self.architecture.model_dump(mode="json"),
+            "schedule": [] if self.schedule is None else self.schedule.to_json(tokens_per_step),
+            "tokens": self.tokens,
+            "steps": self.steps,
+            "micro_batch": self.micro_batch,
+            "parameters": self.parameters,
+            "memory_bytes": self.memory.total,
+            "memory": asdict(self.memory),
+            "device": self.device,
+            "seconds": self.seconds,
+            "seconds_elsewhere": self.seconds_elsewhere,
+            "assumptions": list(self.assumptions),
+        }
+
+    def render(self, console: Console) -> None:
+        """Print the resolved recipe, the schedule as a table and a timeline, and the estimates."""
+        from rich.rule import Rule
+        from rich.table import Table
+
+        def plain(text: str) -> None:
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+        console.print(Rule(f"recipe {self.recipe.name}"))
+        plain(dump_toml(self.recipe).rstrip())
+        if self.schedule is not None:
+            console.print(Rule("schedule: the optimizer step at which each site freezes"))
+            header, *rows = self.schedule.table()
+            table = Table(*header, box=None, header_style="bold")
+            for row in rows:
+                table.add_row(*row)
+            console.print(table)
+            console.print(Rule("timeline"))
+            plain(self.schedule.timeline(min(console.width, 120)))
+            plain("(. LayerNorm or special constant kept   - + = in between   # constant)")
+        console.print(Rule("plan"))
+        summary = Table(box=None, show_header=False)
+        summary.add_column(no_wrap=True)
+        summary.add_column(overflow="fold")
+        for label, value in self._summary():
+            summary.add_row(label, value)
+        console.print(summary, markup=False, highlight=False)
+
+    def _summary(self) -> list[tuple[str, str]]:
+        """Label and value of each line below the timeline."""
+        shape = self.architecture
+        training = self.recipe.training
+        lines = [
+            (
+                "model",
+                f"{self.recipe.model}: {shape.n_layer} layers, width {shape.n_embd}, {self.parameters:,} parameters",
+            ),
+            ("tokens", f"{self.tokens:,}"),
+            ("steps", f"{self.steps:,} of {training.tokens_per_step:,} tokens (context {self.recipe.data.context})"),
+            ("micro-batch", f"{self.micro_batch} sequences"),
+        ]
+        if self.schedule is not None:
+            length, start = self.schedule.recovery_steps, self.schedule.complete_at
+            lines.append(("recovery", f"{length:,} steps with everything constant, from step {start:,}"))
+        parts = ", ".join(f"{name} {readable_size(size)}" for name, size in asdict(self.memory).items() if size)
+        lines.append(("memory", f"about {readable_size(self.memory.total)}: {parts}"))
+        time = "measured when it runs" if self.seconds is None else f"about {readable_duration(self.seconds)}"
+        lines.append(("time", f"{time} on {self.device}"))
+        lines += [
+            ("", f"about {readable_duration(seconds)} on one {name}")
+            for name, seconds in self.seconds_elsewhere.items()
+        ]
+        lines += [("assumed", assumption) for assumption in self.assumptions]
+        return lines
+
+
+def plan(
+    recipe: Recipe,
+    architecture: ArchitectureSpec | None = None,
+    *,
+    device: str = "cpu",
+    tokens_per_second: float | None = None,
+    control: bool = False,
+    processes: int = 1,
+) -> Plan:
+    """Work out what a run will be, without running any of it.
+
+    Args:
+        recipe: a removal or a pretraining recipe.
+        architecture: of the model; None finds it: see `architecture_of`.
+        device: "cpu", or a GPU's name such as "NVIDIA H100 80GB HBM3".
+        tokens_per_second: a measured speed of all processes together, used in place of the estimate.
+        control: a vanilla control of the same length is trained too.
+        processes: GPUs that share each step.
+
+    Raises:
+        UserError: unknown model, a context longer than the model's, a schedule that does not fit the run, or sequences
+            that do not divide among the processes.
+    """
+    shape = architecture or architecture_of(recipe)
+    if recipe.data.context > shape.n_positions:
+        raise UserError(
+            f"data.context = {recipe.data.context} is longer than {recipe.model} can read; "
+            f"lower it to {shape.n_positions} or less"
+        )
+    schedule = None
+    if recipe.schedule is not None:
+        schedule = expand(recipe.schedule, shape.n_layer, recipe.training.steps)
+    peak = peak_of(device)
+    micro_batch = micro_batch_of(recipe, shape, peak, processes)
+    memory = estimate_memory(recipe, shape, micro_batch)
+
+    # A teacher's forward pass is a third of forward and backward; the control has none.
+    passes = (4 / 3 if has_teacher(recipe) else 1) + (1 if control else 0)
+    work = recipe.tokens * flops_per_token(shape, recipe.data.context) * passes
+    seconds = None
+    assumptions = [memory_assumption(recipe)]
+    if peak is not None and memory.total > peak.memory:
+        assumptions.append(f"this does not fit into the {readable_size(peak.memory)} of {device}")
+    if tokens_per_second is not None:
+        seconds = recipe.tokens * (2 if control else 1) / tokens_per_second
+        assumptions.append(f"measured speed of {tokens_per_second:,.0f} tokens/s")
+    elif peak is not None:
+        seconds = work / (assumed_rate(peak, recipe) * processes)
+    elsewhere = {}
+    if seconds is None:
+        elsewhere = {name: work / assumed_rate(DEVICE_PEAKS[name], recipe) for name in ("H100", "A100")}
+    if tokens_per_second is None:
+        assumptions.append(
+            f"GPU time at {ASSUMED_UTILISATION:.0%} of the {recipe.training.precision} peak, without data preparation, "
+            "evaluation and checkpoints"
+        )
+    if has_teacher(recipe):
+        assumptions.append("the original model runs beside the one in training, for a third more arithmetic")
+    if control:
+        assumptions.append("the time includes a control of the same length")
+    return Plan(
+        recipe=recipe,
+        architecture=shape,
+        schedule=schedule,
+        device=device,
+        micro_batch=micro_batch,
+        parameters=count_parameters(shape),
+        memory=memory,
+        seconds=seconds,
+        seconds_elsewhere=elsewhere,
+        assumptions=tuple(assumptions),
+    )
+
+
+def architecture_of(recipe: Recipe) -> ArchitectureSpec:
+    """The architecture of the recipe's model: its own [architecture], or that of the model it names.
+
+    Raises:
+        UserError: as `architecture_of_model`.
+    """
+    return recipe.architecture or architecture_of_model(recipe.model)
+
+
+def architecture_of_model(name: str) -> ArchitectureSpec:
+    """The architecture of a model: a published size, known without asking the Hub, or what config.json says.
+
+    Raises:
+        UserError: the model is neither a published size nor a readable GPT-2 (see `loading.load_config`).
+    """
+    published = published_architecture(name)
+    # A local directory of that name comes first, as it does when the model is loaded.
+    if published is not None and not Path(name).is_dir():
+        return published
+    from ln_removal.models.loading import load_config, sizes_of
+
+    config = load_config(name)
+    if config.model_type not in REMOVABLE:
+        raise UserError(
+            f"{name} is a {config.model_type}; LayerNorm can be removed from a GPT-2 (model_type 'gpt2'), and this kind of model "
+            "scored, observed and pretrained"
+        )
+    return ArchitectureSpec.model_validate(sizes_of(config))
+
+
+def resolve_recipe(
+    *,
+    model: str | None = None,
+    recipe: str | None = None,
+    overrides: Mapping[str, object] | None = None,
+    steps: int | None = None,
+) -> Recipe:
+    """The removal that a user asks for by a model's name, a recipe's, or both.
+
+    Args:
+        model: "tiny", a published size, a directory or a Hub id; replaces the recipe's model.
+        recipe: a built-in recipe or a TOML file; default: the one of the model (see `default_recipe`).
+        overrides: dotted keys, applied literally.
+        steps: length of the run, schedule included (see `with_steps`), applied last.
+
+    Raises:
+        UserError: neither is named, there is no such model or recipe, it is a pretraining recipe, or the result has
+            faults.
+    """
+
+    if model is None and recipe is None:
+        raise UserError(
+            "name what to remove LayerNorm from: --model tiny, --model gpt2, --model DIRECTORY or --recipe NAME"
+        )
+    if recipe is not None:
+        found = load_recipe(recipe, {**(overrides or {}), **({} if model is None else {"model": model})})
+    else:
+        assert model is not None
+        found = with_overrides(default_recipe(model, architecture_of_model(model)), overrides or {})
+    check_is_removal(found)
+    return found if steps is None else with_steps(found, steps)
+
+
+@dataclass(frozen=True)
+class GridPlan:
+    """What a grid will be: the plan of one run of each arm, in the order of the file."""
+
+    grid: Grid
+    plans: tuple[Plan, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Training tokens of all runs."""
+        return self.grid.tokens * len(self.grid.order())
+
+    @property
+    def seconds(self) -> float | None:
+        """Estimate for all runs; None where only a run can tell."""
+        found = [each.seconds for each in self.plans if each.seconds is not None]
+        return sum(found) * len(self.grid.seeds) if len(found) == len(self.plans) else None
+
+    @property
+    def seconds_elsewhere(self) -> dict[str, float]:
+        """The same on one GPU of other kinds, by name."""
+        names = self.plans[0].seconds_elsewhere
+        return {name: sum(each.seconds_elsewhere[name] for each in self.plans) * len(self.grid.seeds) for name in names}
+
+    def to_json(self) -> dict[str, object]:
+        """A dictionary of plain values: what `--grid FILE --dry-run --json` prints."""
+        arms = [
+            {
+                "name": arm.name,
+                "recipe": arm.recipe.model_dump(mode="json", exclude={"name", "seed"}),
+                "parameters": each.parameters,
+                "tokens": each.tokens,
+                "steps": each.steps,
+                "micro_batch": each.micro_batch,
+                "memory_bytes": each.memory.total,
+                "seconds": each.seconds,
+                "directories": [self.grid.directory_name(arm, seed) for seed in self.grid.seeds],
+            }
+            for arm, each in zip(self.grid.arms, self.plans, strict=True)
+        ]
+        return {
+            "name": self.grid.name,
+            "baseline": self.grid.baseline,
+            "seeds": list(self.grid.seeds),
+            "arms": arms,
+            "runs": len(self.grid.order()),
+            "tokens": self.tokens,
+            "device": self.plans[0].device,
+            "seconds": self.seconds,
+            "seconds_elsewhere": self.seconds_elsewhere,
+        }
+
+
+def plan_grid(grid: Grid, *, device: str = "cpu") -> GridPlan:
+    """Work out what a grid will be, arm by arm.
+
+    Args:
+        grid: the resolved grid.
+        device: as of `plan.plan`.
+
+    Raises:
+        UserError: as `plan.plan`.
+    """
+    return GridPlan(grid, tuple(plan(arm.recipe, device=device) for arm in grid.arms))
+
+
+def render_plan(found: GridPlan, console: Console) -> None:
+    """Print the arms as a table, and the total."""
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = found.grid
+    if grid.description:
+        console.print(grid.description, markup=False, highlight=False)
+    table = Table(
+        title=f"grid {grid.name}: {len(grid.arms)} arms, {_count(len(grid.seeds), 'seed')}", title_justify="left"
+    )
+    table.add_column("arm")
+    for name in ("parameters", "tokens", "steps", "context", "memory", "time of a run"):
+        table.add_column(name, justify="right")
+    table.add_column("directories")
+    for arm, each in zip(grid.arms, found.plans, strict=True):
+        mark = " (baseline)" if arm.name == grid.baseline else ""
+        table.add_row(
+            Text(arm.name + mark),
+            f"{each.parameters:,}",
+            f"{each.tokens:,}",
+            f"{each.steps:,}",
+            f"{arm.recipe.data.context:,}",
+            f"{each.memory.total / 1e9:.1f} GB",
+            "measured" if each.seconds is None else _hours(each.seconds),
+            f"{arm.slug}-seed{','.join(map(str, grid.seeds))}",
+        )
+    console.print(table)
+    time = "measured when it runs" if found.seconds is None else f"about {_hours(found.seconds)}"
+    total = f"all {_count(len(grid.order()), 'run')}: {found.tokens:,} tokens, {time} on {found.plans[0].device}"
+    elsewhere = [f"about {_hours(seconds)} on one {name}" for name, seconds in found.seconds_elsewhere.items()]
+    for line in (total, *elsewhere):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}" + ("" if number == 1 else "s")
+
+
+def _hours(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"

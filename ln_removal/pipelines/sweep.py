@@ -1,0 +1,352 @@
+"""Train the arms of a grid one after the other, on the same tokens, and keep the table of their perplexities up to date.
+
+    OUT/grid.toml  table.json  table.md  tokens/  tokenizer/ (where the base recipe names none)
+    OUT/ln-gelu-seed0/recipe.toml  metrics.jsonl  state/  model/  result.json
+
+Each run is an ordinary pretraining run. It is over once its result.json is there; --resume passes over such runs and goes on
+with the others from their checkpoints. A run that diverges is over too: the same seed would diverge again. Remove its
+directory to have it trained once more.
+
+With several ranks all of them go through the same runs; only the main one writes.
+
+The directory of a sweep is locked and claimed for one sweep file, and given back when nothing came of it. The directories of
+the runs in it have a lock and a recipe of their own (files/run_directory.py).
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import math
+import os
+import shutil
+import sys
+import time
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ln_removal.config.recipe import with_defaults
+from ln_removal.config.sweep import Grid, dump_grid, slug_of
+from ln_removal.config.toml import write_toml
+from ln_removal.data.tokens import given_tokens
+from ln_removal.errors import DivergedError, UserError
+from ln_removal.files.run_directory import LOCK_FILE, check_free, differences, has_trained, link_tokens, locked
+from ln_removal.files.signals import Interrupted
+from ln_removal.report.sweep_table import (
+    RESULT_FILE,
+    TABLE_JSON,
+    TABLE_MARKDOWN,
+    GridTable,
+    RunResult,
+    build_table,
+    read_result,
+    write_result,
+    write_table,
+)
+
+if TYPE_CHECKING:
+    from ln_removal.config.recipe import Recipe
+    from ln_removal.training.metrics import Progress
+
+GRID_FILE = "grid.toml"
+"""The resolved grid, with every value of every arm's recipe."""
+
+LARGEST_CROSS_ENTROPY = 700.0
+"""Nats per token, above which exp() leaves the range of a float: such a run has diverged."""
+
+
+@contextmanager
+def grid_directory(out: Path, grid: Grid, *, resume: bool, is_main: bool) -> Iterator[list[str]]:
+    """Make `out` this grid's directory, or check that it is the grid to resume; gives what is new in its file, in words.
+
+    As with a run, what a grid leaves that fails before it has tokens or a trained run is removed again.
+
+    Args:
+        out: the grid's directory.
+        grid: the resolved grid.
+        resume: `out` may hold this grid already. One of which no run has been trained yet takes the new file.
+        is_main: False does nothing: of several ranks only the main one claims.
+
+    Raises:
+        UserError: `out` cannot be written, another process is at work there, or it holds something already (without
+            `resume`) or a grid whose trained runs would not be the same.
+        Interrupted: the block was, by a signal; says what is kept.
+    """
+    if not is_main:
+        yield []
+        return
+    made = [path for path in (out, *out.parents) if not path.exists()]
+    with locked(out, resume=resume, record=GRID_FILE):
+        is_new = not check_free(out, resume=resume, record=GRID_FILE)
+        news = [] if is_new else _check_same(out, grid)
+        temporary = out / f".{GRID_FILE}.tmp"
+        temporary.write_text(dump_grid(grid), encoding="utf-8")
+        os.replace(temporary, out / GRID_FILE)
+        try:
+            yield news
+        except BaseException as error:
+            is_kept = not is_new or _is_worth_keeping(out)
+            over = len(list(out.glob(f"*-seed*/{RESULT_FILE}")))
+            if not is_kept:
+                _clear(out, made)
+            if isinstance(error, KeyboardInterrupt):
+                raise _interrupted(
+                    error, is_kept=is_kept, over=f"{over} of {len(grid.order())} runs are over"
+                ) from None
+            raise
+
+
+def has_begun(out: Path, name: str) -> bool:
+    """Whether a run of the grid in `out` has a checkpoint or is over, so that it can only go on as it was."""
+    return has_trained(out / name) or (out / name / RESULT_FILE).is_file()
+
+
+def _check_same(out: Path, grid: Grid) -> list[str]:
+    """What the file has new or no longer; UserError where a run that has been begun would not be the same."""
+    advice = "resume it with the file and options it was begun with, or choose another --out"
+    try:
+        old = tomllib.loads((out / GRID_FILE).read_text(encoding="utf-8"))
+        before, seeds, baseline = dict(old["arms"]), list(old["seeds"]), old["baseline"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{out / GRID_FILE} is damaged ({error}); choose another --out") from error
+    now = tomllib.loads(dump_grid(grid))["arms"]
+    begun = [(name, seed) for name in before for seed in seeds if has_begun(out, f"{slug_of(name)}-seed{seed}")]
+    faults = []
+    for name in dict.fromkeys(name for name, _ in begun):
+        if name not in now:
+            faults.append(f"it has the arm {name!r}, which the file lacks")
+        elif changed := differences(write_toml(before[name]).encode(), write_toml(now[name]), with_defaults):
+            faults.append(f"arm {name!r}: {changed}")
+    lost = sorted({seed for _, seed in begun} - set(grid.seeds))
+    faults += [f"it has runs with seed {seed}, which the file lacks" for seed in lost]
+    if faults:
+        raise UserError(f"{out} was begun with another grid: {'; '.join(faults)}; {advice}")
+    news = [f"added: arm {name}" for name in now if name not in before]
+    news += [f"added: seed {seed}" for seed in grid.seeds if seed not in seeds]
+    if baseline != grid.baseline:
+        news.append(f"the baseline was {baseline}, now {grid.baseline}")
+    return news
+
+
+def _is_worth_keeping(out: Path) -> bool:
+    """Whether there are runs, or tokens that are whole or can be completed."""
+    tokens = out / "tokens"
+    prepared = not tokens.is_symlink() and any((tokens / name).is_file() for name in ("index.json", "progress.json"))
+    return prepared or any(path.is_dir() for path in out.glob("*-seed*"))
+
+
+def _clear(out: Path, made: list[Path]) -> None:
+    for name in (GRID_FILE, f".{GRID_FILE}.tmp", TABLE_JSON, TABLE_MARKDOWN, LOCK_FILE):
+        (out / name).unlink(missing_ok=True)
+    if (out / "tokens").is_symlink():
+        (out / "tokens").unlink()
+    for name in ("tokens", "tokenizer", ".tokenizer.tmp"):
+        shutil.rmtree(out / name, ignore_errors=True)
+    for path in made:
+        try:
+            path.rmdir()
+        except OSError:  # something else is in it
+            return
+
+
+def _interrupted(error: KeyboardInterrupt, *, is_kept: bool, over: str) -> Interrupted:
+    """What was stopped from outside: what the run said of itself, and how far the grid is."""
+    stopped = error if isinstance(error, Interrupted) else Interrupted()
+    if is_kept:  # the grid goes on even where the run that was stopped has to begin again
+        own = [stopped.kept] if stopped.kept and stopped.resume else []
+        stopped.kept, stopped.resume = "; ".join([*own, over]), True
+    elif not stopped.kept:
+        stopped.kept, stopped.resume = "nothing was trained or prepared yet, so nothing is kept", False
+    return stopped
+
+
+def run_grid(
+    grid: Grid,
+    out: Path | str,
+    *,
+    tokens: Path | str | None = None,
+    resume: bool = False,
+    device: str = "auto",
+    wandb_project: str | None = None,
+    progress: Progress = True,
+) -> GridTable:
+    """Train every arm with every seed, seed by seed; table.json and table.md in `out` follow after each run.
+
+    Args:
+        grid: the resolved grid, see `sweep.load_grid`.
+        out: its directory.
+        tokens: prepared tokens for all runs; default: prepare the recipes' corpus once, into `out/tokens`.
+        resume: go on with the grid in `out`. The file may have new arms or seeds, and another baseline.
+        device: "auto", "cpu" or "cuda".
+        wandb_project: also log to this Weights & Biases project, each run for itself.
+        progress: show progress bars; "lines" prints a line now and then instead.
+
+    Raises:
+        UserError: `out` is in use or holds another grid, or anything that a single run gets wrong, except divergence: that is
+            kept as the run's result.
+    """
+    from ln_removal.evaluation.scoring import device_name
+    from ln_removal.training.setup import build_accelerator
+
+    out = Path(out)
+    accelerator = build_accelerator(device)
+    speaks = bool(progress) and accelerator.is_main_process
+    with grid_directory(out, grid, resume=resume, is_main=accelerator.is_main_process) as news:
+        for line in news if speaks else []:
+            _say(line)
+        with accelerator.main_process_first():
+            prepared, tokenizer = _tokens(grid, out, tokens, progress=progress is True)
+        sha256 = fingerprint(prepared)
+        results = _results(grid, out)
+        _check_same_tokens(results.values(), sha256, out)
+        accelerator.wait_for_everyone()  # all ranks have seen which runs are over before the first is added
+        table = build_table(grid, results)
+        if accelerator.is_main_process:
+            write_table(table, out)
+        left = [run for run in grid.order() if (run[0].name, run[1]) not in results]
+        if speaks and results:
+            _say(f"{len(results)} of {len(grid.order())} runs are over already")
+        began = time.monotonic()
+        for number, (arm, seed) in enumerate(left):
+            if speaks:
+                _say(
+                    f"run {len(results) + 1} of {len(grid.order())}: {arm.name}, seed {seed}{_time_left(began, number, left)}"
+                )
+            directory = out / grid.directory_name(arm, seed)
+            result = _train(
+                {
+                    "arm": arm.name,
+                    "seed": seed,
+                    "tokens_sha256": sha256,
+                    "device": device_name(accelerator.device.type),
+                },
+                _with_tokenizer(grid.recipe_of(arm, seed), tokenizer),
+                directory,
+                prepared,
+                device=device,
+                wandb_project=wandb_project,
+                progress=progress,
+            )
+            results[arm.name, seed] = result
+            table = build_table(grid, results)
+            if accelerator.is_main_process:
+                write_result(directory, result)
+                write_table(table, out)
+            if speaks:
+                figure = "diverged" if result.perplexity is None else f"perplexity {result.perplexity:.3f}"
+                _say(f"{arm.name}, seed {seed}: {figure}")
+    return table
+
+
+def _train(
+    known: Mapping[str, Any],
+    recipe: Recipe,
+    directory: Path,
+    tokens: Path,
+    *,
+    device: str,
+    wandb_project: str | None,
+    progress: Progress,
+) -> RunResult:
+    """One run, from its newest checkpoint if it has been begun; `known` is what its result says besides the figures."""
+    from ln_removal.pipelines.pretraining import pretrain
+
+    # Compiled code and memory of the run before: every arm has blocks of its own to compile, of which few are kept.
+    if dynamo := sys.modules.get("torch._dynamo"):
+        dynamo.reset()
+    gc.collect()
+    try:
+        done = pretrain(
+            recipe,
+            directory,
+            tokens=tokens,
+            resume=True,
+            device=device,
+            wandb_project=wandb_project,
+            progress=progress,
+        )
+    except DivergedError as error:
+        return RunResult(status="diverged", message=" ".join(str(error).split()), **known)
+    timed: dict[str, Any] = {
+        "tokens": done.training.tokens,
+        "seconds": done.training.seconds,
+        "skipped_steps": done.training.skipped_steps,
+    }
+    if not done.cross_entropy < LARGEST_CROSS_ENTROPY:  # NaN is not below it either
+        message = f"validation cross-entropy {done.cross_entropy} after the last step"
+        return RunResult(status="diverged", message=message, **known, **timed)
+    assert math.isfinite(done.cross_entropy)
+    return RunResult(
+        status="finished",
+        cross_entropy=done.cross_entropy,
+        bits_per_byte=done.bits_per_byte,
+        **known,
+        **timed,
+    )
+
+
+def _tokens(grid: Grid, out: Path, given: Path | str | None, *, progress: bool) -> tuple[Path, str]:
+    """The directory of the tokens of all runs, and the tokenizer that the recipes have to name ("": theirs)."""
+    from ln_removal.data.tokens import INDEX
+    from ln_removal.pipelines.pretraining import prepare_tokens
+
+    begun = any(has_begun(out, grid.directory_name(arm, seed)) for arm, seed in grid.order())
+    own = out / "tokens"
+    if begun and given is not None and own.resolve() != Path(given).resolve():
+        raise UserError(
+            f"{out} was begun with the tokens in {own.resolve()}; leave --tokens out, or choose another --out"
+        )
+    data = given_tokens(out, given)
+    if data is not None:
+        link_tokens(out, data.directory)
+        return data.directory, ""
+    recipe = grid.arms[0].recipe.model_copy(update={"name": grid.name})
+    if not (begun and (own / INDEX).is_file()):  # begun: also where the corpus has changed or gone since
+        prepare_tokens(recipe, out, progress=progress)
+    return own, "" if recipe.data.tokenizer else str((out / "tokenizer").resolve())
+
+
+def fingerprint(directory: Path) -> str:
+    """SHA-256 over the checksums of the shards in a directory of tokens: the same for the same text and tokenizer."""
+    from ln_removal.data.tokens import TokenDataset
+
+    data = TokenDataset.open(directory)
+    shards = sorted((shard.split, shard.file, shard.sha256) for shard in data.index.shards)
+    return hashlib.sha256(repr(shards).encode()).hexdigest()
+
+
+def _check_same_tokens(results: Iterable[RunResult], sha256: str, out: Path) -> None:
+    """Raises UserError where the tokens are not those of the runs that are over, as when they were prepared anew since."""
+    other = next((result for result in results if result.tokens_sha256 not in ("", sha256)), None)
+    if other is not None:
+        raise UserError(
+            f"the tokens in {out / 'tokens'} are not those that {other.arm}, seed {other.seed}, was trained on: the corpus has "
+            "changed; restore them, or begin the grid again with another --out"
+        )
+
+
+def _with_tokenizer(recipe: Recipe, tokenizer: str) -> Recipe:
+    if not tokenizer:
+        return recipe
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"tokenizer": tokenizer})})
+
+
+def _results(grid: Grid, out: Path) -> dict[tuple[str, int], RunResult]:
+    """Of the runs that are over, by arm and seed."""
+    found = {(arm.name, seed): read_result(out / grid.directory_name(arm, seed)) for arm, seed in grid.order()}
+    return {run: result for run, result in found.items() if result is not None}
+
+
+def _time_left(began: float, number: int, left: list[Any]) -> str:
+    """ "; about 40 min left", from the runs of this session; nothing before the first is over."""
+    if number == 0:
+        return ""
+    seconds = (time.monotonic() - began) / number * (len(left) - number)
+    return f"; about {max(1, round(seconds / 60))} min left"
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

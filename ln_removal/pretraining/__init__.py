@@ -1,1 +1,0 @@
-"""Training from scratch, on the same loop as removal."""

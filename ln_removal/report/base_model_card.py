@@ -1,0 +1,135 @@
+"""The model card of a model that was pretrained from scratch: what it is, how it scores, how it was made."""
+
+from __future__ import annotations
+
+from math import exp
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ln_removal.report.model_card import (
+    assemble,
+    front_matter,
+    hub_datasets,
+    metric_entries,
+    slug,
+    table_of,
+    write_card,
+)
+
+if TYPE_CHECKING:
+    from ln_removal.config.recipe import ArchitectureSpec, Recipe
+
+
+def write_base_model_card(
+    directory: Path,
+    recipe: Recipe,
+    *,
+    cross_entropy: float,
+    bits_per_byte: float | None,
+    validation_tokens: int,
+) -> None:
+    """Write README.md for a model that was pretrained from scratch, such as tiny-gpt2.
+
+    Args:
+        directory: of the saved model.
+        recipe: the pretraining recipe.
+        cross_entropy: on the validation split, nats per token.
+        bits_per_byte: the same over the bytes of the text; None where the bytes are not known.
+        validation_tokens: tokens of that split.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    from ln_removal.config.estimate import count_parameters
+    from ln_removal.config.recipe import dump_toml
+
+    shape = recipe.architecture
+    assert shape is not None, "a pretraining recipe has an [architecture]"
+    measured = metric_entries(
+        {
+            "cross_entropy": ("cross-entropy (nats per token)", cross_entropy),
+            "bits_per_byte": ("bits per byte", bits_per_byte),
+        },
+        dataset=(slug(recipe.data.corpus), f"{recipe.data.corpus}, validation split"),
+    )
+    front = front_matter(
+        recipe.name,
+        base_model=None,
+        datasets=hub_datasets(recipe.data.corpus),
+        tags=["gpt2" if shape.family == "gpt2" else "gpt_neox"],
+        license_id="mit",
+        measured=measured,
+    )
+    perplexity = exp(min(cross_entropy, 700.0))  # of a model that diverged it would overflow
+    rows = [
+        ("parameters", f"{count_parameters(shape):,}"),
+        ("layers, heads, width", f"{shape.n_layer}, {shape.n_head}, {shape.n_embd}"),
+        ("context", f"{shape.n_positions} tokens"),
+        ("vocabulary", f"{shape.vocab_size:,} entries"),
+        ("trained on", f"{recipe.tokens:,} tokens"),
+        ("weights", recipe.export.dtype),
+        (
+            "cross-entropy",
+            f"{cross_entropy:.4f} nats per token on {validation_tokens:,} held-out tokens (perplexity {perplexity:.2f})",
+        ),
+    ]
+    if bits_per_byte is not None:
+        rows.append(("bits per byte", f"{bits_per_byte:.4f}"))
+    about = [
+        f"# {recipe.name}",
+        recipe.description,
+        _kind(shape),
+    ]
+    loading = """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("THIS-DIRECTORY")
+tokenizer = AutoTokenizer.from_pretrained("THIS-DIRECTORY")
+```"""
+    if not shape.is_plain:
+        loading = loading.replace("\nfrom", "\nimport ln_removal  # makes transformers know the class\nfrom", 1)
+    # By its file: the name may be that of one run of a grid, and values may have been set on the command line.
+    own = Path(recipe.data.tokenizer)
+    data = recipe.data.model_copy(update={"tokenizer": own.name if own.is_absolute() else recipe.data.tokenizer})
+    written = dump_toml(recipe.model_copy(update={"data": data})).strip()
+    command = "Save this as recipe.toml and run `ln-pretrain --recipe recipe.toml`:"
+    sections = [
+        "\n\n".join(part for part in about if part),
+        table_of(("", ""), rows),
+        f"## Use\n\n{loading}",
+        f"## How it was made\n\n{command}\n\n```toml\n{written}\n```",
+        "## Limits\n\nA model of this size writes code that looks like code and seldom works. It is for experiments on "
+        "normalization, not for writing programs.",
+    ]
+    write_card(directory, assemble(front, sections))
+
+
+def _kind(shape: ArchitectureSpec) -> str:
+    """What a pretrained model is, in words: its family, and what was chosen."""
+    family = {"gpt2": "GPT-2", "pythia": "Pythia (GPT-NeoX: rotary positions, parallel residual)"}[shape.family]
+    if shape.is_plain and shape.activation == "gelu":
+        return (
+            f"It is an ordinary {family} with LayerNorm, from scratch."
+            if shape.family == "pythia"
+            else "It is an ordinary GPT-2 with LayerNorm: the model that ln-removal removes LayerNorm from when no other is at "
+            "hand (`ln-remove --model tiny`), small enough to do so on a laptop."
+        )
+    norms = {
+        ("layernorm", "layernorm"): "with LayerNorm",
+        ("none", "layernorm"): "without LayerNorm in its blocks; the norm in front of the unembedding is kept",
+        ("layernorm", "none"): "with LayerNorm in its blocks and none in front of the unembedding",
+        ("none", "none"): "without any LayerNorm",
+    }[shape.block_norm, shape.final_norm]
+    learned = "one for the network" if shape.slopes == "network" else "one a layer"
+    activation = {
+        "gelu": "GELU",
+        "relu": "ReLU",
+        "leaky_relu": f"leaky ReLU with a slope of {shape.negative_slope:g}",
+        "learnable_leaky_relu": f"leaky ReLU with a learned slope, {learned},",
+    }[shape.activation]
+    biases = "" if shape.biases == "all" else " Queries and keys have biases, values and the other projections none."
+    loaded = (
+        "" if shape.is_plain else " The model class comes with the Python package ln-removal: import it before loading."
+    )
+    return f"A {family} trained from scratch {norms}, {activation} in its MLPs.{biases}{loaded}"

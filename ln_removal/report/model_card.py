@@ -1,0 +1,393 @@
+"""README.md beside a saved model: what it is, how to load it, what was measured, how it was made, where it ends.
+
+The front matter is what the Hugging Face Hub reads: base model, data sets, license, and the measured figures as a model index.
+So a directory can be uploaded as it is. A card that is published names its repository where the one on disk says
+THIS-DIRECTORY.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ln_removal.errors import UserError
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
+
+    from ln_removal.config.recipe import Recipe
+    from ln_removal.evaluation.results import Results
+
+REPOSITORIES = {
+    "gpt2": "openai-community/gpt2",
+    "gpt2-medium": "openai-community/gpt2-medium",
+    "gpt2-large": "openai-community/gpt2-large",
+    "gpt2-xl": "openai-community/gpt2-xl",
+    "distilgpt2": "distilbert/distilgpt2",
+}
+"""Where the Hub keeps the models that are usually named without an owner."""
+
+LICENSES = {
+    **dict.fromkeys(("tiny", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"), "mit"),
+    "distilgpt2": "apache-2.0",
+}
+"""Licenses of the models in REPOSITORIES and of the embedded one; fine-tuning does not change them."""
+
+UNKNOWN_LICENSE = "unknown"
+
+TAGS = ["gpt2", "layernorm-free", "mechanistic-interpretability"]
+
+Form = Literal["normfree", "stock"]
+
+_TITLES = {"original": "original", "control": "control", "ln_free": "LN-free"}
+
+
+def metric_entries(metrics: dict[str, tuple[str, float | None]], *, dataset: tuple[str, str]) -> list[EvalResult]:
+    """Model index entries of metrics (type: name, value) on a data set (type, name); without those not measured."""
+    from huggingface_hub import EvalResult
+
+    kind, name = dataset
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=kind,
+            dataset_name=name,
+            metric_type=metric,
+            metric_name=title,
+            metric_value=round(value, 6),
+        )
+        for metric, (title, value) in metrics.items()
+        if value is not None and math.isfinite(value)
+    ]
+
+
+def front_matter(
+    name: str,
+    *,
+    base_model: str | None,
+    datasets: list[str],
+    tags: list[str],
+    license_id: str,
+    measured: list[EvalResult],
+) -> str:
+    """The block between the two lines of hyphens; what is None or empty is left out."""
+    from huggingface_hub import ModelCardData
+
+    optional: dict[str, Any] = {"base_model": base_model, "datasets": datasets, "eval_results": measured}
+    if base_model is not None:
+        optional["base_model_relation"] = "finetune"
+    data = ModelCardData(
+        model_name=name,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        license=license_id,
+        tags=tags,
+        **{key: value for key, value in optional.items() if value},
+    )
+    return f"---\n{data.to_yaml()}\n---"
+
+
+def license_of(model: str) -> str:
+    """The license of a model: of a published size, or as the card in its directory says; else "unknown"."""
+    if model in LICENSES:
+        return LICENSES[model]
+    known = {repository: LICENSES[name] for name, repository in REPOSITORIES.items()}
+    card = Path(model) / "README.md"
+    try:
+        text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    except (OSError, ValueError):
+        text = ""
+    front = re.match(r"---\n(.*?)\n---\n", text, flags=re.DOTALL)
+    named = re.search(r"^license: *([\w.-]+) *$", front[1], flags=re.MULTILINE) if front else None
+    return known.get(model) or (named[1] if named else UNKNOWN_LICENSE)
+
+
+def hub_id(model: str) -> str | None:
+    """The Hub repository of a recipe's model; None for the embedded model and for local directories."""
+    if model in REPOSITORIES:
+        return REPOSITORIES[model]
+    owner, slash, name = model.partition("/")
+    looks_like_an_id = bool(slash and owner and name) and "/" not in name and not model.startswith((".", "~"))
+    return model if looks_like_an_id and not Path(model).exists() else None
+
+
+def hub_datasets(corpus: str) -> list[str]:
+    """Hub ids of a corpus; empty for local text."""
+    from ln_removal.data.hub_corpora import KNOWN_CORPORA
+
+    if corpus.startswith("hub:"):
+        return [corpus.split(":")[1]]
+    known = KNOWN_CORPORA.get(corpus)
+    return [] if known is None else sorted({part.dataset for part in known.parts})
+
+
+def slug(text: str) -> str:
+    words = "".join(character if character.isalnum() else " " for character in Path(text).name.lower()).split()
+    return "-".join(words) or "text"
+
+
+def is_public_corpus(corpus: str) -> bool:
+    """Whether a recipe's corpus is sure to be one that anybody can read. Other data sets of the Hub may be private."""
+    from ln_removal.data.hub_corpora import KNOWN_CORPORA
+
+    return corpus in KNOWN_CORPORA
+
+
+def is_public_data(name: str) -> bool:
+    """Whether a data set in results.json is sure to be one that anybody can read: a known corpus, and not a path."""
+    return is_public_corpus(corpus_of(name))
+
+
+def corpus_of(data_name: str) -> str:
+    """The corpus that a data set in results.json comes from: what its name says before the split."""
+    return data_name.removesuffix(", validation split").removesuffix(", held out")
+
+
+def write_model_card(directory: Path, recipe: Recipe, results: Results) -> None:
+    """Write README.md for an LN-free model, as it lies in its run.
+
+    Args:
+        directory: of the saved model.
+        recipe: the removal that made it.
+        results: its scores, beside those of the original and of the control where there are any.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    write_card(directory, model_card(recipe, results))
+
+
+def model_card(
+    recipe: Recipe,
+    results: Results | None,
+    *,
+    repo_id: str | None = None,
+    form: Form = "normfree",
+    has_stock: bool | None = None,
+    has_code: bool = False,
+    license_id: str | None = None,
+) -> str:
+    """The card of an LN-free model that a run has made.
+
+    Args:
+        recipe: the removal that made it.
+        results: its scores, beside those of the original and of the control; None when it was not scored.
+        repo_id: the Hub repository it is written for; None for a directory.
+        form: what the model itself is: without norms, or the stock form.
+        has_stock: whether the stock form lies beside it (in a repository: in the folder `stock`). Default: as the
+            recipe's export.formats say.
+        has_code: whether the modelling file lies beside it.
+        license_id: of the model it was made from; default: `license_of`.
+    """
+    title = f"{_base_name(recipe.model)} without LayerNorm"
+    front = front_matter(
+        title,
+        base_model=hub_id(recipe.model),
+        datasets=hub_datasets(recipe.data.corpus),
+        tags=TAGS,
+        license_id=license_id or license_of(recipe.model),
+        measured=[] if results is None else _measured(results),
+    )
+    stock = form == "normfree" and ("stock" in recipe.export.formats if has_stock is None else has_stock)
+    sections = [
+        f"# {title}\n\n{_about(recipe)}",
+        f"## Use\n\n{_loading(repo_id, form=form, has_stock=stock, has_code=has_code)}",
+        *([] if results is None else [f"## Scores\n\n{_scores(results)}"]),
+        f"## How it was made\n\n{_making(recipe)}",
+        f"## Limits\n\n{_limits(recipe)}",
+    ]
+    return assemble(front, sections)
+
+
+def converted_model_card(
+    source: str,
+    *,
+    repo_id: str | None = None,
+    form: Form = "normfree",
+    has_code: bool = False,
+    license_id: str | None = None,
+) -> str:
+    """The card of an LN-free model that was converted to another form, with no run of ours to tell how it was made.
+
+    Args:
+        source: the model it was converted from: a Hub id or a directory.
+        repo_id, form, has_code, license_id: as for `model_card`.
+    """
+    name, base = _base_name(source), hub_id(source)
+    front = front_matter(
+        name, base_model=base, datasets=[], tags=TAGS, license_id=license_id or license_of(source), measured=[]
+    )
+    about = (
+        f"[{base}](https://huggingface.co/{base})" if base else f"`{name}`"
+    ) + ", a GPT-2 that needs no LayerNorm, in another form. It computes the same function as the original."
+    sections = [
+        f"# {name}\n\n{about}",
+        f"## Use\n\n{_loading(repo_id, form=form, has_stock=False, has_code=has_code)}",
+        "## How it was made\n\nConverted with `ln-export` of ln-removal; the weights were folded, not trained.",
+    ]
+    return assemble(front, sections)
+
+
+def _about(recipe: Recipe) -> str:
+    return (
+        f"{_base_name(recipe.model)}, fine-tuned until it needs no LayerNorm. Every norm was replaced, one after the "
+        "other, by a constant scale, and the constants were folded into the weights behind them. Nothing in this model "
+        "depends on a token's own statistics: what attention, MLPs and unembedding read is an affine function of the "
+        "residual stream, so contributions to the logits add up exactly."
+    )
+
+
+def _loading(repo_id: str | None, *, form: Form, has_stock: bool, has_code: bool) -> str:
+    place = repo_id or "THIS-DIRECTORY"
+    if form == "stock":
+        return "\n\n".join(
+            (
+                "A plain `GPT2LMHeadModel`, whose norms are still there and do nothing. It needs transformers alone:",
+                _snippet("from transformers import AutoTokenizer, GPT2LMHeadModel", "GPT2LMHeadModel", place),
+            )
+        )
+    imports = "import ln_removal  # makes transformers know the class\nfrom transformers import AutoModelForCausalLM, AutoTokenizer"
+    parts = [
+        "The model class comes with the Python package ln-removal; no remote code is run.",
+        _snippet(imports, "AutoModelForCausalLM", place),
+    ]
+    if has_code:
+        parts += [
+            "The class lies here too, in a file of its own, for those who would rather trust that file than install the "
+            "package:",
+            f"""\
+```python
+model = AutoModelForCausalLM.from_pretrained("{place}", trust_remote_code=True)
+```""",
+        ]
+    if has_stock:
+        where = "The folder `stock` that was written beside this one" if repo_id is None else "The folder `stock`"
+        stock = f'"{place}/../stock"' if repo_id is None else f'"{place}", subfolder="stock"'
+        parts += [
+            f"{where} holds the same model as a plain `GPT2LMHeadModel`, whose norms are still there and do nothing. It needs "
+            "transformers alone:",
+            f"""\
+```python
+from transformers import GPT2LMHeadModel
+
+model = GPT2LMHeadModel.from_pretrained({stock})
+```""",
+        ]
+    else:
+        parts.append(f"`ln-export {place} --format stock --out stock` writes a plain `GPT2LMHeadModel`.")
+    return "\n\n".join(parts)
+
+
+def _snippet(imports: str, model_class: str, place: str) -> str:
+    return f"""\
+```python
+{imports}
+
+model = {model_class}.from_pretrained("{place}")
+tokenizer = AutoTokenizer.from_pretrained("{place}")
+```"""
+
+
+def _scores(results: Results) -> str:
+    shown = [role for role in _TITLES if getattr(results.models, role) is not None]
+    rows = []
+
+    def row(name: str, values: dict[str, float | None], form: str) -> None:
+        if any(value is not None for value in values.values()):
+            cells = ["-" if (value := values[role]) is None else format(value, form) for role in shown]
+            rows.append((name, *cells))
+
+    def of(field: str, factor: float = 1.0) -> dict[str, float | None]:
+        values = {role: getattr(getattr(results, field), role) for role in shown}
+        return {role: None if value is None else factor * value for role, value in values.items()}
+
+    def spread(name: str) -> dict[str, float | None]:
+        spreads = {role: getattr(results.loss_spread, role) for role in shown}
+        return {role: None if found is None else getattr(found, name) for role, found in spreads.items()}
+
+    row("cross-entropy (nats per token)", of("cross_entropy"), ".4f")
+    row("median token", spread("median"), ".4f")
+    row("99.9 % of tokens below", spread("percentile_99_9"), ".2f")
+    row("bits per byte", of("bits_per_byte"), ".4f")
+    row("accuracy (%)", of("accuracy", 100), ".2f")
+    settings = results.settings
+    window = f"windows of {settings.context}{results.stride_note}"
+    notes = [f"{results.tokens:,} tokens of {settings.data}, {window}, {settings.precision}."]
+    if settings.questions:
+        notes.append(
+            f"Accuracy is length-normalised, on {settings.questions:,} questions of {settings.question_set} under the "
+            f"protocol {settings.protocol}."
+        )
+    if results.gap is not None:
+        notes.append(
+            "The control was fine-tuned on the same batches and kept its LayerNorms; the gap, LN-free minus control, "
+            f"is {results.gap:+.4f} nats per token."
+        )
+    return table_of(("", *(_TITLES[role] for role in shown)), rows) + "\n\n" + " ".join(notes)
+
+
+def _making(recipe: Recipe) -> str:
+    from ln_removal.config.recipe import dump_toml
+
+    training = recipe.training
+    return (
+        f"{recipe.description}\n\n"
+        f"{recipe.tokens:,} tokens of {recipe.data.corpus}: {training.steps:,} steps of {training.tokens_per_step:,}, "
+        f"context {recipe.data.context}. The whole recipe, as `ln-remove --recipe FILE` takes it:\n\n"
+        f"```toml\n{dump_toml(recipe).strip()}\n```"
+    ).strip()
+
+
+def _limits(recipe: Recipe) -> str:
+    return "\n".join(
+        (
+            "- The constants suit text like that of the fine-tuning. Without normalization, residual streams can grow "
+            "without bound on tokens it never saw; look at the percentiles of the loss, not only at its mean.",
+            f"- Fine-tuned on sequences of {recipe.data.context} tokens: later positions were not seen then.",
+            "- It has the abilities, biases and faults of the model it was made from.",
+        )
+    )
+
+
+def _measured(results: Results) -> list[EvalResult]:
+    """The LN-free model's figures for the model index."""
+    settings = results.settings
+    hellaswag = "hellaswag" in settings.question_set.lower()
+    return metric_entries(
+        {
+            "cross_entropy": ("cross-entropy (nats per token)", results.cross_entropy.ln_free),
+            "bits_per_byte": ("bits per byte", results.bits_per_byte.ln_free),
+        },
+        dataset=(slug(corpus_of(settings.data)), settings.data),
+    ) + metric_entries(
+        {"accuracy": (f"accuracy ({settings.protocol}, length-normalised)", results.accuracy.ln_free)},
+        dataset=("Rowan/hellaswag" if hellaswag else slug(settings.question_set), settings.question_set),
+    )
+
+
+def _base_name(model: str) -> str:
+    return "tiny-gpt2" if model == "tiny" else Path(model).name
+
+
+def table_of(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    align = ("---", *("---:" for _ in header[1:]))
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, align, *rows))
+
+
+def assemble(front: str, sections: list[str]) -> str:
+    return "\n\n".join([front, *sections]) + "\n"
+
+
+def write_card(directory: Path, text: str) -> None:
+    path = directory / "README.md"
+    temporary = path.with_name(".README.md.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; check the directory and the free space"
+        ) from error

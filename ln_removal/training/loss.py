@@ -1,0 +1,305 @@
+"""What a training step minimises: next-token cross-entropy, and what a removal may add to it.
+
+    loss = (1 - s) CE + s KL(teacher || model) + w_a auxiliary          (removal)
+    loss = CE + w_e entropy penalty                                     (pretraining)
+
+The teacher is the model before the removal. Which of the terms are in is decided once, so a compiled step has no branches.
+
+Shape legend: B batch, T positions, D model width, V vocabulary, N = B * T.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ln_removal.errors import UserError
+from ln_removal.models.attention import EntropyRegulariser
+from ln_removal.models.layout import attention_of, blocks_of, final_norm_of
+from ln_removal.models.precision import DTYPES, Precision
+from ln_removal.norms.freezable import ORDINARY, FreezableNorm, NormedProjection
+from ln_removal.training.cross_entropy import Head, linear_cross_entropy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Auxiliary:
+    """The residual-std loss: what pulls the stds that the norms see together.
+
+    Attributes:
+        weight: w_a.
+        target: "batch" is the published loss (`residual_std_loss`); "constants" pulls towards what each norm divides by
+            once it is frozen (`constant_std_loss`), which does not drift with the scale of the logits.
+        sites: the norm in front of the unembedding alone, or every norm.
+    """
+
+    weight: float
+    target: Literal["batch", "constants"] = "batch"
+    sites: Literal["ln_f", "all"] = "ln_f"
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """A teacher and what is learned from it.
+
+    Attributes:
+        teacher: of the model's layout and vocabulary; see `as_teacher`.
+        share: s, how much of the token loss is the divergence from the teacher's next-token distribution.
+    """
+
+    teacher: PreTrainedModel
+    share: float
+
+
+def as_teacher(model: PreTrainedModel, precision: Precision) -> PreTrainedModel:
+    """Make `model`, in place, something to be read only: no gradients, no dropout, weights in `precision`."""
+    _switch_dropout_off(model)
+    teacher: PreTrainedModel = model.requires_grad_(False).eval()
+    return teacher.to(DTYPES[precision])
+
+
+def residual_std_loss(residual: Tensor, special: Tensor) -> Tensor:
+    """Mean over all positions of (std - target)^2: pulls the special positions' residual std to that of the ordinary ones.
+
+    The target is the mean std over positions that are neither position 0 nor end-of-text, without a gradient
+    (Baroni et al. 2025, arXiv 2507.02559, the auxiliary loss at ln_f).
+
+    Args:
+        residual: what a norm reads, (B, T, D).
+        special: true at position 0 and at end-of-text tokens, (B, T).
+
+    Returns:
+        Scalar in float32, in squared units of the residual stream.
+    """
+    std = residual.float().std(dim=-1, correction=0)
+    ordinary = (~special).to(std.dtype)
+    target = (std.detach() * ordinary).sum() / ordinary.sum().clamp(min=1.0)
+    return (std - target).square().mean()
+
+
+def constant_std_loss(residual: Tensor, constant: Tensor) -> Tensor:
+    """Mean over all positions of log(std / constant)^2: every position's std is pulled to what a frozen norm divides by.
+
+    A logarithm, because a position of 30 times the usual std would else outweigh all others a thousandfold.
+
+    Args:
+        residual: what a norm reads, (B, T, D).
+        constant: scalar, without a gradient, in units of the residual stream.
+
+    Returns:
+        Scalar in float32, without a unit.
+    """
+    variance = residual.float().var(dim=-1, correction=0)
+    return (0.5 * torch.log(variance + 1e-5) - constant.log()).square().mean()
+
+
+@dataclass(frozen=True)
+class EntropyPenalty:
+    """The penalty on attention entropy.
+
+    Attributes:
+        weight: w_e.
+        regulariser: has the thresholds, which are trained with the model.
+    """
+
+    weight: float
+    regulariser: EntropyRegulariser
+
+
+class StepLoss(NamedTuple):
+    """`total` is what the backward pass starts from; `cross_entropy` is what is logged. Scalars in float32."""
+
+    total: Tensor
+    cross_entropy: Tensor
+
+
+class Objective(nn.Module):
+    """A causal language model of GPT-2's or GPT-NeoX's layout together with its loss: what the optimizer steps and DDP wraps.
+
+    It switches the model's dropout off: a step is then a pure function of weights and batch, so a resumed run goes on as
+    if it had never stopped, and removal and control differ in their norms alone.
+
+    Args:
+        model: of transformers, with `base_model` (token ids to final hidden states) and `lm_head`.
+        eot_token_id: end-of-text, a special position for the residual-std loss; None when the model has none.
+        auxiliary: the residual-std loss; None leaves it out.
+        distillation: the teacher; None learns from the text alone.
+        entropy: the penalty on attention entropy; the model then needs `attention.explicit_attention` while it trains.
+
+    Raises:
+        UserError: the auxiliary loss reads norms of which the model has none, or the teacher has another vocabulary.
+    """
+
+    share: Tensor
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        eot_token_id: int | None,
+        auxiliary: Auxiliary | None = None,
+        distillation: Distillation | None = None,
+        entropy: EntropyPenalty | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.entropy_weight = 0.0 if entropy is None else entropy.weight
+        self.entropy = None if entropy is None else entropy.regulariser.to(model.device)
+        self.eot_token_id = eot_token_id
+        self.auxiliary = auxiliary if auxiliary is not None and auxiliary.weight > 0 else None
+        self.teacher: PreTrainedModel | None = None
+        # A buffer: it changes from step to step, and a compiled graph should not.
+        self.register_buffer("share", torch.zeros((), device=model.device), persistent=False)
+        if distillation is not None and distillation.share > 0:
+            self.teacher = distillation.teacher
+            self.set_share(distillation.share)
+            _check_same_layout(model, self.teacher)
+        _switch_dropout_off(model)
+        # Filled by hooks during a forward pass of this module, and of no other (the model is evaluated by itself), and
+        # emptied at its end: what each norm read, and where each head looked.
+        self._listening = False
+        self._read: list[tuple[nn.Module, Tensor]] = []
+        self._attended: list[Tensor] = []
+        if self.entropy is not None:
+            for block in blocks_of(model):
+                attention_of(block).register_forward_hook(self._keep_attended)
+        if self.auxiliary is not None:
+            for norm in _norms_to_watch(model, self.auxiliary):
+                norm.register_forward_pre_hook(self._keep_read)
+
+    @property
+    def trained(self) -> nn.Module:
+        """Everything that has state of its own to keep: the model, with the thresholds of the entropy penalty if it has any."""
+        return self.model if self.entropy is None else nn.ModuleDict({"model": self.model, "entropy": self.entropy})
+
+    def set_share(self, share: float) -> None:
+        """Change s, the share of the token loss that comes from the teacher; takes effect in the next forward pass."""
+        assert 0 <= share <= 1, share
+        self.share.fill_(share)
+
+    def _keep_read(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if self._listening:
+            self._read.append((module, args[0]))
+
+    def _keep_attended(self, module: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:
+        if self._listening:
+            assert output[1] is not None, "the entropy penalty needs explicit attention"
+            # Not its entropy yet: what a recomputed block saves may not depend on who listens.
+            self._attended.append(output[1])
+
+    def train(self, mode: bool = True) -> Objective:
+        """As nn.Module.train, but the teacher stays in evaluation mode."""
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.eval()
+        return self
+
+    def forward(self, tokens: Tensor) -> StepLoss:
+        """Loss of predicting tokens[:, 1:] from tokens[:, :-1].
+
+        Args:
+            tokens: (B, T + 1).
+        """
+        self.forget()  # a pass that ran out of memory has left what it had gathered
+        inputs, targets = tokens[:, :-1], tokens[:, 1:]
+        self._listening = True
+        taught = self._teach(inputs)
+        hidden = self.model.base_model(input_ids=inputs, use_cache=False).last_hidden_state
+        loss = linear_cross_entropy(
+            hidden.reshape(-1, hidden.shape[-1]),
+            _head(self.model),
+            targets.reshape(-1),
+            teacher_hidden=taught.reshape(-1, taught.shape[-1]) if taught is not None else None,
+            teacher_head=_head(self.teacher) if self.teacher is not None else None,
+            share=self.share,
+        )
+        total = loss.total
+        if self.auxiliary is not None:
+            total = total + self.auxiliary.weight * self._auxiliary_loss(inputs)
+        if self.entropy is not None:
+            total = total + self.entropy_weight * self.entropy(self._attended)
+        self.forget()
+        return StepLoss(total, loss.cross_entropy)
+
+    def forget(self) -> None:
+        """Let go of what the hooks have gathered: the end of a forward pass, or of one that was cut short."""
+        self._listening = False
+        self._read, self._attended = [], []
+
+    def _teach(self, inputs: Tensor) -> Tensor | None:
+        """The teacher's final hidden states (B, T, D'), in its own precision; None without a teacher."""
+        if self.teacher is None:
+            return None
+        # Not inference mode: its tensors could not be kept for the backward pass.
+        with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
+            taught: Tensor = self.teacher.base_model(input_ids=inputs, use_cache=False).last_hidden_state
+        return taught
+
+    def _auxiliary_loss(self, inputs: Tensor) -> Tensor:
+        """Mean over the norms that are watched."""
+        assert self.auxiliary is not None
+        if self.auxiliary.target == "constants":
+            losses = []
+            for norm, residual in self._read:
+                constant, known = _constant_of(norm)
+                losses.append(known * constant_std_loss(residual, constant))
+        else:
+            special = torch.zeros_like(inputs, dtype=torch.bool)
+            special[:, 0] = True
+            if self.eot_token_id is not None:
+                special |= inputs == self.eot_token_id
+            losses = [residual_std_loss(residual, special) for _, residual in self._read]
+        return torch.stack(losses).mean()
+
+
+def _head(model: PreTrainedModel) -> Head:
+    return Head(model.lm_head.weight, getattr(model.lm_head, "bias", None))
+
+
+def _constant_of(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """What a norm divides ordinary positions by once it is frozen, the constant, or the running std while it is real.
+
+    And whether that is known (a scalar bool): in the first step there are no statistics yet.
+    """
+    norm = norm.norm if isinstance(norm, NormedProjection) else norm
+    assert isinstance(norm, FreezableNorm)
+    frozen = torch.where(norm.mix > 0, norm.frozen_std[:, ORDINARY], norm.running_std[ORDINARY])
+    return frozen.mean().detach(), norm.running_initialized[ORDINARY]
+
+
+def _norms_to_watch(model: PreTrainedModel, auxiliary: Auxiliary) -> Sequence[nn.Module]:
+    """The modules whose input is the residual stream that a norm reads; ln_1's is called through its projection."""
+    inside = {id(module.norm) for module in model.modules() if isinstance(module, NormedProjection)}
+    freezable = [
+        module
+        for module in model.modules()
+        if isinstance(module, NormedProjection) or (isinstance(module, FreezableNorm) and id(module) not in inside)
+    ]
+    if auxiliary.sites == "all" or auxiliary.target == "constants":
+        if not freezable:
+            raise UserError(
+                "an auxiliary loss at every norm, or towards their constants, needs freezable norms: install them first"
+            )
+        return freezable if auxiliary.sites == "all" else freezable[-1:]
+    return [final_norm_of(model)]
+
+
+def _check_same_layout(model: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    for name in ("vocab_size", "num_hidden_layers"):
+        ours, theirs = getattr(model.config, name), getattr(teacher.config, name)
+        if ours != theirs:
+            raise UserError(
+                f"the teacher has {name} {theirs}, the model {ours}; distil from the model that is being changed"
+            )
+
+
+def _switch_dropout_off(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0

@@ -1,0 +1,178 @@
+"""What a run tells while it goes: metrics.jsonl, a progress bar with stage, loss, tokens/s and time left, and wandb if asked."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+from ln_removal.errors import UserError
+from ln_removal.files.metrics_log import set_aside, truncate_metrics
+
+Figure = float | int | str | None | list["Figure"]
+Metrics = Mapping[str, Figure]
+
+Progress = bool | Literal["lines"]
+"""A bar, nothing, or a line now and then, for where a bar would fill a file."""
+
+SECONDS_BETWEEN_LINES = 30.0
+
+
+class Tracker:
+    """Writes metrics and shows progress; a context manager. Only the main process gets an enabled one.
+
+    Args:
+        path: metrics.jsonl, one JSON object a line, each with `kind` ("train", "evaluation", "observation", "event",
+            "incident", "rollback", "recipe") and `step`.
+        total_steps: of the run.
+        tokens_per_step: for tokens/s on the bar.
+        label: shown before the bar, such as "ln-free" or "control".
+        enabled: False writes and shows nothing.
+        progress: how steps are shown.
+        wandb_project: also log to this Weights & Biases project.
+        config: the resolved recipe, for wandb.
+
+    Raises:
+        UserError: wandb is asked for and not installed, or cannot start.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        total_steps: int,
+        tokens_per_step: int,
+        label: str,
+        enabled: bool = True,
+        progress: Progress = True,
+        wandb_project: str | None = None,
+        config: dict[str, Any] | None = None,
+    ) -> None:
+        self._path = path
+        self._total_steps = total_steps
+        self._tokens_per_step = tokens_per_step
+        self._label = label
+        self._enabled = enabled
+        self._progress = progress
+        self._last_line = float("-inf")
+        self._wandb = (
+            _start_wandb(wandb_project, f"{path.parent.name}-{label}", config) if enabled and wandb_project else None
+        )
+
+    def __enter__(self) -> Tracker:
+        if self._enabled:
+            from tqdm import tqdm
+
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._path.open("a", encoding="utf-8")
+            self._bar = tqdm(
+                total=self._total_steps,
+                desc=self._label,
+                unit="step",
+                file=sys.stderr,
+                dynamic_ncols=True,
+                disable=self._progress is not True,
+                bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
+            )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._enabled:
+            self._bar.close()
+            self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=0 if kind is None else 1)
+
+    def forget_after(self, step: int) -> None:
+        """Drop the metrics of steps that a resumed run will train again, and start the bar at `step`."""
+        if not self._enabled:
+            return
+        self._file.close()
+        truncate_metrics(self._path, step)
+        self._file = self._path.open("a", encoding="utf-8")
+        # Restart the bar's clock too, or its rate would count the steps of earlier sessions.
+        self._bar.initial = step
+        self._bar.reset()
+        self._bar.n = self._bar.last_print_n = step
+        self._bar.refresh()
+
+    def take_back(self, step: int) -> None:
+        """As `forget_after`, for a run that broke: its observations of those steps stay, in a file of their own."""
+        if self._enabled:
+            set_aside(self._path, step)
+        self.forget_after(step)
+
+    def log(self, kind: str, step: int, metrics: Metrics) -> None:
+        """Append one line to metrics.jsonl (and wandb). A number that is not finite is written as null."""
+        if not self._enabled:
+            return
+        # JSON has no NaN and no infinity.
+        row = {name: _without_nan(value) for name, value in metrics.items()}
+        self._file.write(json.dumps({"kind": kind, "step": step, **row}) + "\n")
+        self._file.flush()
+        if self._wandb is not None:
+            numbers = dict(pair for name, value in metrics.items() for pair in _numbers(f"{kind}/{name}", value))
+            # Not wandb's own step: that may not fall, and events come before the metrics of earlier steps.
+            self._wandb.log({**numbers, "step": step})
+
+    def show(self, step: int, *, stage: str, loss: float, tokens_per_second: float) -> None:
+        """Move the bar to `step` finished steps."""
+        if not self._enabled:
+            return
+        figures = f"{stage}, loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s"
+        if self._progress == "lines":
+            self._line(step, figures, tokens_per_second)
+            return
+        self._bar.set_postfix_str(figures, refresh=False)
+        self._bar.update(step - self._bar.n)
+
+    def _line(self, step: int, figures: str, tokens_per_second: float) -> None:
+        now = time.monotonic()
+        if now - self._last_line < SECONDS_BETWEEN_LINES and step < self._total_steps:
+            return
+        self._last_line = now
+        left = (self._total_steps - step) * self._tokens_per_step / max(tokens_per_second, 1e-9)
+        remaining = f", {left / 60:,.0f} min left" if step < self._total_steps else ""
+        print(f"{self._label} {step}/{self._total_steps}: {figures}{remaining}", file=sys.stderr, flush=True)
+
+    def say(self, line: str) -> None:
+        """Print a line, above the bar if there is one."""
+        if self._enabled:
+            self._bar.write(line, file=sys.stderr)
+
+
+def _without_nan(value: Figure) -> Figure:
+    if isinstance(value, list):
+        return [_without_nan(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _numbers(name: str, value: Figure) -> Iterator[tuple[str, float]]:
+    """The numbers in a figure, each under a name of its own: "observation/entropy/3/0" for layer 3, head 0."""
+    if isinstance(value, list):
+        for index, entry in enumerate(value):
+            yield from _numbers(f"{name}/{index}", entry)
+    elif isinstance(value, (int, float)):
+        yield name, value
+
+
+def _start_wandb(project: str | None, name: str, config: dict[str, Any] | None) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise UserError(
+            "--wandb needs the package wandb, which is not installed; pip install wandb, or leave --wandb out"
+        ) from None
+    try:
+        run = wandb.init(project=project, name=name, config=config)
+        run.define_metric("*", step_metric="step")
+        return run
+    except Exception as error:  # wandb raises many kinds: no login, no network, a bad project name
+        raise UserError(f"wandb could not start: {error}; run `wandb login`, or leave --wandb out") from error
