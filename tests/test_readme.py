@@ -1,4 +1,4 @@
-"""The README and its neighbours say what is true: commands parse, recipes and files are as listed, links lead somewhere."""
+"""The README and the docs agree with the code: commands parse, recipes, files and rooms are as listed, links lead somewhere."""
 
 from __future__ import annotations
 
@@ -16,23 +16,29 @@ from typer.testing import CliRunner
 from ln_removal.config.recipe import available_recipes, load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-SCRIPTS: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "checkpoints/README.md"]
-DOCUMENTS += [f"docs/{name}.md" for name in ("design", "method", "LOG", "normfree", "reliability", "performance")]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+SCRIPTS: dict[str, str] = PROJECT["project"]["scripts"]
+NAMES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "checkpoints/README.md", "benchmarks/README.md"]
+NAMES += sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
+DOCUMENTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
+README, DESIGN, COMMANDS = (DOCUMENTS[name] for name in ("README.md", "docs/design.md", "docs/commands.md"))
+SHOWING = ("README.md", "docs/commands.md", "docs/python.md", "docs/normfree.md")
+"""The documents whose code blocks are meant to be typed."""
 
 
-def blocks(language: str, text: str = README) -> list[str]:
+def blocks(language: str, *documents: str) -> list[str]:
+    text = "\n".join(DOCUMENTS[name] for name in documents or SHOWING)
     return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
 
 
-def shell_lines() -> list[list[str]]:
-    lines = [line for block in blocks("sh") for line in block.splitlines()]
-    return [words for line in lines if (words := shlex.split(line, comments=True))]
+def commands(*documents: str) -> list[list[str]]:
+    lines = [line for block in blocks("sh", *documents) for line in block.splitlines()]
+    words = [shlex.split(line, comments=True) for line in lines]
+    return [line for line in words if line and line[0] in SCRIPTS]
 
 
-def commands() -> list[list[str]]:
-    return [words for words in shell_lines() if words[0] in SCRIPTS]
+def prose(name: str) -> str:
+    return re.sub(r"^```.*?^```", "", DOCUMENTS[name], flags=re.MULTILINE | re.DOTALL)
 
 
 def app_of(script: str) -> typer.Typer:
@@ -45,8 +51,12 @@ def subcommands_of(script: str) -> dict[str, typer.core.TyperCommand]:
     return getattr(typer.main.get_command(app_of(script)), "commands", {})
 
 
-@pytest.mark.parametrize("words", commands(), ids=" ".join)
-def test_every_command_in_the_readme_is_accepted(words: list[str]) -> None:
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 250
+
+
+@pytest.mark.parametrize("words", {" ".join(words): words for words in commands()}.values(), ids=" ".join)
+def test_every_command_shown_is_accepted(words: list[str]) -> None:
     name, *arguments = words
     command = typer.main.get_command(app_of(name))
     context = command.make_context(name, arguments)  # parses and checks choices, runs nothing
@@ -55,29 +65,22 @@ def test_every_command_in_the_readme_is_accepted(words: list[str]) -> None:
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_every_command_is_shown_in_the_readme_and_in_its_help(script: str) -> None:
-    assert f"### {script}\n" in README
-    assert any(words[0] == script for words in commands())
-    shown = CliRunner().invoke(app_of(script), ["--help"], terminal_width=200)
-    assert shown.exit_code == 0
-    assert re.search(rf"Examples?:\n\s+{script} ", shown.output)
-    helps = [
-        CliRunner().invoke(app_of(script), [name, "--help"], terminal_width=200) for name in subcommands_of(script)
-    ]
-    known = {option for one in (shown, *helps) for option in re.findall(r"--[a-z][a-z-]+", one.output)}
-    used = {word for words in commands() if words[0] == script for word in words if word.startswith("--")}
-    assert used <= known
+def test_every_command_is_shown_and_explained(script: str) -> None:
+    assert f"\n| `{script}` |" in README
+    assert f"\n### {script}\n" in COMMANDS
+    for document in ("README.md", "docs/commands.md"):
+        assert any(words[0] == script for words in commands(document)), document
+    assert CliRunner().invoke(app_of(script), ["--help"]).exit_code == 0
 
 
 def test_options_named_in_prose_exist() -> None:
-    known = set()
+    known = {"--help"}
     for script in SCRIPTS:
         for command in (typer.main.get_command(app_of(script)), *subcommands_of(script).values()):
             known.update(option for parameter in command.params for option in parameter.opts)
-    prose = re.sub(r"^```.*?^```", "", README, flags=re.MULTILINE | re.DOTALL)
-    named = set(re.findall(r"`(--[a-z][a-z-]+)", prose))
-    assert "--set" in named
-    assert named <= known | {"--help"}
+    for name in DOCUMENTS:
+        named = set(re.findall(r"`(--[a-z][a-z-]+)", prose(name)))
+        assert named <= known, name
 
 
 def test_recipes_named_in_commands_exist() -> None:
@@ -87,7 +90,7 @@ def test_recipes_named_in_commands_exist() -> None:
 
 
 def test_recipe_table_agrees_with_the_recipes() -> None:
-    rows = re.findall(r"^\| `([\w/-]+)` \| ([^|]+) \| (\d+(?:\.\d+)?)M \| ([\d,]+) \|", README, flags=re.MULTILINE)
+    rows = re.findall(r"^\| `([\w/-]+)` \| ([^|]+) \| (\d+(?:\.\d+)?)M \| ([\d,]+) \|", COMMANDS, flags=re.MULTILINE)
     assert sorted(name for name, *_ in rows) == available_recipes()
     for name, model, millions, steps in rows:
         recipe = load_recipe(name)
@@ -100,19 +103,51 @@ def test_recipe_table_agrees_with_the_recipes() -> None:
 
 def test_make_targets_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
-    text = README + (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    named = set(re.findall(r"(?:^|`)make ([a-z-]+)", text, flags=re.MULTILINE))
+    named = {
+        target for text in DOCUMENTS.values() for target in re.findall(r"(?:^|`)make ([a-z-]+)", text, re.MULTILINE)
+    }
     assert {"demo", "test"} <= named
     assert named <= targets
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_links_lead_to_files(document: str) -> None:
+def test_links_lead_to_files_and_headings(document: str) -> None:
     path = ROOT / document
-    text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
-    for target in re.findall(r"\]\(([^)#\s]+)", text):
-        if not target.startswith(("http://", "https://")):
-            assert (path.parent / target).exists(), f"{document} links to {target}"
+    links = re.findall(r"\]\(([^)\s]+)\)", prose(document)) + re.findall(r'<img src="([^"]+)"', prose(document))
+    for link in links:
+        if link.startswith(("http://", "https://")):
+            continue
+        target, _, anchor = link.partition("#")
+        file = path.parent / target if target else path
+        assert file.exists(), f"{document} links to {link}"
+        if anchor:
+            assert anchor in anchors(file), f"{document} links to {link}"
+
+
+def anchors(file: Path) -> set[str]:
+    """The anchors that GitHub gives to the headings of a file."""
+    text = re.sub(r"^```.*?^```", "", file.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", [name for name in DOCUMENTS if name != "CHANGELOG.md"])
+def test_cited_source_files_exist(document: str) -> None:
+    for cited in re.findall(r"`([\w./-]+/[\w-]+\.(?:py|sh|toml))`", DOCUMENTS[document]):
+        assert any((place / cited).is_file() for place in (ROOT, ROOT / "ln_removal")), f"{document} cites {cited}"
+
+
+def test_rooms_are_those_of_the_import_contract() -> None:
+    (contract,) = [each for each in PROJECT["tool"]["importlinter"]["contracts"] if each["type"] == "layers"]
+    rooms = {room.strip() for layer in contract["layers"] for room in layer.split("|")} - {"errors"}
+    shown = set(re.findall(r"^  ([a-z]+)/ {2,}\S", DESIGN, flags=re.MULTILINE))
+    assert rooms <= shown
+    (table,) = re.findall(r"\n## Where to change what\n(.*?)\n## ", DESIGN, flags=re.DOTALL)
+    rows = re.findall(r"^\| [a-z ]+ \| `(\w+)/` \| (.+) \|$", table, flags=re.MULTILINE)
+    assert len(rows) == 5
+    for room, start in rows:
+        for module in re.findall(r"`(\w+\.py)`", start):
+            assert (ROOT / "ln_removal" / room / module).is_file(), f"{room}/{module}"
 
 
 def test_tree_shows_every_file() -> None:
@@ -130,18 +165,12 @@ def test_tree_shows_every_file() -> None:
         is_ours = name.split("/")[0] in tops and (ROOT / name).exists()
         is_listed = name in shown or any(name.startswith(leaf) for leaf in leaves)
         if is_ours and not is_listed and Path(name).name != "__init__.py":
-            pytest.fail(f"{name} is missing from the README's tree")
-
-
-def test_tree_has_a_line_on_every_module() -> None:
-    (block,) = re.findall(r"<!-- tree -->\n```\n(.*?)```", README, flags=re.DOTALL)
-    for line in block.splitlines():
-        assert re.search(r"\S {2,}\S", line.strip()) or line.strip() in ("notebooks/", "docs/"), line
+            pytest.fail(f"{name} is missing from the tree in docs/design.md")
 
 
 def tree() -> tuple[set[str], list[str]]:
-    """Paths in the README's tree, and those of its directories below which nothing is shown."""
-    (block,) = re.findall(r"<!-- tree -->\n```\n(.*?)```", README, flags=re.DOTALL)
+    """Paths in the tree of docs/design.md, and those of its directories below which nothing is shown."""
+    (block,) = re.findall(r"<!-- tree -->\n```\n(.*?)```", DESIGN, flags=re.DOTALL)
     shown: list[str] = []
     parents: list[str] = []
     for line in block.splitlines():
@@ -157,7 +186,7 @@ def test_python_blocks_are_python() -> None:
     found = blocks("python")
     assert len(found) >= 4
     for block in found:
-        compile(block, "README.md", "exec")
+        compile(block, "documentation", "exec")
 
 
 def test_the_parts_work_as_shown() -> None:
