@@ -11,7 +11,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from ln_removal.data.corpora import train_code_tokenizer
+from ln_removal.data.encoder import train_code_tokenizer
 
 CHARACTERS = 60_000_000
 
