@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from forked_commands import Commands, commands
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
@@ -25,6 +26,13 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
+    """Starts commands from one process that has everything imported."""
+    with commands(tmp_path_factory.mktemp("commands")) as started:
+        yield started
 
 
 @pytest.fixture

@@ -8,9 +8,11 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import pkgutil
 import signal
 import subprocess
 import sys
+import tomllib
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -20,13 +22,10 @@ from typing import IO
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# What the commands import while they run; a child would have to each time.
+# What a command imports while it runs, besides all of this package; a child would have to import it each time.
 IMPORTED = """
-ln_removal.removal ln_removal.pretraining.build ln_removal.training.session ln_removal.evaluation.scoring
-ln_removal.evaluation.results ln_removal.evaluation.hellaswag ln_removal.evaluation.completions ln_removal.export.model_card
-ln_removal.export.writing ln_removal.report.page ln_removal.data.prepare ln_removal.data.open_corpus accelerate transformers
-transformers.models.gpt2.modeling_gpt2 transformers.models.gpt2.tokenization_gpt2 transformers.integrations.sdpa_attention
-torch.optim
+accelerate transformers transformers.models.gpt2.modeling_gpt2 transformers.models.gpt2.tokenization_gpt2
+transformers.integrations.sdpa_attention torch.optim
 """.split()
 
 
@@ -84,6 +83,13 @@ class Commands:
         return command.said()
 
 
+def entry_point(name: str) -> str:
+    """MODULE:FUNCTION of a command, as pyproject.toml declares it."""
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        scripts: dict[str, str] = tomllib.load(file)["project"]["scripts"]
+    return scripts[name]
+
+
 @contextmanager
 def commands(place: Path) -> Iterator[Commands]:
     """A process that starts commands; their standard error goes to files in `place`."""
@@ -104,7 +110,10 @@ def commands(place: Path) -> Iterator[Commands]:
 
 
 def _serve() -> None:
-    for module in IMPORTED:
+    import ln_removal
+
+    ours = [module.name for module in pkgutil.walk_packages(ln_removal.__path__, "ln_removal.")]
+    for module in [*IMPORTED, *ours]:
         importlib.import_module(module)
     for line in sys.stdin:
         request = json.loads(line)
@@ -127,8 +136,8 @@ def _become(request: dict[str, str]) -> None:
             os.dup2(source, target)
         os.chdir(request["cwd"])
         sys.argv = [request["name"], *request["arguments"]]
-        module = request["name"].removeprefix("ln-").replace("-", "_")
-        importlib.import_module(f"ln_removal.commands.{module}").main()
+        module, _, function = entry_point(request["name"]).partition(":")
+        getattr(importlib.import_module(module), function)()
         code = 0
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1 if error.code else 0
