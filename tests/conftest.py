@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from forked_commands import Commands, commands
+from command_line import Commands, commands
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forked_commands import Commands
+from command_line import Commands
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
@@ -27,15 +27,18 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def forked(forked: Commands, place: Path) -> Commands:
+    return forked.at(place)
+
+
 def read(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
 
 def test_an_interrupted_removal_goes_on_to_the_figures_of_an_uninterrupted_one(place: Path, forked: Commands) -> None:
     out = place / "interrupted"
-    forked.run(
-        "ln-remove", "--control", "--questions", "none", "--device", "cpu", "--out", out.name, "--resume", cwd=place
-    )
+    forked.run("ln-remove", "--control", "--questions", "none", "--device", "cpu", "--out", out.name, "--resume")
     before, after = read(OLD / "finished" / "results.json"), read(out / "results.json")
     assert after["cross_entropy"] == pytest.approx(before["cross_entropy"], abs=1e-4)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -50,23 +53,23 @@ def test_an_interrupted_removal_goes_on_to_the_figures_of_an_uninterrupted_one(p
 def test_a_finished_removal_has_nothing_left_to_do(place: Path, forked: Commands) -> None:
     before = (place / "finished" / "results.json").read_bytes()
     options = ("--control", "--questions", "none", "--device", "cpu", "--out", "finished", "--resume")
-    forked.run("ln-remove", *options, cwd=place)
+    forked.run("ln-remove", *options)
     assert (place / "finished" / "results.json").read_bytes() == before
 
 
 def test_a_finished_removal_scores_exports_and_reports(place: Path, forked: Commands) -> None:
     run = place / "finished"
     before = read(run / "results.json")
-    forked.run("ln-evaluate", "finished", "--device", "cpu", "--out", "again.json", cwd=place)
+    forked.run("ln-evaluate", "finished", "--device", "cpu", "--out", "again.json")
     assert read(place / "again.json")["cross_entropy"] == pytest.approx(before["cross_entropy"], abs=1e-5)
 
-    forked.run("ln-export", "finished", "--format", "stock", "--out", "stock", cwd=place)
+    forked.run("ln-export", "finished", "--format", "stock", "--out", "stock")
     expected = load_file(run / "stock" / "model.safetensors")
     found = load_file(place / "stock" / "model.safetensors")
     assert found.keys() == expected.keys()
     assert all((found[name] - expected[name]).abs().max() < 1e-5 for name in expected)
 
-    forked.run("ln-report", "finished", cwd=place)
+    forked.run("ln-report", "finished")
     page = (run / "report.html").read_text(encoding="utf-8")
     assert f"{before['cross_entropy']['ln_free']:.4f}" in page
 
@@ -75,7 +78,7 @@ def test_an_old_checkpoint_is_folded(place: Path, forked: Commands) -> None:
     run = place / "finished"
     shutil.rmtree(run / "model")
     shutil.rmtree(run / "stock")
-    forked.run("ln-export", "finished", "--out", "folded", cwd=place)
+    forked.run("ln-export", "finished", "--out", "folded")
     expected = load_file(OLD / "finished" / "model" / "model.safetensors")
     found = load_file(place / "folded" / "model.safetensors")
     assert found.keys() == expected.keys()
@@ -85,7 +88,7 @@ def test_an_old_checkpoint_is_folded(place: Path, forked: Commands) -> None:
 def test_an_interrupted_sweep_trains_only_what_is_left(place: Path, forked: Commands) -> None:
     before = (place / "sweep" / "layernorm-seed0" / "result.json").read_bytes()
     options = ("--grid", "arms.toml", "--out", "sweep", "--device", "cpu", "--resume")
-    forked.run("ln-pretrain", *options, cwd=place)
+    forked.run("ln-pretrain", *options)
     assert (place / "sweep" / "layernorm-seed0" / "result.json").read_bytes() == before
     table = read(place / "sweep" / "table.json")
     assert table["complete"] and [arm["finished"] for arm in table["arms"]] == [1, 1]
