@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from command_line import Commands, commands
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
 
 EOT = 100
 """End-of-text token of the tiny_gpt2 fixture: the last of its 101 tokens."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ctrl_c_counts() -> Iterator[None]:
+    """Background jobs start with SIGINT ignored, and so would every process that the tests start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -25,6 +35,13 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
+    """Starts commands from one process that has everything imported."""
+    with commands(tmp_path_factory.mktemp("commands")) as started:
+        yield started
 
 
 @pytest.fixture

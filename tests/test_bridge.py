@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import run_code
 from disarmed_model import disarm, faithful
-from fresh_process import run
 from small_model import write_tokenizer
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
@@ -271,7 +271,7 @@ class TestBoot:
             f"{first}\nimport sys\nbridge = TransformerBridge.boot_transformers(sys.argv[1], device='cpu')\n"
             "print(bridge.cfg.architecture, bridge.cfg.normalization_type)"
         )
-        assert run(code, str(directory)).splitlines()[-1] == "NormFreeGPT2LMHeadModel None"
+        assert run_code(code, str(directory)).splitlines()[-1] == "NormFreeGPT2LMHeadModel None"
 
 
 def test_the_package_imports_transformer_lens_only_for_a_bridge() -> None:
@@ -279,4 +279,4 @@ def test_the_package_imports_transformer_lens_only_for_a_bridge() -> None:
 import sys, ln_removal
 print("to_bridge" in dir(ln_removal), sorted({"torch", "transformer_lens"} & set(sys.modules)))
 """
-    assert run(code) == "True []"
+    assert run_code(code) == "True []"

@@ -15,13 +15,13 @@ import sys
 import termios
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from forked_commands import ROOT, Command, Commands, commands
+from command_line import Command, Commands, code_of, environment
 from small_model import write_corpus, write_model
 
 from ln_removal.cli.console import guard
@@ -157,10 +157,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def forked(place: Path) -> Iterator[Commands]:
-    with commands(place) as started:
-        started.run("ln-prepare", "corpus", "--tokenizer", "model", "--out", "tokens")
-        yield started
+def forked(place: Path, forked: Commands) -> Commands:
+    moved = forked.at(place)
+    moved.run("ln-prepare", "corpus", "--tokenizer", "model", "--out", "tokens")
+    return moved
 
 
 def when(command: Command, happened: Callable[[], bool]) -> Command:
@@ -344,15 +344,13 @@ def test_the_terminal_is_left_clean(place: Path, forked: Commands) -> None:
     out = place / "terminal"
     screen, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
-    code = "from ln_removal.cli.remove import main; main()"
     process = subprocess.Popen(
-        [sys.executable, "-c", code, *arguments(out.name, **{"training.checkpoint_every": "5"})],
+        [sys.executable, "-c", code_of("ln-remove"), *arguments(out.name, **{"training.checkpoint_every": "5"})],
         cwd=place,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+        env=environment(),
         stdin=theirs,
         stdout=subprocess.DEVNULL,
         stderr=theirs,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     os.close(theirs)
     shown: list[bytes] = []
@@ -415,19 +413,16 @@ def test_two_ranks_stop_at_the_same_step(place: Path, forked: Commands) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     out = place / "ranks"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    code = "from ln_removal.cli.remove import main; main()"
+    world = environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
     many = ["--steps", "400"]
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", code, *arguments(out.name, *many)],
+            [sys.executable, "-c", code_of("ln-remove"), *arguments(out.name, *many)],
             cwd=place,
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env={**world, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         for rank in range(2)
     ]

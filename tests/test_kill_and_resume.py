@@ -11,13 +11,12 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-from forked_commands import ROOT, Command, Commands, commands
+from command_line import Command, Commands, code_of, environment
 from small_model import write_corpus, write_model
 
 STEPS, EVALUATE_EVERY = 120, 10
@@ -65,10 +64,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def forked(place: Path) -> Iterator[Commands]:
-    with commands(place) as started:
-        started.run("ln-prepare", "corpus", "--tokenizer", "model", "--out", "tokens")
-        yield started
+def forked(place: Path, forked: Commands) -> Commands:
+    moved = forked.at(place)
+    moved.run("ln-prepare", "corpus", "--tokenizer", "model", "--out", "tokens")
+    return moved
 
 
 @pytest.fixture(scope="module")
@@ -82,12 +81,13 @@ class RealCommand(Command):
     """`ln-remove` as a user starts it."""
 
     def __init__(self, place: Path, *given: str) -> None:
-        code = "from ln_removal.cli.remove import main; main()"
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
         errors = place / "errors.txt"
         with errors.open("w") as file:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", code, *given], stdout=subprocess.DEVNULL, stderr=file, env=environment
+                [sys.executable, "-c", code_of("ln-remove"), *given],
+                stdout=subprocess.DEVNULL,
+                stderr=file,
+                env=environment(),
             )
         self.pid, self.errors = self._process.pid, errors
 

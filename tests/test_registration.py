@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from fresh_process import run
+from command_line import run_code
 
 from ln_removal.models.normfree_gpt2 import NormFreeGPT2Config, NormFreeGPT2LMHeadModel
 
@@ -30,7 +30,7 @@ import sys, ln_removal
 heavy = {"torch", "transformers", "numpy", "pydantic", "datasets", "wandb", "matplotlib"} & set(sys.modules)
 print(sorted(heavy), "install" in dir(ln_removal), ln_removal.UserError.__name__, "torch" in sys.modules)
 """
-    assert run(code) == "[] True UserError False"
+    assert run_code(code) == "[] True UserError False"
 
 
 LOAD = """
@@ -57,13 +57,13 @@ LOADED = "ln_removal.models.normfree_gpt2 NormFreeGPT2LMHeadModel"
 
 @pytest.mark.parametrize("order", ["ln_removal first", "auto classes first"])
 def test_auto_classes_load_a_saved_model(saved: Path, order: str) -> None:
-    assert run(FIRST_LINES[order] + LOAD, str(saved)) == LOADED
+    assert run_code(FIRST_LINES[order] + LOAD, str(saved)) == LOADED
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("order", sorted(set(FIRST_LINES) - {"ln_removal first", "auto classes first"}))
 def test_auto_classes_load_a_saved_model_in_every_order(saved: Path, order: str) -> None:
-    assert run(FIRST_LINES[order] + LOAD, str(saved)) == LOADED
+    assert run_code(FIRST_LINES[order] + LOAD, str(saved)) == LOADED
 
 
 def test_configurations_get_the_class_they_are_for(saved: Path) -> None:
@@ -73,7 +73,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 for config in (AutoConfig.from_pretrained(sys.argv[1]), GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=50257)):
     print(type(config).__name__, type(AutoModelForCausalLM.from_config(config)).__name__)
 """
-    assert run(code, str(saved)).splitlines() == [
+    assert run_code(code, str(saved)).splitlines() == [
         "NormFreeGPT2Config NormFreeGPT2LMHeadModel",
         "GPT2Config GPT2LMHeadModel",
     ]
