@@ -229,14 +229,14 @@ class FreezableNorm(nn.Module):
         running = torch.where(self.running_initialized, self.running_std, self.running_std[ORDINARY])
         was_real = self.mix[reader] == 0
         self.captured_std[reader] = torch.where(was_real, running, self.captured_std[reader])
-        self.mix[reader] = value
+        self.mix[reader].fill_(value)  # an assignment would wait for the device
         self._refresh_frozen()
 
     @torch.no_grad()
     def write_dropped(self, position_class: int, value: float) -> None:
         """Move the constants of a special class to `value` of the way to the ordinary constant. No sync."""
         assert position_class in (END_OF_TEXT, FIRST), position_class
-        self.dropped[position_class] = value
+        self.dropped[position_class].fill_(value)
         self._refresh_frozen()
 
     def _refresh_frozen(self) -> None:
