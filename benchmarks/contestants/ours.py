@@ -43,8 +43,9 @@ class PacedTracker:
     With `profile`, a path, the LOG_EVERY steps after the last sample run under torch.profiler, whose table is written there.
     """
 
-    def __init__(self, pace: Pace, last_step: int, profile: str | None = None) -> None:
+    def __init__(self, pace: Pace, last_step: int, profile: str | None = None, watch: SyncWatch | None = None) -> None:
         self._pace = pace
+        self._watch = watch
         self._last_step = last_step
         self._profile = profile
         self._profiler: torch.profiler.profile | None = None
@@ -59,6 +60,9 @@ class PacedTracker:
         if self._profiler is not None:
             write_profile(self._profiler, Path(str(self._profile)))
             raise Finished
+        if self._watch is not None:  # not before: the first step compiles, and waits while it does
+            self._watch.start()
+            self._watch = None
         self._pace.details = {"stage": stage, "loss": loss, "graphs": compiled_graphs(), "after_step": step}
         try:
             self._pace.steps_done(LOG_EVERY)
@@ -76,6 +80,8 @@ class SyncWatch:
 
     def __init__(self) -> None:
         self.places: Counter[str] = Counter()
+
+    def start(self) -> None:
         if torch.cuda.is_available():
             torch.cuda.set_sync_debug_mode("warn")
             warnings.simplefilter("always")
@@ -188,7 +194,7 @@ def main() -> None:
                 sampler,
                 spec,
                 accelerator=accelerator,
-                tracker=PacedTracker(pace, settings.get("last_step", NEVER), settings.get("profile")),
+                tracker=PacedTracker(pace, settings.get("last_step", NEVER), settings.get("profile"), watch),
                 state_directory=Path(directory),
                 micro_batch=micro_batch,
                 removal=removal,
