@@ -173,21 +173,23 @@ def test_a_checkpoint_that_knows_nothing_of_waiting_goes_on_as_planned(step: int
     assert changed == [str(planned().changes(number)) for number in range(step, STEPS)]
 
 
-def exploding(directory: Path, **changes: object) -> TinyRun:
-    """A learning rate that rises to 1.0 until step 45 and is gone at step 60."""
-    spec = tiny_spec(
-        steps=STEPS,
-        learning_rate=1.0,
-        minimum_learning_rate=0.0,
-        warmup_steps=45,
-        decay_steps=60,
-        checkpoint_every=50,
+def spiking(directory: Path, **changes: object) -> TinyRun:
+    """A run whose logged loss is high in steps 40 to 57."""
+    run = TinyRun(
+        directory,
+        spec=tiny_spec(steps=STEPS, checkpoint_every=50),
+        on_spike="wait",
+        planned=planned(),
+        objective=FaultyObjective,
+        **changes,  # type: ignore[arg-type]
     )
-    return TinyRun(directory, spec=spec, on_spike="wait", planned=planned(), **changes)  # type: ignore[arg-type]
+    assert isinstance(run.objective, FaultyObjective)
+    run.objective.raised_steps = range(40, 58)
+    return run
 
 
-def test_an_exploding_learning_rate_slows_the_schedule_down(tmp_path: Path) -> None:
-    run = exploding(tmp_path / "whole")
+def test_a_spike_slows_the_schedule_down_and_so_it_does_after_a_resume(tmp_path: Path) -> None:
+    run = spiking(tmp_path / "whole")
     run.train()
     schedule = run.schedule
     assert isinstance(schedule, SpikeSchedule) and run.sites is not None
@@ -202,13 +204,14 @@ def test_an_exploding_learning_rate_slows_the_schedule_down(tmp_path: Path) -> N
     for row in run.metrics("event"):
         happened.setdefault(row["site"], row["step"])
     assert happened == begins(schedule.current)
-    stopped = exploding(tmp_path / "stopped", objective=FaultyObjective)
+    stopped = spiking(tmp_path / "stopped")
     stopped.objective.stop_at = 55  # type: ignore[assignment]
     with pytest.raises(Stop):
         stopped.train()
     _, newest = checkpoints(stopped.state)[-1]
     assert json.loads((newest / "trainer.json").read_text())["schedule"]["spikes"]["spiking"]
-    resumed = exploding(tmp_path / "stopped", seed=1)
+    resumed = spiking(tmp_path / "stopped", seed=1)
+    resumed.objective.calls = 50  # type: ignore[assignment]
     resumed.train(resume=True)
     assert resumed.metrics("event") == run.metrics("event") and resumed.metrics("incident") == incidents
     for name, tensor in resumed.model.state_dict().items():

@@ -112,6 +112,9 @@ class FaultyObjective(Objective):
     infinite_loss_steps: frozenset[int] = frozenset()
     """The loss is infinite; the gradients are right."""
 
+    raised_steps: range = range(0)
+    """The logged cross-entropy is three nats higher than it is."""
+
     stop_at: int | None = None
     calls = 0
 
@@ -127,7 +130,7 @@ class FaultyObjective(Objective):
         loss = super().forward(tokens)
         if step in self.infinite_loss_steps:
             return StepLoss(loss.total, loss.cross_entropy + torch.inf)
-        return loss
+        return StepLoss(loss.total, loss.cross_entropy + 3.0) if step in self.raised_steps else loss
 
 
 class TinyRun:
