@@ -35,8 +35,11 @@ _DIFFERENCES_SHOWN = 4
 
 logger = logging.getLogger(__name__)
 
-MAY_BE_LOWERED = ("learning_rate", "minimum_learning_rate", "clip")
-"""Of [training]."""
+MAY_BE_LOWERED = ("training.learning_rate", "training.minimum_learning_rate", "training.clip")
+"""Keys of a recipe whose values may be lowered after a run went back to a checkpoint."""
+
+DECIDE_NOTHING = ("name", "description")
+"""Keys of a recipe that only say what it is called and what it is for: a run may be resumed under others."""
 
 
 @contextmanager
@@ -177,8 +180,7 @@ def _claim(out: Path, recipe_toml: str, with_defaults: WithDefaults, *, resume: 
     try:
         used = check_free(out, resume=resume)
         if used:
-            changed = differences(file.read_bytes(), recipe_toml, with_defaults)
-            lowered = may_go_on_with(out / METRICS_FILE, file.read_bytes(), recipe_toml, with_defaults)
+            changed, lowered = _compare(out, recipe_toml, with_defaults)
             if changed and has_trained(out) and not lowered:
                 raise UserError(
                     f"{out} was begun with another recipe: {changed}; resume it with the recipe and options it was begun "
@@ -195,6 +197,16 @@ def _claim(out: Path, recipe_toml: str, with_defaults: WithDefaults, *, resume: 
         os.replace(temporary, file)
     except OSError as error:
         raise _unwritable(out, error) from error
+
+
+def _compare(out: Path, recipe_toml: str, with_defaults: WithDefaults) -> tuple[str, bool]:
+    """How the recipe in `out` differs from the new one, in words, and whether the run may go on with the new one."""
+    try:
+        before = tomllib.loads((out / RECIPE_FILE).read_bytes().decode())
+    except ValueError as error:
+        return f"its {RECIPE_FILE} is damaged ({error})", False
+    now = tomllib.loads(recipe_toml)
+    return differences(before, now, with_defaults), may_go_on_with(out / METRICS_FILE, before, now, with_defaults)
 
 
 def _clean_leftovers(out: Path) -> None:
@@ -234,20 +246,39 @@ def _unwritable(out: Path, error: OSError) -> UserError:
     return UserError(f"cannot write {out}: {error.strerror or error}; choose another --out")
 
 
-def differences(before: bytes, now: str, with_defaults: WithDefaults, *, record: str = RECIPE_FILE) -> str:
-    """What differs between two recipes as TOML, in words; empty when nothing does.
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], with_defaults: WithDefaults) -> str:
+    """What differs between two recipes as nested dictionaries, in words; empty when nothing does.
 
-    A key that `before` lacks because the version that wrote it did not know it counts as its default.
+    A key that `before` lacks because the version that wrote it did not know it counts as its default. A name or a description
+    decides nothing, so another one is no difference.
     """
-    try:
-        old = _flat(with_defaults(tomllib.loads(before.decode())))
-    except ValueError as error:
-        return f"its {record} is damaged ({error})"
-    new = _flat(with_defaults(tomllib.loads(now)))
-    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-    shown = [f"{key} was {old.get(key, 'unset')}, now {new.get(key, 'unset')}" for key in keys[:_DIFFERENCES_SHOWN]]
-    more = len(keys) - len(shown)
-    return ", ".join(shown) + (f", and {more} more" if more else "")
+    words = [
+        f"{key} was {'unset' if old is None else old}, now {'unset' if new is None else new}"
+        for key, (old, new) in _changes(before, now, with_defaults).items()
+    ]
+    more = len(words) - _DIFFERENCES_SHOWN
+    return ", ".join(words[:_DIFFERENCES_SHOWN]) + (f", and {more} more" if more > 0 else "")
+
+
+def may_go_on_with(
+    metrics: Path, before: Mapping[str, Any], now: Mapping[str, Any], with_defaults: WithDefaults
+) -> bool:
+    """Whether the run whose metrics.jsonl this is has just gone back, and `now` only lowers what may be lowered."""
+    if last_row(metrics).get("kind") not in (ROLLBACK, RECIPE_CHANGE):
+        return False
+    return all(
+        key in MAY_BE_LOWERED and (new or 0) <= (old or 0)
+        for key, (old, new) in _changes(before, now, with_defaults).items()
+    )
+
+
+def _changes(
+    before: Mapping[str, Any], now: Mapping[str, Any], with_defaults: WithDefaults
+) -> dict[str, tuple[Any, Any]]:
+    """The old and the new value of every dotted key that differs and decides something; None where one is unset."""
+    old, new = (_flat(with_defaults(recipe)) for recipe in (before, now))
+    keys = [key for key in {**old, **new} if key not in DECIDE_NOTHING and old.get(key) != new.get(key)]
+    return {key: (old.get(key), new.get(key)) for key in keys}
 
 
 def _flat(table: Mapping[str, object], prefix: str = "") -> dict[str, object]:
@@ -289,24 +320,3 @@ def _clear(out: Path, made: list[Path]) -> None:
             path.rmdir()
         except OSError:  # something else is in it
             return
-
-
-def may_go_on_with(metrics: Path, before: bytes, now: str, with_defaults: WithDefaults) -> bool:
-    """Whether the run has just gone back, and its new recipe only lowers what may be lowered.
-
-    Args:
-        metrics: the run's metrics.jsonl.
-        before: recipe.toml as it is. now: the new one.
-    """
-    if last_row(metrics).get("kind") not in (ROLLBACK, RECIPE_CHANGE):
-        return False
-    try:
-        old, new = with_defaults(tomllib.loads(before.decode())), with_defaults(tomllib.loads(now))
-    except ValueError:  # recipe.toml is damaged
-        return False
-    was, wanted = old.get("training", {}), new.get("training", {})
-    lowered = all(wanted.get(name, 0) <= was.get(name, 0) for name in MAY_BE_LOWERED)
-    for name in MAY_BE_LOWERED:
-        was.pop(name, None)
-        wanted.pop(name, None)
-    return bool(lowered and old == new)

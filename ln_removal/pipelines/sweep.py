@@ -30,7 +30,6 @@ from typing import TYPE_CHECKING, Any
 
 from ln_removal.config.recipe import with_defaults
 from ln_removal.config.sweep import Grid, dump_grid, slug_of
-from ln_removal.config.toml import write_toml
 from ln_removal.data.tokens import given_tokens
 from ln_removal.errors import DivergedError, UserError
 from ln_removal.files.run_directory import LOCK_FILE, check_free, differences, has_trained, link_tokens, locked
@@ -118,7 +117,7 @@ def _check_same(out: Path, grid: Grid) -> list[str]:
     for name in dict.fromkeys(name for name, _ in begun):
         if name not in now:
             faults.append(f"it has the arm {name!r}, which the file lacks")
-        elif changed := differences(write_toml(before[name]).encode(), write_toml(now[name]), with_defaults):
+        elif changed := differences(before[name], now[name], with_defaults):
             faults.append(f"arm {name!r}: {changed}")
     lost = sorted({seed for _, seed in begun} - set(grid.seeds))
     faults += [f"it has runs with seed {seed}, which the file lacks" for seed in lost]
