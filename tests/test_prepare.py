@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from tokenizers import Tokenizer
 
 from ln_removal.data import encoder
@@ -391,7 +392,7 @@ def test_a_directory_that_another_process_is_preparing(tmp_path: Path, tokenizer
 
 def test_many_ranks_may_open_a_complete_directory_at_once(tmp_path: Path, tokenizer: Any) -> None:
     run(ListCorpus(documents()), tokenizer, tmp_path)
-    with prepare_module._lock(tmp_path):
+    with FileLock(tmp_path / prepare_module.LOCK):
         run(ListCorpus(documents(), before=refuse), tokenizer, tmp_path)
 
 

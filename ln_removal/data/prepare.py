@@ -7,7 +7,6 @@ preparation truncates its shards to those lengths and goes on.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from ln_removal.data.corpora import Corpus, Document, Split, TokenDocument
 from ln_removal.data.encoder import EncoderPool
@@ -141,10 +141,12 @@ def prepare(
         if (out / INDEX).exists():  # complete, so no lock is needed: the ranks of a run open it at the same time
             return _open_same(out, index)
         out.mkdir(parents=True, exist_ok=True)
-        with _lock(out):
+        with FileLock(out / LOCK, blocking=False, fallback_to_soft=False):
             return _prepare_locked(
                 corpus, tokenizer, out, index, max_tokens, shard_tokens, checkpoint_tokens, workers, progress
             )
+    except Timeout:
+        raise UserError(f"another process is preparing {out}; wait for it, or choose another --out") from None
     except OSError as error:
         if is_full(error):
             raise UserError(_out_of_room(out, index, max_tokens)) from error
@@ -351,16 +353,6 @@ def _progress(index: TokenIndex) -> PrepareProgress:
         name: sum(int(getattr(shard, name)) for shard in index.shards) for name in ("documents", "tokens", "bytes")
     }
     return PrepareProgress(**total)
-
-
-@contextmanager
-def _lock(out: Path) -> Iterator[None]:
-    with (out / LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is preparing {out}; wait for it, or choose another --out") from None
-        yield
 
 
 @contextmanager

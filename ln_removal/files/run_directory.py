@@ -8,7 +8,6 @@ change is written into recipe.toml and noted in metrics.jsonl.
 from __future__ import annotations
 
 import errno
-import fcntl
 import logging
 import os
 import shutil
@@ -17,6 +16,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from ln_removal.errors import UserError
 from ln_removal.files.atomic import clean_leftovers
@@ -113,15 +114,14 @@ def remove_unfinished_tokens(directory: Path) -> None:
     lock = directory / "prepare.lock"
     if not lock.is_file() or _holds_tokens(directory):
         return
-    with lock.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:  # another process is at work here, and that was the failure
-            return
-        for split in ("train", "validation"):
-            for leftover in directory.glob(f"{split}-*-[0-9][0-9][0-9][0-9][0-9].bin"):
-                leftover.unlink(missing_ok=True)
-        lock.unlink(missing_ok=True)
+    try:
+        with FileLock(lock, blocking=False, fallback_to_soft=False):
+            for split in ("train", "validation"):
+                for leftover in directory.glob(f"{split}-*-[0-9][0-9][0-9][0-9][0-9].bin"):
+                    leftover.unlink(missing_ok=True)
+            lock.unlink(missing_ok=True)
+    except Timeout:  # another process is at work here, and that was the failure
+        return
     with suppress(OSError):  # not empty: not all of it is ours
         directory.rmdir()
 
@@ -139,26 +139,25 @@ def locked(out: Path, *, resume: bool, record: str = RECIPE_FILE) -> Iterator[No
         UserError: `out` cannot be written, another process is at work there, or it holds something already (without
             `resume`, or something else).
     """
-    lock = out / LOCK_FILE
+    # No fallback to a file whose mere existence is the lock: such a file outlives a killed process.
+    lock = FileLock(out / LOCK_FILE, blocking=False, fallback_to_soft=False)
     try:
-        if not lock.exists():  # a lock is only put where a run may be
+        if not (out / LOCK_FILE).exists():  # a lock is only put where a run may be
             check_free(out, resume=resume, record=record)
             out.mkdir(parents=True, exist_ok=True)
-        file = lock.open("a")
+        lock.acquire()
+    except Timeout:
+        raise UserError(
+            f"another process is at work on the run in {out}; wait for it or stop it, or choose another --out"
+        ) from None
     except OSError as error:
-        raise _unwritable(out, error) from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another process is at work on the run in {out}; wait for it or stop it, or choose another --out"
-            ) from None
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-                raise _unwritable(out, error) from error
-            logger.warning("the file system of %s has no locks: see to it that no other process uses it", out)
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            raise _unwritable(out, error) from error
+        logger.warning("the file system of %s has no locks; make sure that no other process uses this directory", out)
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def check_free(out: Path, *, resume: bool, record: str = RECIPE_FILE) -> bool:
