@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from ln_removal.files.metrics_log import METRICS_FILE, RECIPE_CHANGE, ROLLBACK, 
 from ln_removal.files.signals import Interrupted
 
 RECIPE_FILE = "recipe.toml"
+
+NOTHING_KEPT = "nothing was trained or prepared yet, so nothing is kept"
 
 LOCK_FILE = ".lock"
 """Locked while a process works on the run. The system lets go of the lock when that process ends, however it ends."""
@@ -79,7 +81,7 @@ def run_directory(
         except BaseException as error:
             is_kept = not is_new or not (_is_only_claimed(out) or (claimed and not _is_worth_keeping(out)))
             if not is_kept:
-                _clear(out, made)
+                clear(out, made, records=(RECIPE_FILE, f".{RECIPE_FILE}.tmp", METRICS_FILE))
             if isinstance(error, KeyboardInterrupt):
                 raise _interrupted(error, out, is_kept=is_kept) from None
             raise
@@ -224,13 +226,12 @@ def _interrupted(error: KeyboardInterrupt, out: Path, *, is_kept: bool) -> Inter
     stopped = error if isinstance(error, Interrupted) else Interrupted()
     stopped.resume = is_kept
     if not stopped.kept:
-        stopped.kept = _kept(out) if is_kept else "nothing was trained or prepared yet, so nothing is kept"
+        stopped.kept = _kept(out) if is_kept else NOTHING_KEPT
     return stopped
 
 
 def _kept(out: Path) -> str:
-    tokens = out / "tokens"
-    kept = [str(tokens)] if _holds_tokens(tokens) and not tokens.is_symlink() else []
+    kept = [str(out / "tokens")] if has_own_tokens(out) else []
     for place in (out, out / "control"):
         if (place / "model").is_dir():
             kept.append(str(place / "model"))
@@ -295,8 +296,13 @@ def _is_only_claimed(out: Path) -> bool:
 def _is_worth_keeping(out: Path) -> bool:
     metrics = out / METRICS_FILE
     logged = metrics.is_file() and metrics.stat().st_size > 0
+    return logged or has_trained(out) or has_own_tokens(out)
+
+
+def has_own_tokens(out: Path) -> bool:
+    """Whether a run, or a sweep, has prepared tokens of its own that are whole or can be completed."""
     tokens = out / "tokens"
-    return logged or has_trained(out) or (_holds_tokens(tokens) and not tokens.is_symlink())
+    return _holds_tokens(tokens) and not tokens.is_symlink()
 
 
 def _holds_tokens(directory: Path) -> bool:
@@ -304,9 +310,13 @@ def _holds_tokens(directory: Path) -> bool:
     return any((directory / name).is_file() for name in ("index.json", "progress.json"))
 
 
-def _clear(out: Path, made: list[Path]) -> None:
-    """Remove what an unsuccessful run left in a directory that was empty before it, and the directories made for it."""
-    for name in (RECIPE_FILE, f".{RECIPE_FILE}.tmp", METRICS_FILE, LOCK_FILE):
+def clear(out: Path, made: Iterable[Path], *, records: Iterable[str]) -> None:
+    """Remove what an unsuccessful run, or sweep, left in a directory that was empty before it.
+
+    That is its lock, its tokens, its tokenizer and its checkpoints, the files named by `records`, and those of the directories
+    in `made` (innermost first) that are empty then.
+    """
+    for name in (*records, LOCK_FILE):
         (out / name).unlink(missing_ok=True)
     for name in ("tokens", "tokenizer", ".tokenizer.tmp", "state"):
         path = out / name
