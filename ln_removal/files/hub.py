@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 from ln_removal.errors import UserError
@@ -13,6 +14,16 @@ T = TypeVar("T")
 
 HUB_SECONDS = 12.0
 """How long the Hub may take to give its first answer before it counts as out of reach."""
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a model's name can be a Hub id, NAME or OWNER/NAME, rather than a path. The Hub is not asked.
+
+    Where OWNER is a directory here, the name is taken for a path with a mistake in it.
+    """
+    owner, _, repository = name.rpartition("/")
+    is_path = name.startswith((".", "/", "~")) or "\\" in name or "/" in owner or Path(name).exists()
+    return bool(repository) and not is_path and not (owner and Path(owner).is_dir())
 
 
 def first_answer(request: Callable[[], T], *, seconds: float = HUB_SECONDS) -> T:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ln_removal.errors import UserError
-from ln_removal.files.hub import HUB_SECONDS, first_answer, hub_error, is_unreachable, one_line
+from ln_removal.files.hub import HUB_SECONDS, first_answer, hub_error, is_hub_id, is_unreachable, one_line
 from ln_removal.files.run_directory import RECIPE_FILE
 
 if TYPE_CHECKING:
@@ -197,15 +197,9 @@ def _directory(name: str, *, config: bool = True, weights: bool = False, tokeniz
         return path
     if path.exists():
         raise UserError(f"{name} is a file; a model is a directory with config.json and {WEIGHTS}")
-    if _looks_like_path(name):
+    if not is_hub_id(name):
         raise UserError(f"no such directory: {name}; give one with config.json and {WEIGHTS}, or a Hub id such as gpt2")
     return _fetch(name, config=config, weights=weights, tokenizer=tokenizer)
-
-
-def _looks_like_path(name: str) -> bool:
-    if name.startswith((".", "/", "~")) or name.endswith("/") or "\\" in name or name.count("/") > 1:
-        return True
-    return "/" in name and Path(name).parent.is_dir()
 
 
 def _fetch(repo_id: str, *, config: bool, weights: bool, tokenizer: bool) -> Path:
