@@ -1,8 +1,8 @@
 """Turn a corpus into token shards: batched, in parallel with reading, with bounded memory, resumable.
 
-A reader thread fills a short queue with batches of documents, processes encode them (`EncoderPool`), and the main thread appends
-to the shards. Every few million tokens the shards are synced and their lengths written to `progress.json`; an interrupted
-preparation truncates its shards to those lengths and goes on.
+A reader thread fills a short queue with batches of documents, processes encode them (`EncoderPool`), and the main thread
+appends them to the shards. Every few million tokens the shards are synced and their lengths are written to `progress.json`.
+A preparation that was interrupted truncates its shards to those lengths and goes on from there.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 import numpy as np
 from filelock import FileLock, Timeout
 
-from ln_removal.data.corpora import Corpus, Document, Split, TokenDocument
+from ln_removal.data.corpora import SPLITS, Corpus, Document, Split, TokenDocument
 from ln_removal.data.encoder import EncoderPool
 from ln_removal.data.sampler import read_ahead
 from ln_removal.data.tokens import INDEX, Shard, TokenDataset, TokenIndex, dtype_for, parse_index, write_index
@@ -42,6 +42,18 @@ Group = tuple[Split, str]
 """Split and source: what a shard holds."""
 
 _SHARD_NAME = re.compile(r"(train|validation)-.*-\d{5,}\.bin")
+
+
+@dataclass(frozen=True)
+class _Limits:
+    """Training tokens at which to stop, those of a full shard, and those between two checkpoints."""
+
+    max_tokens: int | None
+    shard_tokens: int
+    checkpoint_tokens: int
+
+    def reached(self, index: TokenIndex) -> bool:
+        return self.max_tokens is not None and index.total("train", "tokens") >= self.max_tokens
 
 
 @dataclass(frozen=True)
@@ -89,6 +101,61 @@ class _ShardWriter:
             self._file.close()
 
 
+class _Shards:
+    """The shards of one preparation. For each group one is open; full ones are closed and have their checksum in the index."""
+
+    def __init__(self, directory: Path, index: TokenIndex, shard_tokens: int) -> None:
+        self.directory = directory
+        self.index = index
+        self._shard_tokens = shard_tokens
+        self._open = {(shard.split, shard.source): self._writer(shard) for shard in index.shards if not shard.sha256}
+
+    def append(self, batch: Batch, encoded: list[bytes]) -> int:
+        """Append a batch whose texts are encoded; how many tokens it has."""
+        tokens = 0
+        for part in _parts(batch, encoded, self.index):
+            self._for_group(part.group).append(part)
+            tokens += part.tokens
+        return tokens
+
+    def checkpoint(self, consumed: int) -> None:
+        """Save what an interrupted preparation needs to go on after `consumed` documents."""
+        for writer in self._open.values():
+            writer.sync()
+        write_json_atomically(self.directory / PROGRESS, {"consumed": consumed, "index": asdict(self.index)})
+
+    def close(self) -> None:
+        for writer in self._open.values():
+            writer.close()
+
+    def complete(self) -> None:
+        """Write the index: from here on the tokens count as prepared."""
+        for writer in self._open.values():
+            writer.shard.sha256 = checksum(writer.path)
+        write_index(self.directory, self.index)
+        (self.directory / PROGRESS).unlink(missing_ok=True)
+
+    def _for_group(self, group: Group) -> _ShardWriter:
+        """The open shard of a group; a new one where there is none or the last one is full."""
+        writer = self._open.get(group)
+        if writer is not None and writer.shard.tokens < self._shard_tokens:
+            return writer
+        if writer is not None:
+            writer.close()
+            writer.shard.sha256 = checksum(writer.path)
+        split, source = group
+        # Two sources may have the same safe name, so their shards are numbered together.
+        safe = _safe(source)
+        number = sum(shard.split == split and _safe(shard.source) == safe for shard in self.index.shards)
+        shard = Shard(file=f"{split}-{safe}-{number:05d}.bin", split=split, source=source)
+        self.index.shards.append(shard)
+        self._open[group] = self._writer(shard)
+        return self._open[group]
+
+    def _writer(self, shard: Shard) -> _ShardWriter:
+        return _ShardWriter(self.directory, shard, np.dtype(self.index.dtype).itemsize)
+
+
 def prepare(
     corpus: Corpus,
     tokenizer: PreTrainedTokenizerFast,
@@ -125,32 +192,42 @@ def prepare(
         Interrupted: Ctrl-C or SIGTERM; the tokens so far are kept.
     """
     out = Path(out)
-    eot = tokenizer.eos_token_id
-    if not isinstance(eot, int):
-        raise UserError(
-            f"the tokenizer {tokenizer_name} has no end-of-text token; use GPT-2's or one that has an eos token"
-        )
-    index = TokenIndex(
-        corpus=json.loads(json.dumps({**corpus.identity(), "max_tokens": max_tokens})),
-        tokenizer={"name": tokenizer_name, "sha256": tokenizer_sha256},
-        vocab_size=len(tokenizer),
-        eot_token_id=eot,
-        dtype=dtype_for(len(tokenizer)),
-    )
+    index = _empty_index(corpus, tokenizer, tokenizer_name, tokenizer_sha256, max_tokens)
+    limits = _Limits(max_tokens, shard_tokens, checkpoint_tokens)
     try:
-        if (out / INDEX).exists():  # complete, so no lock is needed: the ranks of a run open it at the same time
-            return _open_same(out, index)
-        out.mkdir(parents=True, exist_ok=True)
-        with FileLock(out / LOCK, blocking=False, fallback_to_soft=False):
-            return _prepare_locked(
-                corpus, tokenizer, out, index, max_tokens, shard_tokens, checkpoint_tokens, workers, progress
-            )
+        if not (out / INDEX).exists():  # without a lock: the ranks of a run open a complete directory at the same time
+            out.mkdir(parents=True, exist_ok=True)
+            with FileLock(out / LOCK, blocking=False, fallback_to_soft=False):
+                if not (out / INDEX).exists():  # or another process has completed it since
+                    encoders = EncoderPool(
+                        tokenizer.backend_tokenizer.to_str(),
+                        eot_token_id=index.eot_token_id,
+                        dtype=index.dtype,
+                        workers=workers,
+                    )
+                    _prepare_locked(corpus, encoders, out, index, limits, progress)
+        return _open_same(out, index)
     except Timeout:
         raise UserError(f"another process is preparing {out}; wait for it, or choose another --out") from None
     except OSError as error:
         if is_full(error):
             raise UserError(_out_of_room(out, index, max_tokens)) from error
         raise UserError(f"cannot write {out}: {error.strerror or error}; choose another --out") from error
+
+
+def _empty_index(
+    corpus: Corpus, tokenizer: PreTrainedTokenizerFast, name: str, sha256: str, max_tokens: int | None
+) -> TokenIndex:
+    eot = tokenizer.eos_token_id
+    if not isinstance(eot, int):
+        raise UserError(f"the tokenizer {name} has no end-of-text token; use GPT-2's or one that has an eos token")
+    return TokenIndex(
+        corpus=json.loads(json.dumps({**corpus.identity(), "max_tokens": max_tokens})),
+        tokenizer={"name": name, "sha256": sha256},
+        vocab_size=len(tokenizer),
+        eot_token_id=eot,
+        dtype=dtype_for(len(tokenizer)),
+    )
 
 
 def _out_of_room(out: Path, index: TokenIndex, max_tokens: int | None) -> str:
@@ -168,67 +245,57 @@ def _out_of_room(out: Path, index: TokenIndex, max_tokens: int | None) -> str:
 
 def _prepare_locked(
     corpus: Corpus,
-    tokenizer: PreTrainedTokenizerFast,
+    encoders: EncoderPool,
     out: Path,
     index: TokenIndex,
-    max_tokens: int | None,
-    shard_tokens: int,
-    checkpoint_tokens: int,
-    workers: int | None,
+    limits: _Limits,
     progress: Callable[[PrepareProgress], None] | None,
-) -> TokenDataset:
-    if (out / INDEX).exists():
-        return _open_same(out, index)
+) -> None:
+    """Write the shards and the index, from the last checkpoint on where there is one; `out` is locked by this process."""
     consumed = _resume(out, index)
-    width = np.dtype(index.dtype).itemsize
-    writers = {
-        (shard.split, shard.source): _ShardWriter(out, shard, width) for shard in index.shards if not shard.sha256
-    }
-    encoders = EncoderPool(
-        tokenizer.backend_tokenizer.to_str(), eot_token_id=index.eot_token_id, dtype=index.dtype, workers=workers
-    )
-    since_checkpoint = 0
-
-    def enough() -> bool:
-        return max_tokens is not None and index.total("train", "tokens") >= max_tokens
-
-    batches = _batches(corpus, consumed) if not enough() else iter(())
+    shards = _Shards(out, index, limits.shard_tokens)
     try:
-        with deferred("batch") as stop, closing(read_ahead(batches, QUEUED_BATCHES)) as read, encoders:
-            for batch, encoded in encoders.in_order(read, _texts):
-                for part in _parts(batch, encoded, index):
-                    writer = writers.get(part.group)
-                    if writer is not None and writer.shard.tokens >= shard_tokens:
-                        writer.close()
-                        writer.shard.sha256 = checksum(writer.path)
-                        writer = None
-                    if writer is None:
-                        writer = writers[part.group] = _open_next(out, index, part.group, width)
-                    writer.append(part)
-                    since_checkpoint += part.tokens
-                consumed += len(batch)
-                if progress is not None:
-                    progress(_progress(index))
-                if since_checkpoint >= checkpoint_tokens:
-                    _checkpoint(out, index, writers, consumed)
-                    since_checkpoint = 0
-                if enough():
-                    break
-                if stop:
-                    _checkpoint(out, index, writers, consumed)
-                    raise stop.interrupted(f"{_progress(index).tokens:,} tokens are kept in {out}")
+        if not limits.reached(index):
+            _encode_rest(corpus, encoders, shards, limits, progress, consumed)
     finally:
-        for writer in writers.values():
-            writer.close()
-    for split in ("train", "validation"):
+        shards.close()
+    _check_splits(corpus, index, limits.max_tokens)
+    shards.complete()
+
+
+def _encode_rest(
+    corpus: Corpus,
+    encoders: EncoderPool,
+    shards: _Shards,
+    limits: _Limits,
+    progress: Callable[[PrepareProgress], None] | None,
+    consumed: int,
+) -> None:
+    """Append the corpus from document `consumed` on, until it ends, the limit is reached or a signal comes."""
+    index, since_checkpoint = shards.index, 0
+    batches = read_ahead(_batches(corpus, consumed), QUEUED_BATCHES)
+    with deferred("batch") as stop, closing(batches) as read, encoders:
+        for batch, encoded in encoders.in_order(read, _texts):
+            since_checkpoint += shards.append(batch, encoded)
+            consumed += len(batch)
+            if progress is not None:
+                progress(_progress(index))
+            if since_checkpoint >= limits.checkpoint_tokens:
+                shards.checkpoint(consumed)
+                since_checkpoint = 0
+            if limits.reached(index):
+                return
+            if stop:
+                shards.checkpoint(consumed)
+                raise stop.interrupted(f"{_progress(index).tokens:,} tokens are kept in {shards.directory}")
+
+
+def _check_splits(corpus: Corpus, index: TokenIndex, max_tokens: int | None) -> None:
+    """Raises UserError when a split has no tokens."""
+    for split in SPLITS:
         if index.total(split, "tokens") == 0:
             more = "add text to it" if max_tokens is None else f"raise max_tokens ({max_tokens:,})"
             raise UserError(f"{corpus.name}: the corpus gave no {split} document; {more}, or choose another corpus")
-    for writer in writers.values():
-        writer.shard.sha256 = checksum(writer.path)
-    write_index(out, index)
-    (out / PROGRESS).unlink(missing_ok=True)
-    return TokenDataset.open(out)
 
 
 def _batches(corpus: Corpus, skip: int) -> Iterator[Batch]:
@@ -281,24 +348,8 @@ def _check_range(tokens: list[int], index: TokenIndex) -> None:
         )
 
 
-def _open_next(out: Path, index: TokenIndex, group: Group, width: int) -> _ShardWriter:
-    split, source = group
-    # Two sources may have the same safe name, so their shards are numbered together.
-    safe = _safe(source)
-    number = sum(shard.split == split and _safe(shard.source) == safe for shard in index.shards)
-    shard = Shard(file=f"{split}-{safe}-{number:05d}.bin", split=split, source=source)
-    index.shards.append(shard)
-    return _ShardWriter(out, shard, width)
-
-
 def _safe(source: str) -> str:
     return "".join(character if character.isalnum() else "-" for character in source)
-
-
-def _checkpoint(out: Path, index: TokenIndex, writers: dict[Group, _ShardWriter], consumed: int) -> None:
-    for writer in writers.values():
-        writer.sync()
-    write_json_atomically(out / PROGRESS, {"consumed": consumed, "index": asdict(index)})
 
 
 def _resume(out: Path, index: TokenIndex) -> int:
