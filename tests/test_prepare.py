@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 
 from ln_removal.data import encoder
 from ln_removal.data import prepare as prepare_module
+from ln_removal.data import tokens as tokens_module
 from ln_removal.data.corpora import Document, Split, TokenDocument
 from ln_removal.data.encoder import END_OF_TEXT, train_code_tokenizer
 from ln_removal.data.prepare import QUEUED_BATCHES, PrepareProgress, prepare
@@ -418,7 +419,7 @@ def test_a_crash_after_max_tokens_does_not_add_more(tmp_path: Path, tokenizer: A
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(prepare_module, "checksum", crash)
+        patched.setattr(tokens_module, "checksum", crash)
         with pytest.raises(KeyboardInterrupt):
             run(ListCorpus(documents()), tokenizer, tmp_path / "broken", max_tokens=500, checkpoint_tokens=1)
     run(ListCorpus(documents(), before=refuse), tokenizer, tmp_path / "broken", max_tokens=500, checkpoint_tokens=1)

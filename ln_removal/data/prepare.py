@@ -8,24 +8,32 @@ A preparation that was interrupted truncates its shards to those lengths and goe
 from __future__ import annotations
 
 import json
-import os
-import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 from filelock import FileLock, Timeout
 
-from ln_removal.data.corpora import SPLITS, Corpus, Document, Split, TokenDocument
+from ln_removal.data.corpora import SPLITS, Corpus, Document, TokenDocument
 from ln_removal.data.encoder import EncoderPool
 from ln_removal.data.sampler import read_ahead
-from ln_removal.data.tokens import INDEX, Shard, TokenDataset, TokenIndex, dtype_for, parse_index, write_index
+from ln_removal.data.tokens import (
+    INDEX,
+    SHARD_NAME,
+    EncodedPart,
+    Group,
+    ShardWriter,
+    TokenDataset,
+    TokenIndex,
+    dtype_for,
+    parse_index,
+)
 from ln_removal.errors import UserError
-from ln_removal.files.atomic import checksum, free_bytes, is_full, readable, write_json_atomically
+from ln_removal.files.atomic import free_bytes, is_full, readable, write_json_atomically
 from ln_removal.files.signals import deferred
 
 if TYPE_CHECKING:
@@ -38,10 +46,6 @@ BATCH_DOCUMENTS = 1024
 QUEUED_BATCHES = 4
 
 Batch = list[Document | TokenDocument]
-Group = tuple[Split, str]
-"""Split and source: what a shard holds."""
-
-_SHARD_NAME = re.compile(r"(train|validation)-.*-\d{5,}\.bin")
 
 
 @dataclass(frozen=True)
@@ -63,97 +67,6 @@ class PrepareProgress:
     documents: int
     tokens: int
     bytes: int
-
-
-class _Encoded(NamedTuple):
-    """The tokens of one group in a batch, as they are written, and what they count as."""
-
-    group: Group
-    data: bytes
-    tokens: int
-    documents: int
-    text_bytes: int
-
-
-class _ShardWriter:
-    """The shard in progress of one (split, source)."""
-
-    def __init__(self, directory: Path, shard: Shard, width: int) -> None:
-        self.shard = shard
-        self.path = directory / shard.file
-        self._file: BinaryIO = self.path.open("ab")
-        self._file.truncate(shard.tokens * width)
-        self._file.seek(0, os.SEEK_END)
-
-    def append(self, part: _Encoded) -> None:
-        self.shard.tokens += part.tokens  # first: when the disk is full it is said how much did not fit
-        self.shard.documents += part.documents
-        self.shard.bytes += part.text_bytes
-        self._file.write(part.data)
-
-    def sync(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        if not self._file.closed:
-            self.sync()
-            self._file.close()
-
-
-class _Shards:
-    """The shards of one preparation. For each group one is open; full ones are closed and have their checksum in the index."""
-
-    def __init__(self, directory: Path, index: TokenIndex, shard_tokens: int) -> None:
-        self.directory = directory
-        self.index = index
-        self._shard_tokens = shard_tokens
-        self._open = {(shard.split, shard.source): self._writer(shard) for shard in index.shards if not shard.sha256}
-
-    def append(self, batch: Batch, encoded: list[bytes]) -> int:
-        """Append a batch whose texts are encoded; how many tokens it has."""
-        tokens = 0
-        for part in _parts(batch, encoded, self.index):
-            self._for_group(part.group).append(part)
-            tokens += part.tokens
-        return tokens
-
-    def checkpoint(self, consumed: int) -> None:
-        """Save what an interrupted preparation needs to go on after `consumed` documents."""
-        for writer in self._open.values():
-            writer.sync()
-        write_json_atomically(self.directory / PROGRESS, {"consumed": consumed, "index": asdict(self.index)})
-
-    def close(self) -> None:
-        for writer in self._open.values():
-            writer.close()
-
-    def complete(self) -> None:
-        """Write the index: from here on the tokens count as prepared."""
-        for writer in self._open.values():
-            writer.shard.sha256 = checksum(writer.path)
-        write_index(self.directory, self.index)
-        (self.directory / PROGRESS).unlink(missing_ok=True)
-
-    def _for_group(self, group: Group) -> _ShardWriter:
-        """The open shard of a group; a new one where there is none or the last one is full."""
-        writer = self._open.get(group)
-        if writer is not None and writer.shard.tokens < self._shard_tokens:
-            return writer
-        if writer is not None:
-            writer.close()
-            writer.shard.sha256 = checksum(writer.path)
-        split, source = group
-        # Two sources may have the same safe name, so their shards are numbered together.
-        safe = _safe(source)
-        number = sum(shard.split == split and _safe(shard.source) == safe for shard in self.index.shards)
-        shard = Shard(file=f"{split}-{safe}-{number:05d}.bin", split=split, source=source)
-        self.index.shards.append(shard)
-        self._open[group] = self._writer(shard)
-        return self._open[group]
-
-    def _writer(self, shard: Shard) -> _ShardWriter:
-        return _ShardWriter(self.directory, shard, np.dtype(self.index.dtype).itemsize)
 
 
 def prepare(
@@ -253,7 +166,7 @@ def _prepare_locked(
 ) -> None:
     """Write the shards and the index, from the last checkpoint on where there is one; `out` is locked by this process."""
     consumed = _resume(out, index)
-    shards = _Shards(out, index, limits.shard_tokens)
+    shards = ShardWriter(out, index, limits.shard_tokens)
     try:
         if not limits.reached(index):
             _encode_rest(corpus, encoders, shards, limits, progress, consumed)
@@ -261,12 +174,13 @@ def _prepare_locked(
         shards.close()
     _check_splits(corpus, index, limits.max_tokens)
     shards.complete()
+    (out / PROGRESS).unlink(missing_ok=True)
 
 
 def _encode_rest(
     corpus: Corpus,
     encoders: EncoderPool,
-    shards: _Shards,
+    shards: ShardWriter,
     limits: _Limits,
     progress: Callable[[PrepareProgress], None] | None,
     consumed: int,
@@ -276,18 +190,26 @@ def _encode_rest(
     batches = read_ahead(_batches(corpus, consumed), QUEUED_BATCHES)
     with deferred("batch") as stop, closing(batches) as read, encoders:
         for batch, encoded in encoders.in_order(read, _texts):
-            since_checkpoint += shards.append(batch, encoded)
+            for part in _parts(batch, encoded, index):
+                shards.append(part)
+                since_checkpoint += part.tokens
             consumed += len(batch)
             if progress is not None:
                 progress(_progress(index))
             if since_checkpoint >= limits.checkpoint_tokens:
-                shards.checkpoint(consumed)
+                _checkpoint(shards, consumed)
                 since_checkpoint = 0
             if limits.reached(index):
                 return
             if stop:
-                shards.checkpoint(consumed)
+                _checkpoint(shards, consumed)
                 raise stop.interrupted(f"{_progress(index).tokens:,} tokens are kept in {shards.directory}")
+
+
+def _checkpoint(shards: ShardWriter, consumed: int) -> None:
+    """Save what an interrupted preparation needs to go on after `consumed` documents."""
+    shards.sync()
+    write_json_atomically(shards.directory / PROGRESS, {"consumed": consumed, "index": asdict(shards.index)})
 
 
 def _check_splits(corpus: Corpus, index: TokenIndex, max_tokens: int | None) -> None:
@@ -315,7 +237,7 @@ def _texts(batch: Batch) -> list[str]:
     return [document.text for document in batch if isinstance(document, Document)]
 
 
-def _parts(batch: Batch, encoded: list[bytes], index: TokenIndex) -> Iterator[_Encoded]:
+def _parts(batch: Batch, encoded: list[bytes], index: TokenIndex) -> Iterator[EncodedPart]:
     """The tokens of a batch, one result for each group in it.
 
     Args:
@@ -336,7 +258,7 @@ def _parts(batch: Batch, encoded: list[bytes], index: TokenIndex) -> Iterator[_E
             rows.append(np.array(document.tokens, dtype=index.dtype).tobytes())
     for group, rows in groups.items():
         data = b"".join(rows)
-        yield _Encoded(group, data, len(data) // width, len(rows), sizes.get(group, 0))
+        yield EncodedPart(group, data, len(data) // width, len(rows), sizes.get(group, 0))
 
 
 def _check_range(tokens: list[int], index: TokenIndex) -> None:
@@ -346,10 +268,6 @@ def _check_range(tokens: list[int], index: TokenIndex) -> None:
             f"a pre-tokenised row holds token {wrong}, the tokenizer {index.tokenizer['name']} has "
             f"{index.vocab_size} entries; choose the tokenizer the data set was made with"
         )
-
-
-def _safe(source: str) -> str:
-    return "".join(character if character.isalnum() else "-" for character in source)
 
 
 def _resume(out: Path, index: TokenIndex) -> int:
@@ -373,7 +291,7 @@ def _resume(out: Path, index: TokenIndex) -> int:
     # Shards begun after the last checkpoint. Only files with a shard's name: the directory may hold others.
     known = {shard.file for shard in index.shards}
     for leftover in out.glob("*.bin"):
-        if leftover.name not in known and _SHARD_NAME.fullmatch(leftover.name):
+        if leftover.name not in known and SHARD_NAME.fullmatch(leftover.name):
             leftover.unlink()
     return consumed
 
