@@ -119,10 +119,10 @@ def scores(recipe: Recipe, model: Path, tokens: Path, device: str) -> dict[str, 
 
 def worst_odd_losses(loaded: Any, context: int) -> dict[str, float]:
     """Largest mean loss of a sequence, for each kind of odd text."""
-    from ln_removal.data.stress_text import odd_sequences
+    from ln_removal.data.stress_text import stress_sequences
     from ln_removal.evaluation.compare import odd_losses
 
-    sequences = odd_sequences(loaded.tokenizer, context=context, count=16, seed=0)
+    sequences = stress_sequences(loaded.tokenizer, context=context, count=16, seed=0)
     return {kind: float(losses.mean(axis=1).max()) for kind, losses in odd_losses(loaded.model, sequences).items()}
 
 

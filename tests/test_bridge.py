@@ -261,7 +261,6 @@ class TestBoot:
         [
             "import ln_removal\nfrom transformer_lens.model_bridge import TransformerBridge",
             "from transformer_lens.model_bridge import TransformerBridge\nimport ln_removal",
-            "import ln_removal.models.transformer_lens\nfrom transformer_lens.model_bridge import TransformerBridge",
             "from ln_removal import to_bridge\nfrom transformer_lens.model_bridge import TransformerBridge",
             "import transformers\nimport ln_removal\nfrom transformer_lens.model_bridge import TransformerBridge",
         ],

@@ -9,7 +9,7 @@ import pytest
 from small_model import write_tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ln_removal.data.stress_text import KINDS, odd_sequences
+from ln_removal.data.stress_text import KINDS, stress_sequences
 from ln_removal.errors import UserError
 
 
@@ -21,7 +21,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBa
 
 
 def test_shapes_and_kinds(tokenizer: PreTrainedTokenizerBase) -> None:
-    made = odd_sequences(tokenizer, context=300, count=3, seed=1)
+    made = stress_sequences(tokenizer, context=300, count=3, seed=1)
     assert tuple(made) == KINDS
     for kind, tokens in made.items():
         assert tokens.shape == (3, 300) and tokens.dtype == np.int64, kind
@@ -30,16 +30,16 @@ def test_shapes_and_kinds(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def test_seeded_and_independent_of_the_count(tokenizer: PreTrainedTokenizerBase) -> None:
-    made = odd_sequences(tokenizer, context=40, count=4, seed=7)
-    fewer = odd_sequences(tokenizer, context=40, count=2, seed=7)
-    other = odd_sequences(tokenizer, context=40, count=4, seed=8)
+    made = stress_sequences(tokenizer, context=40, count=4, seed=7)
+    fewer = stress_sequences(tokenizer, context=40, count=2, seed=7)
+    other = stress_sequences(tokenizer, context=40, count=4, seed=8)
     for kind in KINDS:
         assert np.array_equal(made[kind][:2], fewer[kind])
         assert not np.array_equal(made[kind], other[kind])
 
 
 def test_a_longer_context_goes_on_where_a_shorter_one_ends(tokenizer: PreTrainedTokenizerBase) -> None:
-    long, short = (odd_sequences(tokenizer, context=context, count=3, seed=0) for context in (256, 32))
+    long, short = (stress_sequences(tokenizer, context=context, count=3, seed=0) for context in (256, 32))
     for kind in ("form feeds", "tabs", "white space"):
         # The shorter text ends elsewhere, which may change its last token or two.
         assert np.array_equal(long[kind][:, :28], short[kind][:, :28]), kind
@@ -47,7 +47,7 @@ def test_a_longer_context_goes_on_where_a_shorter_one_ends(tokenizer: PreTrained
 
 @pytest.mark.parametrize(("kind", "character"), [("form feeds", "\f"), ("tabs", "\t")])
 def test_text_of_one_character(tokenizer: Any, kind: str, character: str) -> None:
-    rows = odd_sequences(tokenizer, context=200, count=6, seed=0)[kind]
+    rows = stress_sequences(tokenizer, context=200, count=6, seed=0)[kind]
     assert set(tokenizer.decode(rows[0])) == {character}
     for row in rows:
         text = tokenizer.decode(row)
@@ -55,7 +55,7 @@ def test_text_of_one_character(tokenizer: Any, kind: str, character: str) -> Non
 
 
 def test_white_space_is_white(tokenizer: Any) -> None:
-    rows = odd_sequences(tokenizer, context=200, count=6, seed=0)["white space"]
+    rows = stress_sequences(tokenizer, context=200, count=6, seed=0)["white space"]
     texts = [tokenizer.decode(row) for row in rows]
     assert set(texts[0]) == {" "}
     assert len(set("".join(texts))) >= 5, "several kinds of white space"
@@ -63,7 +63,7 @@ def test_white_space_is_white(tokenizer: Any) -> None:
 
 
 def test_repeated_and_random(tokenizer: PreTrainedTokenizerBase) -> None:
-    made = odd_sequences(tokenizer, context=2000, count=5, seed=0)
+    made = stress_sequences(tokenizer, context=2000, count=5, seed=0)
     assert (made["repeated token"] == made["repeated token"][:, :1]).all()
     assert len(set(made["repeated token"][:, 0].tolist())) > 1
     counts = np.bincount(made["random tokens"].ravel(), minlength=len(tokenizer))
@@ -73,6 +73,6 @@ def test_repeated_and_random(tokenizer: PreTrainedTokenizerBase) -> None:
 
 def test_impossible_requests(tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(UserError, match="at least 1"):
-        odd_sequences(tokenizer, context=0, count=1)
+        stress_sequences(tokenizer, context=0, count=1)
     with pytest.raises(UserError, match="at least 1"):
-        odd_sequences(tokenizer, context=8, count=0)
+        stress_sequences(tokenizer, context=8, count=0)

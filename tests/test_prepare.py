@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from tokenizers import Tokenizer
 
 from ln_removal.data import encoder
 from ln_removal.data import prepare as prepare_module
+from ln_removal.data import tokens as tokens_module
 from ln_removal.data.corpora import Document, Split, TokenDocument
 from ln_removal.data.encoder import END_OF_TEXT, train_code_tokenizer
 from ln_removal.data.prepare import QUEUED_BATCHES, PrepareProgress, prepare
@@ -391,7 +393,7 @@ def test_a_directory_that_another_process_is_preparing(tmp_path: Path, tokenizer
 
 def test_many_ranks_may_open_a_complete_directory_at_once(tmp_path: Path, tokenizer: Any) -> None:
     run(ListCorpus(documents()), tokenizer, tmp_path)
-    with prepare_module._lock(tmp_path):
+    with FileLock(tmp_path / prepare_module.LOCK):
         run(ListCorpus(documents(), before=refuse), tokenizer, tmp_path)
 
 
@@ -417,7 +419,7 @@ def test_a_crash_after_max_tokens_does_not_add_more(tmp_path: Path, tokenizer: A
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(prepare_module, "checksum", crash)
+        patched.setattr(tokens_module, "checksum", crash)
         with pytest.raises(KeyboardInterrupt):
             run(ListCorpus(documents()), tokenizer, tmp_path / "broken", max_tokens=500, checkpoint_tokens=1)
     run(ListCorpus(documents(), before=refuse), tokenizer, tmp_path / "broken", max_tokens=500, checkpoint_tokens=1)

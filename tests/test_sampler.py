@@ -9,7 +9,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from ln_removal.data.sampler import Mixture, WindowSampler
+from ln_removal.data.sampler import WindowSampler
+from ln_removal.data.stress_text import Mixture
 from ln_removal.data.tokens import Shard, TokenIndex, TokenSplit
 from ln_removal.errors import UserError
 

@@ -13,7 +13,7 @@ from small_model import write_model
 from test_token_statistics import make_data
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
-from ln_removal.data.stress_text import KINDS, odd_sequences
+from ln_removal.data.stress_text import KINDS, stress_sequences
 from ln_removal.errors import UserError
 from ln_removal.evaluation.compare import WORST_SAMPLES, SideBySide, compare_odd_text, odd_losses
 from ln_removal.evaluation.loss import cross_entropy
@@ -162,7 +162,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
 
 def test_odd_text_side_by_side(saved: tuple[Any, Any]) -> None:
     model, tokenizer = saved
-    sequences = odd_sequences(tokenizer, context=33, count=5, seed=0)
+    sequences = stress_sequences(tokenizer, context=33, count=5, seed=0)
     losses = odd_losses(model, sequences)
     assert {kind: values.shape for kind, values in losses.items()} == dict.fromkeys(KINDS, (5, 32))
     rows = torch.from_numpy(sequences["tabs"])

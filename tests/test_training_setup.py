@@ -10,7 +10,7 @@ import torch
 from tiny_training import CONTEXT, EOT, tiny_model
 
 from ln_removal.config.recipe import load_recipe
-from ln_removal.data.stress_text import odd_sequences
+from ln_removal.data.stress_text import stress_sequences
 from ln_removal.models.attention import EXPLICIT_ATTENTION, EntropyRegulariser
 from ln_removal.norms.surgery import install
 from ln_removal.training import session, setup
@@ -58,7 +58,7 @@ def test_the_odd_text_that_is_scored_is_not_trained_on() -> None:
     mixture = session._odd_text(recipe, tokenizer)
     assert mixture is not None and mixture.sequences.shape == (5 * session.ODD_SEQUENCES, 257)
     trained = {tuple(row) for row in mixture.sequences[:, :256].tolist()}
-    scored = odd_sequences(tokenizer, context=256, count=16, seed=0)
+    scored = stress_sequences(tokenizer, context=256, count=16, seed=0)
     for kind in ("form feeds", "tabs", "white space", "random tokens"):
         assert not trained & {tuple(row) for row in scored[kind].tolist()}, kind
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import tomli_w
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -24,7 +25,6 @@ from pydantic import (
     model_validator,
 )
 
-from ln_removal.config.toml import write_toml
 from ln_removal.config.validation import all_faults, cross_field_faults, did_you_mean, follow, without_removed_keys
 from ln_removal.errors import UserError
 from ln_removal.files.resources import recipes_directory
@@ -230,18 +230,18 @@ def validate_recipe(document: Mapping[str, Any], *, source: str) -> Recipe:
 def with_defaults(document: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe's nested dictionary with every default written out and without removed keys that were off.
 
-    One with faults comes back without its defaults.
+    It may lack a name, as the arms of a sweep do. One with faults comes back without its defaults.
     """
     document = without_removed_keys(document)
     try:
-        return Recipe.model_validate(document).model_dump(exclude_none=True)
+        return Recipe.model_validate({"name": "unnamed", **document}).model_dump(exclude_none=True)
     except ValidationError:
         return document
 
 
 def dump_toml(recipe: Recipe) -> str:
-    """The resolved recipe as TOML, defaults written out; loading it gives an equal Recipe."""
-    return write_toml(recipe.model_dump())
+    """The resolved recipe as TOML, defaults written out; loading it gives an equal Recipe. What is None is left out."""
+    return tomli_w.dumps(recipe.model_dump(exclude_none=True))
 
 
 def with_overrides(recipe: Recipe, overrides: Mapping[str, object]) -> Recipe:

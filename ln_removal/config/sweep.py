@@ -22,12 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 from pydantic_core import ErrorDetails
 
 from ln_removal.config.presets import with_steps
 from ln_removal.config.recipe import Recipe, available_recipes, load_recipe
-from ln_removal.config.toml import write_toml
 from ln_removal.config.validation import did_you_mean
 from ln_removal.errors import UserError
 from ln_removal.files.resources import recipes_directory
@@ -154,8 +154,8 @@ def slug_of(name: str) -> str:
 
 def dump_grid(grid: Grid) -> str:
     """The resolved grid as TOML: what is kept in its directory, to find out at --resume whether it is the same one."""
-    arms = {arm.name: arm.recipe.model_dump(exclude={*SET_BY_THE_GRID}) for arm in grid.arms}
-    return write_toml({"name": grid.name, "seeds": grid.seeds, "baseline": grid.baseline, "arms": arms})
+    arms = {arm.name: arm.recipe.model_dump(exclude={*SET_BY_THE_GRID}, exclude_none=True) for arm in grid.arms}
+    return tomli_w.dumps({"name": grid.name, "seeds": grid.seeds, "baseline": grid.baseline, "arms": arms})
 
 
 def _find(name_or_path: str) -> Path:

@@ -1,31 +1,39 @@
 """Turn a corpus into token shards: batched, in parallel with reading, with bounded memory, resumable.
 
-A reader thread fills a short queue with batches of documents, processes encode them (`EncoderPool`), and the main thread appends
-to the shards. Every few million tokens the shards are synced and their lengths written to `progress.json`; an interrupted
-preparation truncates its shards to those lengths and goes on.
+A reader thread fills a short queue with batches of documents, processes encode them (`EncoderPool`), and the main thread
+appends them to the shards. Every few million tokens the shards are synced and their lengths are written to `progress.json`.
+A preparation that was interrupted truncates its shards to those lengths and goes on from there.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
+from filelock import FileLock, Timeout
 
-from ln_removal.data.corpora import Corpus, Document, Split, TokenDocument
+from ln_removal.data.corpora import SPLITS, Corpus, Document, TokenDocument
 from ln_removal.data.encoder import EncoderPool
 from ln_removal.data.sampler import read_ahead
-from ln_removal.data.tokens import INDEX, Shard, TokenDataset, TokenIndex, dtype_for, parse_index, write_index
+from ln_removal.data.tokens import (
+    INDEX,
+    SHARD_NAME,
+    EncodedPart,
+    Group,
+    ShardWriter,
+    TokenDataset,
+    TokenIndex,
+    dtype_for,
+    parse_index,
+)
 from ln_removal.errors import UserError
-from ln_removal.files.atomic import checksum, free_bytes, is_full, readable, write_json_atomically
+from ln_removal.files.atomic import free_bytes, is_full, readable, write_json_atomically
 from ln_removal.files.signals import deferred
 
 if TYPE_CHECKING:
@@ -38,10 +46,18 @@ BATCH_DOCUMENTS = 1024
 QUEUED_BATCHES = 4
 
 Batch = list[Document | TokenDocument]
-Group = tuple[Split, str]
-"""Split and source: what a shard holds."""
 
-_SHARD_NAME = re.compile(r"(train|validation)-.*-\d{5,}\.bin")
+
+@dataclass(frozen=True)
+class _Limits:
+    """Training tokens at which to stop, those of a full shard, and those between two checkpoints."""
+
+    max_tokens: int | None
+    shard_tokens: int
+    checkpoint_tokens: int
+
+    def reached(self, index: TokenIndex) -> bool:
+        return self.max_tokens is not None and index.total("train", "tokens") >= self.max_tokens
 
 
 @dataclass(frozen=True)
@@ -51,42 +67,6 @@ class PrepareProgress:
     documents: int
     tokens: int
     bytes: int
-
-
-class _Encoded(NamedTuple):
-    """The tokens of one group in a batch, as they are written, and what they count as."""
-
-    group: Group
-    data: bytes
-    tokens: int
-    documents: int
-    text_bytes: int
-
-
-class _ShardWriter:
-    """The shard in progress of one (split, source)."""
-
-    def __init__(self, directory: Path, shard: Shard, width: int) -> None:
-        self.shard = shard
-        self.path = directory / shard.file
-        self._file: BinaryIO = self.path.open("ab")
-        self._file.truncate(shard.tokens * width)
-        self._file.seek(0, os.SEEK_END)
-
-    def append(self, part: _Encoded) -> None:
-        self.shard.tokens += part.tokens  # first: when the disk is full it is said how much did not fit
-        self.shard.documents += part.documents
-        self.shard.bytes += part.text_bytes
-        self._file.write(part.data)
-
-    def sync(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        if not self._file.closed:
-            self.sync()
-            self._file.close()
 
 
 def prepare(
@@ -125,30 +105,42 @@ def prepare(
         Interrupted: Ctrl-C or SIGTERM; the tokens so far are kept.
     """
     out = Path(out)
-    eot = tokenizer.eos_token_id
-    if not isinstance(eot, int):
-        raise UserError(
-            f"the tokenizer {tokenizer_name} has no end-of-text token; use GPT-2's or one that has an eos token"
-        )
-    index = TokenIndex(
-        corpus=json.loads(json.dumps({**corpus.identity(), "max_tokens": max_tokens})),
-        tokenizer={"name": tokenizer_name, "sha256": tokenizer_sha256},
-        vocab_size=len(tokenizer),
-        eot_token_id=eot,
-        dtype=dtype_for(len(tokenizer)),
-    )
+    index = _empty_index(corpus, tokenizer, tokenizer_name, tokenizer_sha256, max_tokens)
+    limits = _Limits(max_tokens, shard_tokens, checkpoint_tokens)
     try:
-        if (out / INDEX).exists():  # complete, so no lock is needed: the ranks of a run open it at the same time
-            return _open_same(out, index)
-        out.mkdir(parents=True, exist_ok=True)
-        with _lock(out):
-            return _prepare_locked(
-                corpus, tokenizer, out, index, max_tokens, shard_tokens, checkpoint_tokens, workers, progress
-            )
+        if not (out / INDEX).exists():  # without a lock: the ranks of a run open a complete directory at the same time
+            out.mkdir(parents=True, exist_ok=True)
+            with FileLock(out / LOCK, blocking=False, fallback_to_soft=False):
+                if not (out / INDEX).exists():  # or another process has completed it since
+                    encoders = EncoderPool(
+                        tokenizer.backend_tokenizer.to_str(),
+                        eot_token_id=index.eot_token_id,
+                        dtype=index.dtype,
+                        workers=workers,
+                    )
+                    _prepare_locked(corpus, encoders, out, index, limits, progress)
+        return _open_same(out, index)
+    except Timeout:
+        raise UserError(f"another process is preparing {out}; wait for it, or choose another --out") from None
     except OSError as error:
         if is_full(error):
             raise UserError(_out_of_room(out, index, max_tokens)) from error
         raise UserError(f"cannot write {out}: {error.strerror or error}; choose another --out") from error
+
+
+def _empty_index(
+    corpus: Corpus, tokenizer: PreTrainedTokenizerFast, name: str, sha256: str, max_tokens: int | None
+) -> TokenIndex:
+    eot = tokenizer.eos_token_id
+    if not isinstance(eot, int):
+        raise UserError(f"the tokenizer {name} has no end-of-text token; use GPT-2's or one that has an eos token")
+    return TokenIndex(
+        corpus=json.loads(json.dumps({**corpus.identity(), "max_tokens": max_tokens})),
+        tokenizer={"name": name, "sha256": sha256},
+        vocab_size=len(tokenizer),
+        eot_token_id=eot,
+        dtype=dtype_for(len(tokenizer)),
+    )
 
 
 def _out_of_room(out: Path, index: TokenIndex, max_tokens: int | None) -> str:
@@ -166,67 +158,66 @@ def _out_of_room(out: Path, index: TokenIndex, max_tokens: int | None) -> str:
 
 def _prepare_locked(
     corpus: Corpus,
-    tokenizer: PreTrainedTokenizerFast,
+    encoders: EncoderPool,
     out: Path,
     index: TokenIndex,
-    max_tokens: int | None,
-    shard_tokens: int,
-    checkpoint_tokens: int,
-    workers: int | None,
+    limits: _Limits,
     progress: Callable[[PrepareProgress], None] | None,
-) -> TokenDataset:
-    if (out / INDEX).exists():
-        return _open_same(out, index)
+) -> None:
+    """Write the shards and the index, from the last checkpoint on where there is one; `out` is locked by this process."""
     consumed = _resume(out, index)
-    width = np.dtype(index.dtype).itemsize
-    writers = {
-        (shard.split, shard.source): _ShardWriter(out, shard, width) for shard in index.shards if not shard.sha256
-    }
-    encoders = EncoderPool(
-        tokenizer.backend_tokenizer.to_str(), eot_token_id=index.eot_token_id, dtype=index.dtype, workers=workers
-    )
-    since_checkpoint = 0
-
-    def enough() -> bool:
-        return max_tokens is not None and index.total("train", "tokens") >= max_tokens
-
-    batches = _batches(corpus, consumed) if not enough() else iter(())
+    shards = ShardWriter(out, index, limits.shard_tokens)
     try:
-        with deferred("batch") as stop, closing(read_ahead(batches, QUEUED_BATCHES)) as read, encoders:
-            for batch, encoded in encoders.in_order(read, _texts):
-                for part in _parts(batch, encoded, index):
-                    writer = writers.get(part.group)
-                    if writer is not None and writer.shard.tokens >= shard_tokens:
-                        writer.close()
-                        writer.shard.sha256 = checksum(writer.path)
-                        writer = None
-                    if writer is None:
-                        writer = writers[part.group] = _open_next(out, index, part.group, width)
-                    writer.append(part)
-                    since_checkpoint += part.tokens
-                consumed += len(batch)
-                if progress is not None:
-                    progress(_progress(index))
-                if since_checkpoint >= checkpoint_tokens:
-                    _checkpoint(out, index, writers, consumed)
-                    since_checkpoint = 0
-                if enough():
-                    break
-                if stop:
-                    _checkpoint(out, index, writers, consumed)
-                    raise stop.interrupted(f"{_progress(index).tokens:,} tokens are kept in {out}")
+        if not limits.reached(index):
+            _encode_rest(corpus, encoders, shards, limits, progress, consumed)
     finally:
-        for writer in writers.values():
-            writer.close()
-    for split in ("train", "validation"):
+        shards.close()
+    _check_splits(corpus, index, limits.max_tokens)
+    shards.complete()
+    (out / PROGRESS).unlink(missing_ok=True)
+
+
+def _encode_rest(
+    corpus: Corpus,
+    encoders: EncoderPool,
+    shards: ShardWriter,
+    limits: _Limits,
+    progress: Callable[[PrepareProgress], None] | None,
+    consumed: int,
+) -> None:
+    """Append the corpus from document `consumed` on, until it ends, the limit is reached or a signal comes."""
+    index, since_checkpoint = shards.index, 0
+    batches = read_ahead(_batches(corpus, consumed), QUEUED_BATCHES)
+    with deferred("batch") as stop, closing(batches) as read, encoders:
+        for batch, encoded in encoders.in_order(read, _texts):
+            for part in _parts(batch, encoded, index):
+                shards.append(part)
+                since_checkpoint += part.tokens
+            consumed += len(batch)
+            if progress is not None:
+                progress(_progress(index))
+            if since_checkpoint >= limits.checkpoint_tokens:
+                _checkpoint(shards, consumed)
+                since_checkpoint = 0
+            if limits.reached(index):
+                return
+            if stop:
+                _checkpoint(shards, consumed)
+                raise stop.interrupted(f"{_progress(index).tokens:,} tokens are kept in {shards.directory}")
+
+
+def _checkpoint(shards: ShardWriter, consumed: int) -> None:
+    """Save what an interrupted preparation needs to go on after `consumed` documents."""
+    shards.sync()
+    write_json_atomically(shards.directory / PROGRESS, {"consumed": consumed, "index": asdict(shards.index)})
+
+
+def _check_splits(corpus: Corpus, index: TokenIndex, max_tokens: int | None) -> None:
+    """Raises UserError when a split has no tokens."""
+    for split in SPLITS:
         if index.total(split, "tokens") == 0:
             more = "add text to it" if max_tokens is None else f"raise max_tokens ({max_tokens:,})"
             raise UserError(f"{corpus.name}: the corpus gave no {split} document; {more}, or choose another corpus")
-    for writer in writers.values():
-        writer.shard.sha256 = checksum(writer.path)
-    write_index(out, index)
-    (out / PROGRESS).unlink(missing_ok=True)
-    return TokenDataset.open(out)
 
 
 def _batches(corpus: Corpus, skip: int) -> Iterator[Batch]:
@@ -246,7 +237,7 @@ def _texts(batch: Batch) -> list[str]:
     return [document.text for document in batch if isinstance(document, Document)]
 
 
-def _parts(batch: Batch, encoded: list[bytes], index: TokenIndex) -> Iterator[_Encoded]:
+def _parts(batch: Batch, encoded: list[bytes], index: TokenIndex) -> Iterator[EncodedPart]:
     """The tokens of a batch, one result for each group in it.
 
     Args:
@@ -267,7 +258,7 @@ def _parts(batch: Batch, encoded: list[bytes], index: TokenIndex) -> Iterator[_E
             rows.append(np.array(document.tokens, dtype=index.dtype).tobytes())
     for group, rows in groups.items():
         data = b"".join(rows)
-        yield _Encoded(group, data, len(data) // width, len(rows), sizes.get(group, 0))
+        yield EncodedPart(group, data, len(data) // width, len(rows), sizes.get(group, 0))
 
 
 def _check_range(tokens: list[int], index: TokenIndex) -> None:
@@ -277,26 +268,6 @@ def _check_range(tokens: list[int], index: TokenIndex) -> None:
             f"a pre-tokenised row holds token {wrong}, the tokenizer {index.tokenizer['name']} has "
             f"{index.vocab_size} entries; choose the tokenizer the data set was made with"
         )
-
-
-def _open_next(out: Path, index: TokenIndex, group: Group, width: int) -> _ShardWriter:
-    split, source = group
-    # Two sources may have the same safe name, so their shards are numbered together.
-    safe = _safe(source)
-    number = sum(shard.split == split and _safe(shard.source) == safe for shard in index.shards)
-    shard = Shard(file=f"{split}-{safe}-{number:05d}.bin", split=split, source=source)
-    index.shards.append(shard)
-    return _ShardWriter(out, shard, width)
-
-
-def _safe(source: str) -> str:
-    return "".join(character if character.isalnum() else "-" for character in source)
-
-
-def _checkpoint(out: Path, index: TokenIndex, writers: dict[Group, _ShardWriter], consumed: int) -> None:
-    for writer in writers.values():
-        writer.sync()
-    write_json_atomically(out / PROGRESS, {"consumed": consumed, "index": asdict(index)})
 
 
 def _resume(out: Path, index: TokenIndex) -> int:
@@ -320,7 +291,7 @@ def _resume(out: Path, index: TokenIndex) -> int:
     # Shards begun after the last checkpoint. Only files with a shard's name: the directory may hold others.
     known = {shard.file for shard in index.shards}
     for leftover in out.glob("*.bin"):
-        if leftover.name not in known and _SHARD_NAME.fullmatch(leftover.name):
+        if leftover.name not in known and SHARD_NAME.fullmatch(leftover.name):
             leftover.unlink()
     return consumed
 
@@ -351,16 +322,6 @@ def _progress(index: TokenIndex) -> PrepareProgress:
         name: sum(int(getattr(shard, name)) for shard in index.shards) for name in ("documents", "tokens", "bytes")
     }
     return PrepareProgress(**total)
-
-
-@contextmanager
-def _lock(out: Path) -> Iterator[None]:
-    with (out / LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is preparing {out}; wait for it, or choose another --out") from None
-        yield
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from ln_removal.data.stress_text import Mixture
 from ln_removal.data.tokens import Tokens, TokenSplit
 from ln_removal.errors import UserError
 
@@ -33,22 +34,6 @@ class _Epoch:
 
     shard: npt.NDArray[np.int32]
     start: npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """`sequences` (N, T + 1) of which one stands in for a training sequence with probability `share`."""
-
-    sequences: Tokens
-    share: float
-
-    def draw(self, seed: int, number: int) -> Tokens | None:
-        """What stands in for training sequence `number` of a run, or None; a pure function, so resuming is exact."""
-        generator = np.random.Generator(np.random.Philox(key=[seed, number], counter=[1, 0, 0, 0]))
-        if generator.random() >= self.share:
-            return None
-        row: Tokens = self.sequences[int(generator.integers(len(self.sequences)))]
-        return row
 
 
 class WindowSampler:

@@ -1,7 +1,9 @@
-"""Token sequences unlike the text that a model was fine-tuned on: what can make a LayerNorm-free residual stream explode.
+"""Stress text: token sequences unlike the text that a model was fine-tuned on, which can make its residual stream explode.
 
-Three samples of 10,000, with form feeds and tabs that OpenWebText does not have, took the published LayerNorm-free GPT-2
-XL from about 2.5 to 130 nats per token on the Pile (Baroni et al. 2025). These sequences ask for that on purpose.
+Three samples of 10,000, with form feeds and tabs that OpenWebText does not have, raised the mean loss of the published
+LayerNorm-free GPT-2 XL on the Pile from about 2.5 to 130 nats per token (Baroni et al. 2025, arXiv 2507.02559). These sequences
+provoke such losses on purpose: `stress_sequences` makes them for scoring, and a `Mixture` puts some of them among the
+training sequences (the recipe's data.odd_text).
 
 Shape legend: N sequences of a kind, T positions.
 """
@@ -9,6 +11,7 @@ Shape legend: N sequences of a kind, T positions.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,26 +23,44 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 KINDS = ("form feeds", "tabs", "white space", "repeated token", "random tokens")
-"""What `odd_sequences` makes, in this order."""
+"""The kinds of sequence that `stress_sequences` makes, in this order."""
 
 LONGEST_RUN = 96
-"""Characters in a run that is drawn; the first sequence of a kind is one run."""
+"""Most characters in a run that is drawn. The first sequence of a kind is a single run without end."""
 
 _BETWEEN = ("", "", "\n", "\r\n", " ", "1", "x")
 """What may stand between two runs."""
 
 
-def odd_sequences(tokenizer: PreTrainedTokenizerBase, *, context: int, count: int, seed: int = 0) -> dict[str, Tokens]:
-    """Sequences of unusual tokens, the same ones for the same tokenizer and arguments.
+@dataclass(frozen=True)
+class Mixture:
+    """`sequences` (N, T + 1) of which one stands in for a training sequence with probability `share`."""
 
-    - `form feeds`, `tabs`: runs of that character, of random lengths, sometimes with a line break, a space or a single
-      character between them; the first sequence is one character from end to end.
-    - `white space`: the same with runs of spaces, line breaks, carriage returns, vertical tabs, no-break spaces.
-    - `repeated token`: one token, drawn anew for each sequence, from end to end.
-    - `random tokens`: every token drawn uniformly from the vocabulary, special tokens left out.
+    sequences: Tokens
+    share: float
 
-    The first three are text as the tokenizer cuts it, so they hold the tokens that such text would give a model. A
-    sequence of a kind does not depend on how many are asked for.
+    def draw(self, seed: int, number: int) -> Tokens | None:
+        """What stands in for training sequence `number` of a run, or None; a pure function, so resuming is exact."""
+        generator = np.random.Generator(np.random.Philox(key=[seed, number], counter=[1, 0, 0, 0]))
+        if generator.random() >= self.share:
+            return None
+        row: Tokens = self.sequences[int(generator.integers(len(self.sequences)))]
+        return row
+
+
+def stress_sequences(
+    tokenizer: PreTrainedTokenizerBase, *, context: int, count: int, seed: int = 0
+) -> dict[str, Tokens]:
+    """Sequences of unusual tokens; the same tokenizer and arguments give the same ones.
+
+    - `form feeds` and `tabs` are runs of that character, of random lengths, sometimes with a line break, a space or a single
+      character between them. The first sequence is this one character from end to end.
+    - `white space` has runs of spaces, line breaks, carriage returns, vertical tabs and no-break spaces instead.
+    - `repeated token` is one token from end to end, drawn anew for each sequence.
+    - `random tokens` are drawn uniformly from the vocabulary without its special tokens.
+
+    The first three kinds are text that the tokenizer has encoded, so they hold the tokens that a model gets for such text. A
+    sequence does not depend on how many are asked for.
 
     Args:
         tokenizer: of the models that will read them.
@@ -54,7 +75,9 @@ def odd_sequences(tokenizer: PreTrainedTokenizerBase, *, context: int, count: in
         UserError: context or count below 1, or a tokenizer that has no ordinary token, or none for white space.
     """
     if context < 1 or count < 1:
-        raise UserError(f"odd text needs a context and a count of at least 1; found {context} and {count}")
+        raise UserError(
+            f"stress text needs a context and a count of at least 1, found {context} and {count}; raise them"
+        )
     special = set(tokenizer.all_special_ids)
     ordinary = np.array(sorted(set(tokenizer.get_vocab().values()) - special), dtype=np.int64)
     if not len(ordinary):

@@ -1,7 +1,7 @@
 """Token shards on disk: append-only binary files of uint16 or uint32 plus one index, read through memory maps.
 
-A directory of tokens holds `train-stdlib-00000.bin`, `validation-stdlib-00000.bin`, ... and `index.json`, which is written last and
-atomically: a directory without it is an unfinished preparation. Every document ends with the end-of-text token.
+A directory of tokens holds `train-stdlib-00000.bin`, `validation-stdlib-00000.bin`, ... and `index.json`. The index is written
+last and atomically: a directory without it is an unfinished preparation. Every document ends with the end-of-text token.
 
 Shape legend: N windows, T positions.
 """
@@ -9,11 +9,13 @@ Shape legend: N windows, T positions.
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +26,7 @@ from ln_removal.files.atomic import checksum, write_json_atomically
 
 FORMAT = "ln-removal tokens 1"
 INDEX = "index.json"
+SHARD_NAME = re.compile(r"(train|validation)-.*-\d{5,}\.bin")
 
 Tokens = npt.NDArray[np.int64]
 
@@ -55,6 +58,20 @@ class TokenIndex:
 
     def total(self, split: Split, attribute: str) -> int:
         return sum(int(getattr(shard, attribute)) for shard in self.shards if shard.split == split)
+
+
+Group = tuple[Split, str]
+"""Split and source: what a shard holds."""
+
+
+class EncodedPart(NamedTuple):
+    """Documents of one group as they are written to its shard, and what they count as."""
+
+    group: Group
+    data: bytes
+    tokens: int
+    documents: int
+    text_bytes: int
 
 
 def dtype_for(vocab_size: int) -> str:
@@ -224,3 +241,94 @@ def given_tokens(out: Path, directory: Path | str | None) -> TokenDataset | None
     if directory is not None:
         return TokenDataset.open(directory)
     return TokenDataset.open(out / "tokens") if (out / "tokens").is_symlink() else None
+
+
+class ShardWriter:
+    """Appends documents to the shards of a directory.
+
+    For each group one shard is open. Once it is full it is closed, and its checksum is entered in the index.
+
+    Args:
+        directory: of the shards.
+        index: gets new shards and their counts; it may list shards of an interrupted preparation, which are continued.
+        shard_tokens: tokens from which a shard is full. A document is never split.
+    """
+
+    def __init__(self, directory: Path, index: TokenIndex, shard_tokens: int) -> None:
+        self.directory = directory
+        self.index = index
+        self._shard_tokens = shard_tokens
+        self._open = {(shard.split, shard.source): self._opened(shard) for shard in index.shards if not shard.sha256}
+
+    def append(self, part: EncodedPart) -> None:
+        """Append one group's documents.
+
+        Raises:
+            OSError: the disk is full; the counts in the index say what was to be written.
+        """
+        opened = self._open.get(part.group)
+        if opened is not None and opened.shard.tokens >= self._shard_tokens:
+            opened.close()
+            opened.shard.sha256 = checksum(opened.path)
+            opened = None
+        if opened is None:
+            opened = self._open[part.group] = self._opened(self._new_shard(part.group))
+        opened.append(part)
+
+    def sync(self) -> None:
+        """Wait until all that was appended is on the disk."""
+        for opened in self._open.values():
+            opened.sync()
+
+    def close(self) -> None:
+        """Close the files; they can be continued later."""
+        for opened in self._open.values():
+            opened.close()
+
+    def complete(self) -> None:
+        """Enter the checksums of the shards that are not full, and write the index."""
+        for opened in self._open.values():
+            opened.shard.sha256 = checksum(opened.path)
+        write_index(self.directory, self.index)
+
+    def _opened(self, shard: Shard) -> _OpenShard:
+        return _OpenShard(self.directory / shard.file, shard, np.dtype(self.index.dtype).itemsize)
+
+    def _new_shard(self, group: Group) -> Shard:
+        split, source = group
+        # Two sources may have the same safe name, so their shards are numbered together.
+        safe = _safe(source)
+        number = sum(shard.split == split and _safe(shard.source) == safe for shard in self.index.shards)
+        shard = Shard(file=f"{split}-{safe}-{number:05d}.bin", split=split, source=source)
+        self.index.shards.append(shard)
+        return shard
+
+
+class _OpenShard:
+    """A shard that is being written; what lies beyond its count of tokens is cut off first."""
+
+    def __init__(self, path: Path, shard: Shard, width: int) -> None:
+        self.path = path
+        self.shard = shard
+        self._file: BinaryIO = path.open("ab")
+        self._file.truncate(shard.tokens * width)
+        self._file.seek(0, os.SEEK_END)
+
+    def append(self, part: EncodedPart) -> None:
+        self.shard.tokens += part.tokens  # first: when the disk is full it is said how much did not fit
+        self.shard.documents += part.documents
+        self.shard.bytes += part.text_bytes
+        self._file.write(part.data)
+
+    def sync(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        if not self._file.closed:
+            self.sync()
+            self._file.close()
+
+
+def _safe(source: str) -> str:
+    return "".join(character if character.isalnum() else "-" for character in source)

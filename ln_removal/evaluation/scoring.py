@@ -110,7 +110,7 @@ def score(
         UserError: a model does not load, its tokenizer is not the one that made the tokens, or its context is too short.
             What can be known about any of the models is found out before the first one is scored.
     """
-    from ln_removal.data.stress_text import odd_sequences
+    from ln_removal.data.stress_text import stress_sequences
     from ln_removal.evaluation.compare import SideBySide, compare_odd_text, odd_losses
     from ln_removal.evaluation.hellaswag import evaluate_choices
     from ln_removal.evaluation.results import Continuation, ResidualStd, Settings, Trio, collect
@@ -134,7 +134,9 @@ def score(
         SideBySide(name, one, context=context, stride=stride, max_tokens=max_tokens) for name, one in data_sets.items()
     ]
     odd = (
-        odd_sequences(tokenizer, context=context + 1, count=odd_sequences_each, seed=seed) if odd_sequences_each else {}
+        stress_sequences(tokenizer, context=context + 1, count=odd_sequences_each, seed=seed)
+        if odd_sequences_each
+        else {}
     )
     losses: dict[str, LossResult] = {}
     choices: dict[str, ChoiceResult] = {}

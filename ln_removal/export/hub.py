@@ -35,7 +35,7 @@ Files = Mapping[str, Path | bytes]
 """What goes up, by its path in the repository."""
 
 WAITS = (3.0, 10.0, 30.0)
-"""Seconds between attempts. The client has tried each request several times itself before one of ours counts as failed."""
+"""Seconds between attempts. The client itself retries the uploads of files (http_backoff), but not the commit."""
 
 OURS = ("*.safetensors", "*.safetensors.index.json", "stock/*", "plots/*")
 """Files of an earlier publication that would contradict a new one, and are removed with it if it has no such file."""
@@ -207,21 +207,18 @@ def publish(files: Files, target: HubTarget, *, message: str, progress: bool = F
     Raises:
         UserError: the Hub refused, or could not be reached after several attempts; the repository is as it was before.
     """
-    waits = iter(WAITS)
-    attempt = 1
     with _quiet_client(progress):
-        while True:
+        for attempt, wait in enumerate((*WAITS, None), start=1):
             try:
                 return _attempt(files, target, message, over_http=attempt > 1)
             except UserError:
                 raise
             except Exception as error:  # noqa: BLE001 (the client raises what its transports raise)
-                wait = next(waits, None) if is_passing(error) else None
-                if wait is None:
+                if wait is None or not is_passing(error):
                     raise publish_error(error, target.repo_id, attempts=attempt) from None
-                attempt += 1
                 logger.warning("publishing was interrupted (%s); trying again in %.0f seconds", one_line(error), wait)
                 time.sleep(wait)
+    raise AssertionError("the last attempt returns or raises")
 
 
 def _attempt(files: Files, target: HubTarget, message: str, *, over_http: bool) -> Published:

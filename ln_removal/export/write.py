@@ -26,6 +26,7 @@ from ln_removal.export.convert import check_conversion, from_disarmed, has_disar
 from ln_removal.export.stock import to_stock
 from ln_removal.export.verify import TOLERANCE, ExportError, logits_error, verify_export
 from ln_removal.files.atomic import check_room, is_full, shortage, written_whole
+from ln_removal.files.hub import is_hub_id
 from ln_removal.models import normfree_gpt2
 from ln_removal.models.loading import quiet_transformers
 from ln_removal.models.normfree_gpt2 import NormFreeGPT2LMHeadModel, from_folded
@@ -224,7 +225,7 @@ def open_source(
     from ln_removal.models.loading import EMBEDDED_MODEL, NoTokenizerError, load_model, load_tokenizer
 
     name, path = str(source), Path(source)
-    if not path.is_dir() and name != EMBEDDED_MODEL and not _looks_like_a_hub_id(name):
+    if not path.exists() and name != EMBEDDED_MODEL and not ("/" in name and is_hub_id(name)):
         raise UserError(
             f"no such directory: {name}; give a run of ln-remove, the directory of an LN-free model, or the Hub id "
             "(OWNER/NAME) of a published one"
@@ -257,11 +258,6 @@ def open_source(
     except UserError as error:
         raise type(error)(f"{name}: {error}") from error
     return converted, loaded.tokenizer
-
-
-def _looks_like_a_hub_id(name: str) -> bool:
-    owner, _, model = name.partition("/")
-    return bool(owner and model) and "/" not in model and not name.startswith((".", "~")) and not Path(owner).is_dir()
 
 
 def _check_tokens(model: NormFreeGPT2LMHeadModel, *, rows: int, length: int = CHECK_TOKENS) -> Tensor:

@@ -1,10 +1,11 @@
-"""Asking the Hugging Face Hub, and telling it: a first answer in bounded time, and failures in one line that says what to do."""
+"""The Hugging Face Hub's client: a bounded wait for its first answer, and its failures as one line that says what to do."""
 
 from __future__ import annotations
 
 import re
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 from ln_removal.errors import UserError
@@ -13,6 +14,16 @@ T = TypeVar("T")
 
 HUB_SECONDS = 12.0
 """How long the Hub may take to give its first answer before it counts as out of reach."""
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a model's name can be a Hub id, NAME or OWNER/NAME, rather than a path. The Hub is not asked.
+
+    Where OWNER is a directory here, the name is taken for a path with a mistake in it.
+    """
+    owner, _, repository = name.rpartition("/")
+    is_path = name.startswith((".", "/", "~")) or "\\" in name or "/" in owner or Path(name).exists()
+    return bool(repository) and not is_path and not (owner and Path(owner).is_dir())
 
 
 def first_answer(request: Callable[[], T], *, seconds: float = HUB_SECONDS) -> T:
@@ -43,22 +54,36 @@ def first_answer(request: Callable[[], T], *, seconds: float = HUB_SECONDS) -> T
     return outcome[0]
 
 
-def is_unreachable(error: BaseException | None) -> bool:
-    """Whether an error of the Hub client, or one it was raised from, means that no connection could be made or kept.
+def is_unreachable(error: BaseException) -> bool:
+    """Whether an error of the Hub client, or one it was raised from, means that no connection could be made or kept."""
+    return _is_lost_connection(_decisive(error))
 
-    The client has changed its HTTP library more than once, so its transport errors are told by their base's name.
-    """
+
+def _decisive(error: BaseException) -> BaseException:
+    """Of an error and those it was raised from, the first that is an answer of the Hub or a lost connection, or else `error`."""
+    seen: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in seen:
+        if _status(cause) is not None or _is_lost_connection(cause):
+            return cause
+        seen.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    return error
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status of an answer that the Hub's client raised; None for any other error."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    seen: list[BaseException] = []
-    while error is not None and error not in seen and not isinstance(error, HfHubHTTPError):
-        if isinstance(error, (ConnectionError, TimeoutError)):
-            return True
-        if any(base.__name__ in ("TransportError", "ClientConnectionError") for base in type(error).__mro__):
-            return True
-        seen.append(error)
-        error = error.__cause__ or error.__context__
-    return False
+    return error.response.status_code if isinstance(error, HfHubHTTPError) else None
+
+
+def _is_lost_connection(error: BaseException) -> bool:
+    """By the name of its base class, since the client has changed its HTTP library more than once."""
+    names = {base.__name__ for base in type(error).__mro__}
+    return isinstance(error, (ConnectionError, TimeoutError)) or bool(
+        names & {"TransportError", "ClientConnectionError"}
+    )
 
 
 def hub_error(error: BaseException, what: str, repo_id: str, advice: str) -> UserError:
@@ -74,7 +99,7 @@ def hub_error(error: BaseException, what: str, repo_id: str, advice: str) -> Use
 
     host = constants.ENDPOINT.partition("://")[2]
     page = f"{constants.ENDPOINT}/{'datasets/' if what == 'data set' else ''}{repo_id}"
-    status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
+    status = _status(error)
     if isinstance(error, errors.RevisionNotFoundError):
         return UserError(f"the {what} {repo_id} on {host} lacks the revision asked for; see {page}")
     if isinstance(error, errors.RepositoryNotFoundError) and not isinstance(error, errors.GatedRepoError):
@@ -117,21 +142,13 @@ PASSING_STATUSES = (408, 409, 412, 425, 429, 500, 502, 503, 504)
 """Answers that another attempt may change: busy, overloaded, or somebody else's commit came first."""
 
 
-def is_passing(error: BaseException | None) -> bool:
+def is_passing(error: BaseException) -> bool:
     """Whether another attempt at publishing may succeed where this one failed: a lost connection, a Hub that is busy."""
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import OfflineModeIsEnabled
 
-    seen: list[BaseException] = []
-    while error is not None and error not in seen:
-        if isinstance(error, OfflineModeIsEnabled):
-            return False
-        if isinstance(error, HfHubHTTPError):
-            return error.response.status_code in PASSING_STATUSES
-        if is_unreachable(error):
-            return True
-        seen.append(error)
-        error = error.__cause__ or error.__context__
-    return False
+    found = _decisive(error)
+    lost = _is_lost_connection(found) and not isinstance(found, OfflineModeIsEnabled)
+    return lost or _status(found) in PASSING_STATUSES
 
 
 def publish_error(error: BaseException, repo_id: str, *, attempts: int = 1) -> UserError:
@@ -146,10 +163,8 @@ def publish_error(error: BaseException, repo_id: str, *, attempts: int = 1) -> U
 
     host = constants.ENDPOINT.partition("://")[2]
     tokens = f"{constants.ENDPOINT}/settings/tokens"
-    refused = error
-    while not isinstance(refused, errors.HfHubHTTPError) and (refused.__cause__ or refused.__context__):
-        refused = refused.__cause__ or refused.__context__ or refused
-    status = refused.response.status_code if isinstance(refused, errors.HfHubHTTPError) else None
+    found = _decisive(error)
+    status = _status(found)
     tried = f" after {attempts} attempts" if attempts > 1 else ""
     if status == 401:
         return UserError(
@@ -160,8 +175,8 @@ def publish_error(error: BaseException, repo_id: str, *, attempts: int = 1) -> U
         return UserError(
             f"the token may not write to {repo_id}; check the spelling, or make a token that may write at {tokens}"
         )
-    if status is None and is_unreachable(error):
-        reason = "HF_HUB_OFFLINE is set" if isinstance(error, errors.OfflineModeIsEnabled) else one_line(error)
+    if _is_lost_connection(found):
+        reason = "HF_HUB_OFFLINE is set" if isinstance(found, errors.OfflineModeIsEnabled) else one_line(error)
         return UserError(f"cannot reach {host} to publish {repo_id}{tried} ({reason}); check the network")
-    reason = f"{host} answered {status}: {one_line(refused)}" if status else one_line(error)
+    reason = f"{host} answered {status}: {one_line(found)}" if status else one_line(error)
     return UserError(f"{repo_id} could not be published{tried}: {reason}")

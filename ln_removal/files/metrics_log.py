@@ -19,10 +19,32 @@ ROLLBACK, RECIPE_CHANGE = "rollback", "recipe"
 
 TAKEN_BACK_FILE = "diverged.jsonl"
 OBSERVATION = "observation"
-"""Kind of the rows of metrics.jsonl that `Observer.observe` made."""
+"""Kind of the rows of metrics.jsonl that a probe wrote (training/probe.py)."""
 
 AFTER_STEPS = ("evaluation", ROLLBACK, RECIPE_CHANGE)
 """Kinds of rows that are about the run after so many steps."""
+
+
+def metrics_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a metrics log in order; none where there is no file.
+
+    A line that is not a JSON object with a kind and a whole number of steps is passed over: a crash may have cut it short.
+    """
+    if not path.is_file():
+        return
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict) and "kind" in row and isinstance(row.get("step"), int):
+            yield row
+
+
+def last_row(metrics: Path) -> dict[str, Any]:
+    """The last row, or an empty one."""
+    rows = list(metrics_rows(metrics))
+    return rows[-1] if rows else {}
 
 
 def note_change(metrics: Path, changed: str) -> None:
@@ -33,32 +55,17 @@ def note_change(metrics: Path, changed: str) -> None:
             file.write(json.dumps({"kind": RECIPE_CHANGE, "step": last["step"], "changed": changed}) + "\n")
 
 
-def last_row(metrics: Path) -> dict[str, Any]:
-    """The last whole row, or an empty one."""
-    if not metrics.is_file():
-        return {}
-    for line in reversed(metrics.read_text(encoding="utf-8", errors="replace").splitlines()):
-        try:
-            row = json.loads(line)
-        except ValueError:  # cut short by a crash
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            return row
-    return {}
-
-
 def set_aside(metrics: Path, step: int) -> None:
     """Keep the observations of `step` and later in diverged.jsonl, in place of those kept before; `metrics` stays as it is."""
     rows = [row for row in observation_rows(metrics) if row["step"] >= step]
     if rows:
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        metrics.with_name(TAKEN_BACK_FILE).write_text(lines, encoding="utf-8")
+        _write_rows(metrics.with_name(TAKEN_BACK_FILE), rows)
 
 
 def rows_of_run(run: Path) -> list[dict[str, Any]]:
-    """A run's observations by step: those of its metrics, and behind the last of them those that it took back.
+    """A run's observations by step: those in its metrics log, then those of later steps that it took back.
 
-    A run that went on after its rollback and came past those steps has new ones for them.
+    A run that trained those steps again after its rollback has new observations of them.
     """
     kept = {row["step"]: row for row in observation_rows(run / METRICS_FILE)}  # of a step trained twice, the last
     end = max(kept, default=-1)
@@ -67,40 +74,26 @@ def rows_of_run(run: Path) -> list[dict[str, Any]]:
 
 
 def observation_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The observations in a file of metrics, if it is there; a line cut short by a crash is passed over."""
-    if not path.is_file():
-        return
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-            if row["kind"] == OBSERVATION and isinstance(row["step"], int):
-                yield row
-        except (ValueError, KeyError, TypeError):
-            continue
+    """The observations in a metrics log, or in the file of those that a run took back."""
+    return (row for row in metrics_rows(path) if row["kind"] == OBSERVATION)
 
 
 def truncate_metrics(path: Path, step: int) -> None:
-    """Keep the lines of metrics.jsonl that a run has behind it at `step`, dropping one cut short by a crash.
+    """Keep the rows of a metrics log that a run has behind it at `step`.
 
-    What AFTER_STEPS names is logged under the number of steps before it, everything else under the step that it belongs to.
+    Kinds in AFTER_STEPS are logged under the number of steps before them, all others under the step that they belong to.
     """
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-            if row["step"] < step + (row["kind"] in AFTER_STEPS):
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(path)
+    if path.exists():
+        _write_rows(path, [row for row in metrics_rows(path) if row["step"] < step + (row["kind"] in AFTER_STEPS)])
 
 
 def last_logged(path: Path) -> dict[str, float]:
-    """The last finite loss in metrics.jsonl and the speed then, under their names in a TrainResult."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    finite = [row for row in rows if row["kind"] == "train" and row["loss"] is not None]
+    """The last finite loss in a metrics log and the speed then, under their names in a TrainResult; empty without one."""
+    finite = [row for row in metrics_rows(path) if row["kind"] == "train" and row["loss"] is not None]
     return {"last_loss": finite[-1]["loss"], "tokens_per_second": finite[-1]["tokens_per_second"]} if finite else {}
+
+
+def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    temporary.replace(path)

@@ -8,15 +8,16 @@ change is written into recipe.toml and noted in metrics.jsonl.
 from __future__ import annotations
 
 import errno
-import fcntl
 import logging
 import os
 import shutil
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from ln_removal.errors import UserError
 from ln_removal.files.atomic import clean_leftovers
@@ -24,6 +25,8 @@ from ln_removal.files.metrics_log import METRICS_FILE, RECIPE_CHANGE, ROLLBACK, 
 from ln_removal.files.signals import Interrupted
 
 RECIPE_FILE = "recipe.toml"
+
+NOTHING_KEPT = "nothing was trained or prepared yet, so nothing is kept"
 
 LOCK_FILE = ".lock"
 """Locked while a process works on the run. The system lets go of the lock when that process ends, however it ends."""
@@ -35,8 +38,11 @@ _DIFFERENCES_SHOWN = 4
 
 logger = logging.getLogger(__name__)
 
-MAY_BE_LOWERED = ("learning_rate", "minimum_learning_rate", "clip")
-"""Of [training]."""
+MAY_BE_LOWERED = ("training.learning_rate", "training.minimum_learning_rate", "training.clip")
+"""Keys of a recipe whose values may be lowered after a run went back to a checkpoint."""
+
+DECIDE_NOTHING = ("name", "description")
+"""Keys of a recipe that only say what it is called and what it is for: a run may be resumed under others."""
 
 
 @contextmanager
@@ -75,7 +81,7 @@ def run_directory(
         except BaseException as error:
             is_kept = not is_new or not (_is_only_claimed(out) or (claimed and not _is_worth_keeping(out)))
             if not is_kept:
-                _clear(out, made)
+                clear(out, made, records=(RECIPE_FILE, f".{RECIPE_FILE}.tmp", METRICS_FILE))
             if isinstance(error, KeyboardInterrupt):
                 raise _interrupted(error, out, is_kept=is_kept) from None
             raise
@@ -110,15 +116,14 @@ def remove_unfinished_tokens(directory: Path) -> None:
     lock = directory / "prepare.lock"
     if not lock.is_file() or _holds_tokens(directory):
         return
-    with lock.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:  # another process is at work here, and that was the failure
-            return
-        for split in ("train", "validation"):
-            for leftover in directory.glob(f"{split}-*-[0-9][0-9][0-9][0-9][0-9].bin"):
-                leftover.unlink(missing_ok=True)
-        lock.unlink(missing_ok=True)
+    try:
+        with FileLock(lock, blocking=False, fallback_to_soft=False):
+            for split in ("train", "validation"):
+                for leftover in directory.glob(f"{split}-*-[0-9][0-9][0-9][0-9][0-9].bin"):
+                    leftover.unlink(missing_ok=True)
+            lock.unlink(missing_ok=True)
+    except Timeout:  # another process is at work here, and that was the failure
+        return
     with suppress(OSError):  # not empty: not all of it is ours
         directory.rmdir()
 
@@ -136,26 +141,25 @@ def locked(out: Path, *, resume: bool, record: str = RECIPE_FILE) -> Iterator[No
         UserError: `out` cannot be written, another process is at work there, or it holds something already (without
             `resume`, or something else).
     """
-    lock = out / LOCK_FILE
+    # No fallback to a file whose mere existence is the lock: such a file outlives a killed process.
+    lock = FileLock(out / LOCK_FILE, blocking=False, fallback_to_soft=False)
     try:
-        if not lock.exists():  # a lock is only put where a run may be
+        if not (out / LOCK_FILE).exists():  # a lock is only put where a run may be
             check_free(out, resume=resume, record=record)
             out.mkdir(parents=True, exist_ok=True)
-        file = lock.open("a")
+        lock.acquire()
+    except Timeout:
+        raise UserError(
+            f"another process is at work on the run in {out}; wait for it or stop it, or choose another --out"
+        ) from None
     except OSError as error:
-        raise _unwritable(out, error) from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another process is at work on the run in {out}; wait for it or stop it, or choose another --out"
-            ) from None
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-                raise _unwritable(out, error) from error
-            logger.warning("the file system of %s has no locks: see to it that no other process uses it", out)
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            raise _unwritable(out, error) from error
+        logger.warning("the file system of %s has no locks; make sure that no other process uses this directory", out)
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def check_free(out: Path, *, resume: bool, record: str = RECIPE_FILE) -> bool:
@@ -177,8 +181,7 @@ def _claim(out: Path, recipe_toml: str, with_defaults: WithDefaults, *, resume: 
     try:
         used = check_free(out, resume=resume)
         if used:
-            changed = differences(file.read_bytes(), recipe_toml, with_defaults)
-            lowered = may_go_on_with(out / METRICS_FILE, file.read_bytes(), recipe_toml, with_defaults)
+            changed, lowered = _compare(out, recipe_toml, with_defaults)
             if changed and has_trained(out) and not lowered:
                 raise UserError(
                     f"{out} was begun with another recipe: {changed}; resume it with the recipe and options it was begun "
@@ -197,6 +200,16 @@ def _claim(out: Path, recipe_toml: str, with_defaults: WithDefaults, *, resume: 
         raise _unwritable(out, error) from error
 
 
+def _compare(out: Path, recipe_toml: str, with_defaults: WithDefaults) -> tuple[str, bool]:
+    """How the recipe in `out` differs from the new one, in words, and whether the run may go on with the new one."""
+    try:
+        before = tomllib.loads((out / RECIPE_FILE).read_bytes().decode())
+    except ValueError as error:
+        return f"its {RECIPE_FILE} is damaged ({error})", False
+    now = tomllib.loads(recipe_toml)
+    return differences(before, now, with_defaults), may_go_on_with(out / METRICS_FILE, before, now, with_defaults)
+
+
 def _clean_leftovers(out: Path) -> None:
     """Delete what a killed process left under temporary names in a run's directory, which is locked by this one."""
     for place in (out, out / "control"):
@@ -213,13 +226,12 @@ def _interrupted(error: KeyboardInterrupt, out: Path, *, is_kept: bool) -> Inter
     stopped = error if isinstance(error, Interrupted) else Interrupted()
     stopped.resume = is_kept
     if not stopped.kept:
-        stopped.kept = _kept(out) if is_kept else "nothing was trained or prepared yet, so nothing is kept"
+        stopped.kept = _kept(out) if is_kept else NOTHING_KEPT
     return stopped
 
 
 def _kept(out: Path) -> str:
-    tokens = out / "tokens"
-    kept = [str(tokens)] if _holds_tokens(tokens) and not tokens.is_symlink() else []
+    kept = [str(out / "tokens")] if has_own_tokens(out) else []
     for place in (out, out / "control"):
         if (place / "model").is_dir():
             kept.append(str(place / "model"))
@@ -234,20 +246,39 @@ def _unwritable(out: Path, error: OSError) -> UserError:
     return UserError(f"cannot write {out}: {error.strerror or error}; choose another --out")
 
 
-def differences(before: bytes, now: str, with_defaults: WithDefaults, *, record: str = RECIPE_FILE) -> str:
-    """What differs between two recipes as TOML, in words; empty when nothing does.
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], with_defaults: WithDefaults) -> str:
+    """What differs between two recipes as nested dictionaries, in words; empty when nothing does.
 
-    A key that `before` lacks because the version that wrote it did not know it counts as its default.
+    A key that `before` lacks because the version that wrote it did not know it counts as its default. A name or a description
+    decides nothing, so another one is no difference.
     """
-    try:
-        old = _flat(with_defaults(tomllib.loads(before.decode())))
-    except ValueError as error:
-        return f"its {record} is damaged ({error})"
-    new = _flat(with_defaults(tomllib.loads(now)))
-    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-    shown = [f"{key} was {old.get(key, 'unset')}, now {new.get(key, 'unset')}" for key in keys[:_DIFFERENCES_SHOWN]]
-    more = len(keys) - len(shown)
-    return ", ".join(shown) + (f", and {more} more" if more else "")
+    words = [
+        f"{key} was {'unset' if old is None else old}, now {'unset' if new is None else new}"
+        for key, (old, new) in _changes(before, now, with_defaults).items()
+    ]
+    more = len(words) - _DIFFERENCES_SHOWN
+    return ", ".join(words[:_DIFFERENCES_SHOWN]) + (f", and {more} more" if more > 0 else "")
+
+
+def may_go_on_with(
+    metrics: Path, before: Mapping[str, Any], now: Mapping[str, Any], with_defaults: WithDefaults
+) -> bool:
+    """Whether the run whose metrics.jsonl this is has just gone back, and `now` only lowers what may be lowered."""
+    if last_row(metrics).get("kind") not in (ROLLBACK, RECIPE_CHANGE):
+        return False
+    return all(
+        key in MAY_BE_LOWERED and (new or 0) <= (old or 0)
+        for key, (old, new) in _changes(before, now, with_defaults).items()
+    )
+
+
+def _changes(
+    before: Mapping[str, Any], now: Mapping[str, Any], with_defaults: WithDefaults
+) -> dict[str, tuple[Any, Any]]:
+    """The old and the new value of every dotted key that differs and decides something; None where one is unset."""
+    old, new = (_flat(with_defaults(recipe)) for recipe in (before, now))
+    keys = [key for key in {**old, **new} if key not in DECIDE_NOTHING and old.get(key) != new.get(key)]
+    return {key: (old.get(key), new.get(key)) for key in keys}
 
 
 def _flat(table: Mapping[str, object], prefix: str = "") -> dict[str, object]:
@@ -265,8 +296,13 @@ def _is_only_claimed(out: Path) -> bool:
 def _is_worth_keeping(out: Path) -> bool:
     metrics = out / METRICS_FILE
     logged = metrics.is_file() and metrics.stat().st_size > 0
+    return logged or has_trained(out) or has_own_tokens(out)
+
+
+def has_own_tokens(out: Path) -> bool:
+    """Whether a run, or a sweep, has prepared tokens of its own that are whole or can be completed."""
     tokens = out / "tokens"
-    return logged or has_trained(out) or (_holds_tokens(tokens) and not tokens.is_symlink())
+    return _holds_tokens(tokens) and not tokens.is_symlink()
 
 
 def _holds_tokens(directory: Path) -> bool:
@@ -274,9 +310,13 @@ def _holds_tokens(directory: Path) -> bool:
     return any((directory / name).is_file() for name in ("index.json", "progress.json"))
 
 
-def _clear(out: Path, made: list[Path]) -> None:
-    """Remove what an unsuccessful run left in a directory that was empty before it, and the directories made for it."""
-    for name in (RECIPE_FILE, f".{RECIPE_FILE}.tmp", METRICS_FILE, LOCK_FILE):
+def clear(out: Path, made: Iterable[Path], *, records: Iterable[str]) -> None:
+    """Remove what an unsuccessful run, or sweep, left in a directory that was empty before it.
+
+    That is its lock, its tokens, its tokenizer and its checkpoints, the files named by `records`, and those of the directories
+    in `made` (innermost first) that are empty then.
+    """
+    for name in (*records, LOCK_FILE):
         (out / name).unlink(missing_ok=True)
     for name in ("tokens", "tokenizer", ".tokenizer.tmp", "state"):
         path = out / name
@@ -289,24 +329,3 @@ def _clear(out: Path, made: list[Path]) -> None:
             path.rmdir()
         except OSError:  # something else is in it
             return
-
-
-def may_go_on_with(metrics: Path, before: bytes, now: str, with_defaults: WithDefaults) -> bool:
-    """Whether the run has just gone back, and its new recipe only lowers what may be lowered.
-
-    Args:
-        metrics: the run's metrics.jsonl.
-        before: recipe.toml as it is. now: the new one.
-    """
-    if last_row(metrics).get("kind") not in (ROLLBACK, RECIPE_CHANGE):
-        return False
-    try:
-        old, new = with_defaults(tomllib.loads(before.decode())), with_defaults(tomllib.loads(now))
-    except ValueError:  # recipe.toml is damaged
-        return False
-    was, wanted = old.get("training", {}), new.get("training", {})
-    lowered = all(wanted.get(name, 0) <= was.get(name, 0) for name in MAY_BE_LOWERED)
-    for name in MAY_BE_LOWERED:
-        was.pop(name, None)
-        wanted.pop(name, None)
-    return bool(lowered and old == new)

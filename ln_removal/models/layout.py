@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 SITE_KINDS = ("ln_2", "ln_1_qk", "ln_1_v", "ln_f")
 """Kinds of site, in the order in which a removal takes them."""
 
+SPECIALS = ("eot", "first")
+"""Special positions, whose constants a removal drops last: end-of-text tokens and position 0."""
+
 _NORM_OF_KIND = {"ln_2": "ln_2", "ln_1_qk": "ln_1", "ln_1_v": "ln_1", "ln_f": "ln_f"}
 _READER_OF_KIND = {"ln_2": 0, "ln_1_qk": 0, "ln_1_v": 1, "ln_f": 0}
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ln_removal.errors import UserError
-from ln_removal.files.hub import HUB_SECONDS, first_answer, hub_error, is_unreachable, one_line
+from ln_removal.files.hub import HUB_SECONDS, first_answer, hub_error, is_hub_id, is_unreachable, one_line
 from ln_removal.files.run_directory import RECIPE_FILE
 
 if TYPE_CHECKING:
@@ -72,7 +72,6 @@ def load_model(
             more entries than the model's embedding.
     """
     import torch
-    import transformers
 
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"device {device!r} asked for, but PyTorch sees no CUDA GPU; pass --device cpu")
@@ -81,13 +80,22 @@ def load_model(
     _check_weight_files(directory)
     tokenizer = _read_tokenizer(directory) if tokenizer_from is None else load_tokenizer(tokenizer_from)
     check_tokenizer(config, tokenizer)
+    model = _read_weights(directory, config, dtype or torch.float32)
+    _check_finite(model, directory)
+    return LoadedModel(model.to(device).eval(), tokenizer, name)
+
+
+def _read_weights(directory: Path, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a directory whose files are in order; UserError where its weights do not fit its configuration."""
+    import transformers
+
     loader: Any = transformers.AutoModelForCausalLM
     try:
         with quiet_transformers():
             model, report = loader.from_pretrained(
                 directory,
                 config=config,
-                dtype=dtype or torch.float32,
+                dtype=dtype,
                 use_safetensors=True,
                 local_files_only=True,
                 trust_remote_code=False,
@@ -95,7 +103,9 @@ def load_model(
                 ignore_mismatched_sizes=True,  # reported below, with the names
             )
     except Exception as error:
-        raise UserError(f"{directory} does not load as {config.model_type}: {one_line(error)}") from error
+        raise UserError(
+            f"{directory} does not load as {config.model_type}: {one_line(error)}; save the model again with save_pretrained"
+        ) from error
     if mismatched := sorted(report["mismatched_keys"]):
         key, found, expected = mismatched[0]
         raise UserError(
@@ -107,16 +117,10 @@ def load_model(
             f"{directory}: the weights lack {len(missing)} tensors of a {config.num_hidden_layers}-layer {config.model_type}, "
             f"such as {missing[0]}; save the model again with save_pretrained"
         )
-    _check_finite(model, directory)
     if unexpected := sorted(report["unexpected_keys"]):
-        logger.warning(
-            "%s: left out %d tensors unknown to %s, such as %s",
-            directory,
-            len(unexpected),
-            config.model_type,
-            unexpected[0],
-        )
-    return LoadedModel(model.to(device).eval(), tokenizer, name)
+        left_out = f"{len(unexpected)} tensors unknown to {config.model_type}, such as {unexpected[0]}"
+        logger.warning("%s: left out %s", directory, left_out)
+    return cast("PreTrainedModel", model)
 
 
 def _check_finite(model: PreTrainedModel, directory: Path) -> None:
@@ -197,15 +201,9 @@ def _directory(name: str, *, config: bool = True, weights: bool = False, tokeniz
         return path
     if path.exists():
         raise UserError(f"{name} is a file; a model is a directory with config.json and {WEIGHTS}")
-    if _looks_like_path(name):
+    if not is_hub_id(name):
         raise UserError(f"no such directory: {name}; give one with config.json and {WEIGHTS}, or a Hub id such as gpt2")
     return _fetch(name, config=config, weights=weights, tokenizer=tokenizer)
-
-
-def _looks_like_path(name: str) -> bool:
-    if name.startswith((".", "/", "~")) or name.endswith("/") or "\\" in name or name.count("/") > 1:
-        return True
-    return "/" in name and Path(name).parent.is_dir()
 
 
 def _fetch(repo_id: str, *, config: bool, weights: bool, tokenizer: bool) -> Path:

@@ -4,7 +4,7 @@ Underneath are transformers' own classes: attention, rotary positions, generatio
 chosen in the configuration replaces modules when the model is built:
 
     block_norm, final_norm   "layernorm", or "none": an identity
-    biases                   "all", or "paper" (see models/norm_choice.py)
+    biases                   "all", or "paper": queries and keys have a bias, values and the other projections have none
     activation               "gelu" (the family's own), "relu", "leaky_relu" or "learnable_leaky_relu"
     negative_slope           of leaky ReLU; where training of a learnable one begins
     slopes                   "layer": a learnable slope for each layer; "network": one for all, and only one parameter
@@ -18,7 +18,7 @@ The leaky ReLU has a slope that is fixed, learned for each layer, or learned onc
     leaky(x) = max(x, 0) + slope * min(x, 0)
 
 Jha & Reagen (section 3) train the slope, from 0.01, to see which activation a model without LayerNorm asks for. GELU and
-ReLU are transformers' own. With the paper's biases, queries and keys have a bias, values and the other projections none.
+ReLU are transformers' own.
 
 Shape legend: D model width, H heads, K width of one head.
 """

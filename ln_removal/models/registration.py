@@ -1,17 +1,17 @@
 """Make transformers' Auto classes and TransformerLens know our model classes, whichever package is imported first.
 
-`ln_removal/__init__` calls `watch_imports`, which loads neither torch nor transformers: it leaves hooks that run when
-a module is imported.
+`ln_removal/__init__` calls `watch_imports`, which loads neither torch nor transformers nor TransformerLens: it leaves hooks
+that run when a module is imported.
 
-- AutoConfig: that can happen in the middle of transformers' own imports (importing GPT-2's model code loads the Auto
-  classes before GPT-2's classes exist), when a subclass of GPT-2 cannot be defined yet. So the hook registers a
-  stand-in.
-- The model's own module: its classes take the stand-in's place.
-- TransformerLens' table of architectures: a function that builds the adapter is entered.
+- AutoConfig can be imported in the middle of transformers' own imports (GPT-2's model code loads the Auto classes before
+  GPT-2's classes exist). A subclass of GPT-2 cannot be defined then, so the hook registers a stand-in.
+- When the module of our own class is imported, its classes take the stand-in's place.
+- When TransformerLens' table of architectures is imported, a function that builds our adapter is entered in it.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -20,14 +20,17 @@ import wrapt
 
 _NORMFREE = "ln_removal.models.normfree_gpt2"
 
-_REVIVAL = "ln_removal.models.norm_choice"
+_NORM_CHOICE = "ln_removal.models.norm_choice"
 
 MODEL_CLASSES = {
     "normfree_gpt2": (_NORMFREE, "NormFreeGPT2Config", "NormFreeGPT2LMHeadModel"),
-    "revival_gpt2": (_REVIVAL, "RevivalGPT2Config", "RevivalGPT2LMHeadModel"),
-    "revival_gpt_neox": (_REVIVAL, "RevivalGPTNeoXConfig", "RevivalGPTNeoXForCausalLM"),
+    "revival_gpt2": (_NORM_CHOICE, "RevivalGPT2Config", "RevivalGPT2LMHeadModel"),
+    "revival_gpt_neox": (_NORM_CHOICE, "RevivalGPTNeoXConfig", "RevivalGPTNeoXForCausalLM"),
 }
-"""model_type in config.json: where its classes are, their names."""
+"""For each model_type in a config.json: the module of its classes, and the names of the configuration and the model.
+
+Saved models have these names in their files, so they stay.
+"""
 
 ARCHITECTURE = "NormFreeGPT2LMHeadModel"
 """What TransformerLens finds in the list of architectures of an LN-free model."""
@@ -36,7 +39,7 @@ ARCHITECTURE = "NormFreeGPT2LMHeadModel"
 def watch_imports() -> None:
     """Leave the hooks; where a module is imported already, its hook runs at once."""
     wrapt.when_imported("transformers.models.auto.configuration_auto")(_register_stand_ins)
-    for module in (_NORMFREE, _REVIVAL):
+    for module in (_NORMFREE, _NORM_CHOICE):
         wrapt.when_imported(module)(_register_classes)
     wrapt.when_imported("transformer_lens.factories.architecture_adapter_factory")(_register_adapter)
 
@@ -78,11 +81,32 @@ def _register_adapter(architecture_adapter_factory: ModuleType) -> None:
     """Make TransformerBridge.boot_transformers take directories of LN-free models."""
 
     def adapter(cfg: Any) -> Any:
-        """Builds a NormFreeGPT2Adapter; its class cannot be defined while TransformerLens is still being imported."""
-        from ln_removal.models.transformer_lens import NormFreeGPT2Adapter
-
-        return NormFreeGPT2Adapter(cfg)
+        return _adapter_class()(cfg)
 
     architecture_adapter_factory.ArchitectureAdapterFactory.register_adapter(ARCHITECTURE, adapter)
     # boot_transformers reads this table, which register_adapter leaves as it is.
     architecture_adapter_factory.SUPPORTED_ARCHITECTURES[ARCHITECTURE] = adapter
+
+
+@cache
+def _adapter_class() -> Any:
+    """The adapter's class; it cannot be defined while TransformerLens is still being imported."""
+    from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
+    from transformer_lens.model_bridge.supported_architectures.gpt2 import GPT2ArchitectureAdapter
+
+    class NormFreeGPT2Adapter(GPT2ArchitectureAdapter):
+        """TransformerLens' GPT-2 with identities where it expects norms.
+
+        The slots ln1, ln2 and ln_final keep their hooks, which see the residual stream itself.
+        """
+
+        def __init__(self, cfg: Any) -> None:
+            super().__init__(cfg)
+            self.cfg.normalization_type = None
+            assert self.component_mapping is not None
+            blocks = self.component_mapping["blocks"].submodules
+            blocks["ln1"] = GeneralizedComponent(name="ln_1", config=self.cfg)
+            blocks["ln2"] = GeneralizedComponent(name="ln_2", config=self.cfg)
+            self.component_mapping["ln_final"] = GeneralizedComponent(name="transformer.ln_f", config=self.cfg)
+
+    return NormFreeGPT2Adapter

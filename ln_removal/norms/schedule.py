@@ -12,13 +12,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from ln_removal.errors import UserError
-from ln_removal.models.layout import SITE_KINDS, Site, all_sites
+from ln_removal.models.layout import SITE_KINDS, SPECIALS, Site, all_sites
 
 if TYPE_CHECKING:
     from ln_removal.config.recipe import ScheduleSpec
 
 Action = Literal["freeze", "drop_special"]
-SPECIALS = ("eot", "first")
 _SHADES = ".-+=#"
 
 

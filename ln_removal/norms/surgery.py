@@ -23,14 +23,13 @@ import torch
 from torch import Tensor, nn
 
 from ln_removal.errors import UserError
-from ln_removal.models.layout import Site, all_sites, check_supported, parse_site
+from ln_removal.models.layout import SPECIALS, Site, all_sites, check_supported, parse_site
 from ln_removal.norms.freezable import END_OF_TEXT, FIRST, ORDINARY, FreezableNorm, NormedProjection, PositionClasses
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
 
-SPECIALS = {"eot": END_OF_TEXT, "first": FIRST}
-"""Names of the special position classes, as schedules write them."""
+_CLASS_OF_SPECIAL = dict(zip(SPECIALS, (END_OF_TEXT, FIRST), strict=True))
 
 
 def install(model: GPT2LMHeadModel, *, eot_token_id: int | None) -> NormSites:
@@ -144,7 +143,7 @@ class NormSites:
             raise UserError(f"{which!r} is not a special position class; use one of: {', '.join(SPECIALS)}")
         _check_fraction(dropped, f"dropped share of {which!r}")
         for norm in self.norms.values():
-            norm.write_dropped(SPECIALS[which], dropped)
+            norm.write_dropped(_CLASS_OF_SPECIAL[which], dropped)
 
     def update_running(self, momentum: float, discard: Tensor | None = None) -> None:
         """Fold the statistics gathered since the last call into the running stds; call once an optimizer step.

@@ -19,7 +19,6 @@ import gc
 import hashlib
 import math
 import os
-import shutil
 import sys
 import time
 import tomllib
@@ -30,10 +29,18 @@ from typing import TYPE_CHECKING, Any
 
 from ln_removal.config.recipe import with_defaults
 from ln_removal.config.sweep import Grid, dump_grid, slug_of
-from ln_removal.config.toml import write_toml
 from ln_removal.data.tokens import given_tokens
 from ln_removal.errors import DivergedError, UserError
-from ln_removal.files.run_directory import LOCK_FILE, check_free, differences, has_trained, link_tokens, locked
+from ln_removal.files.run_directory import (
+    NOTHING_KEPT,
+    check_free,
+    clear,
+    differences,
+    has_own_tokens,
+    has_trained,
+    link_tokens,
+    locked,
+)
 from ln_removal.files.signals import Interrupted
 from ln_removal.report.sweep_table import (
     RESULT_FILE,
@@ -91,7 +98,7 @@ def grid_directory(out: Path, grid: Grid, *, resume: bool, is_main: bool) -> Ite
             is_kept = not is_new or _is_worth_keeping(out)
             over = len(list(out.glob(f"*-seed*/{RESULT_FILE}")))
             if not is_kept:
-                _clear(out, made)
+                clear(out, made, records=(GRID_FILE, f".{GRID_FILE}.tmp", TABLE_JSON, TABLE_MARKDOWN))
             if isinstance(error, KeyboardInterrupt):
                 raise _interrupted(
                     error, is_kept=is_kept, over=f"{over} of {len(grid.order())} runs are over"
@@ -118,7 +125,7 @@ def _check_same(out: Path, grid: Grid) -> list[str]:
     for name in dict.fromkeys(name for name, _ in begun):
         if name not in now:
             faults.append(f"it has the arm {name!r}, which the file lacks")
-        elif changed := differences(write_toml(before[name]).encode(), write_toml(now[name]), with_defaults):
+        elif changed := differences(before[name], now[name], with_defaults):
             faults.append(f"arm {name!r}: {changed}")
     lost = sorted({seed for _, seed in begun} - set(grid.seeds))
     faults += [f"it has runs with seed {seed}, which the file lacks" for seed in lost]
@@ -133,23 +140,7 @@ def _check_same(out: Path, grid: Grid) -> list[str]:
 
 def _is_worth_keeping(out: Path) -> bool:
     """Whether there are runs, or tokens that are whole or can be completed."""
-    tokens = out / "tokens"
-    prepared = not tokens.is_symlink() and any((tokens / name).is_file() for name in ("index.json", "progress.json"))
-    return prepared or any(path.is_dir() for path in out.glob("*-seed*"))
-
-
-def _clear(out: Path, made: list[Path]) -> None:
-    for name in (GRID_FILE, f".{GRID_FILE}.tmp", TABLE_JSON, TABLE_MARKDOWN, LOCK_FILE):
-        (out / name).unlink(missing_ok=True)
-    if (out / "tokens").is_symlink():
-        (out / "tokens").unlink()
-    for name in ("tokens", "tokenizer", ".tokenizer.tmp"):
-        shutil.rmtree(out / name, ignore_errors=True)
-    for path in made:
-        try:
-            path.rmdir()
-        except OSError:  # something else is in it
-            return
+    return has_own_tokens(out) or any(path.is_dir() for path in out.glob("*-seed*"))
 
 
 def _interrupted(error: KeyboardInterrupt, *, is_kept: bool, over: str) -> Interrupted:
@@ -159,7 +150,7 @@ def _interrupted(error: KeyboardInterrupt, *, is_kept: bool, over: str) -> Inter
         own = [stopped.kept] if stopped.kept and stopped.resume else []
         stopped.kept, stopped.resume = "; ".join([*own, over]), True
     elif not stopped.kept:
-        stopped.kept, stopped.resume = "nothing was trained or prepared yet, so nothing is kept", False
+        stopped.kept, stopped.resume = NOTHING_KEPT, False
     return stopped
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ln_removal.errors import UserError
+from ln_removal.files.hub import is_hub_id
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -109,9 +110,7 @@ def hub_id(model: str) -> str | None:
     """The Hub repository of a recipe's model; None for the embedded model and for local directories."""
     if model in REPOSITORIES:
         return REPOSITORIES[model]
-    owner, slash, name = model.partition("/")
-    looks_like_an_id = bool(slash and owner and name) and "/" not in name and not model.startswith((".", "~"))
-    return model if looks_like_an_id and not Path(model).exists() else None
+    return model if "/" in model and is_hub_id(model) else None
 
 
 def hub_datasets(corpus: str) -> list[str]:

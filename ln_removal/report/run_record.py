@@ -9,21 +9,19 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ln_removal.errors import UserError
-from ln_removal.files.metrics_log import METRICS_FILE
+from ln_removal.files.metrics_log import METRICS_FILE, metrics_rows
 from ln_removal.files.run_directory import RECIPE_FILE
-from ln_removal.models.layout import SITE_KINDS
+from ln_removal.models.layout import SITE_KINDS, SPECIALS
 
 if TYPE_CHECKING:
     from ln_removal.config.recipe import Recipe
     from ln_removal.evaluation.results import Results
-
-SPECIALS = ("eot", "first")
 
 SHOWN = 20
 """Steps that are named in one line, and lines that are shown."""
@@ -119,19 +117,15 @@ def read_run(directory: Path | str) -> RunRecord:
 
 
 def read_curve(path: Path) -> Curve:
-    """Loss, evaluations and freezes of a metrics.jsonl; a line cut short by a crash is passed over."""
+    """Loss, evaluations and freezes of a metrics.jsonl; a row that lacks what its kind has is passed over."""
     curve = Curve()
-    if not path.is_file():
-        return curve
     changes: dict[str, list[float]] = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for row in metrics_rows(path):
+        kind, step = row["kind"], row["step"]
         try:
-            row = json.loads(line)
-            kind, step = row["kind"], row["step"]
             if kind == "train":
-                number, loss = int(step), _number(row["loss"])  # both or neither
-                curve.steps.append(number)
-                curve.losses.append(loss)
+                curve.losses.append(_number(row["loss"]))
+                curve.steps.append(step)
             elif kind == "evaluation":
                 curve.evaluations.append((float(step), _number(row["cross_entropy"])))
             elif kind == "event":
@@ -196,7 +190,7 @@ def incident_lines(metrics: Path) -> list[str]:
     """One sentence for each, in the order in which they happened; skipped steps first, by cause. Plain text, not HTML."""
     skipped: dict[str, list[int]] = {}
     lines: list[str] = []
-    for row in _rows(metrics):
+    for row in metrics_rows(metrics):
         try:
             if row["kind"] == "incident" and row["incident"] == "skipped":
                 skipped.setdefault(str(row["cause"]), []).append(int(row["step"]))
@@ -208,25 +202,13 @@ def incident_lines(metrics: Path) -> list[str]:
     return [_skipped(cause, steps) for cause, steps in skipped.items()] + lines[:SHOWN] + more
 
 
-def _rows(metrics: Path) -> Iterator[dict[str, Any]]:
-    if not metrics.is_file():
-        return
-    for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:  # cut short by a crash
-            continue
-        if isinstance(row, dict):
-            yield row
-
-
 def _skipped(cause: str, steps: list[int]) -> str:
     named = ", ".join(map(str, steps[:SHOWN])) + (f" and {len(steps) - SHOWN} more" if len(steps) > SHOWN else "")
     return f"step{'s' if len(steps) > 1 else ''} {named}: the update was left out, the {cause} was not finite"
 
 
 def _line(row: dict[str, Any]) -> str | None:
-    kind, step = row["kind"], row.get("step")
+    kind, step = row["kind"], row["step"]
     if kind == "rollback":
         bad = ", ".join(map(str, row["bad_steps"]))
         return (

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ln_removal.data.sampler import Mixture, WindowSampler, plan_windows
+from ln_removal.data.sampler import WindowSampler, plan_windows
+from ln_removal.data.stress_text import Mixture, stress_sequences
 from ln_removal.errors import UserError
 from ln_removal.files.atomic import check_room_for_run
 from ln_removal.models.attention import EntropyRegulariser
@@ -57,13 +58,11 @@ def sampler_of(recipe: Recipe, data: TokenDataset, tokenizer: PreTrainedTokenize
 
 
 def _odd_text(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Mixture | None:
-    from ln_removal.data.stress_text import odd_sequences
-
     if recipe.data.odd_text == 0:
         return None
     # Another seed than that of evaluation, and not the first of a kind, which is the same for all seeds: what is scored was
     # not trained on.
-    kinds = odd_sequences(
+    kinds = stress_sequences(
         tokenizer, context=recipe.data.context + 1, count=ODD_SEQUENCES + 1, seed=recipe.seed + ODD_SEED
     )
     return Mixture(np.concatenate([rows[1:] for rows in kinds.values()]), recipe.data.odd_text)
