@@ -74,7 +74,6 @@ def pretrain(
     from ln_removal.files.run_directory import link_tokens, run_directory
     from ln_removal.models.loading import load_model
     from ln_removal.report.base_model_card import write_base_model_card
-    from ln_removal.training.ranks import watched_ranks
     from ln_removal.training.session import train_model
     from ln_removal.training.setup import build_accelerator
 
@@ -90,7 +89,7 @@ def pretrain(
     place = run_directory(
         out, dump_toml(recipe), with_defaults=with_defaults, resume=resume, is_main=accelerator.is_main_process
     )
-    with watched_ranks(accelerator), place:
+    with place:
         with accelerator.main_process_first():  # what the main process makes, the other ranks find
             if given is None:
                 tokenizer, data = prepare_tokens(recipe, out, progress=progress is True)

@@ -92,7 +92,6 @@ def remove(
     from ln_removal.evaluation import results as results_file
     from ln_removal.files.run_directory import link_tokens, run_directory
     from ln_removal.models.loading import load_model
-    from ln_removal.training.ranks import watched_ranks
     from ln_removal.training.setup import build_accelerator
 
     began = time.perf_counter()
@@ -105,7 +104,7 @@ def remove(
     place = run_directory(
         out, dump_toml(recipe), with_defaults=with_defaults, resume=resume, is_main=accelerator.is_main_process
     )
-    with watched_ranks(accelerator), place:
+    with place:
         accelerator.wait_for_everyone()
         if resume and (finished := _finished(recipe, out, control=control, questions=questions)):
             if accelerator.is_main_process:
