@@ -12,9 +12,10 @@ from ln_removal.config.recipe import Recipe, dump_toml, with_defaults
 from ln_removal.data.prepare import prepare, prepare_bar
 from ln_removal.data.tokens import TokenDataset, given_tokens
 from ln_removal.evaluation.loss import cross_entropy
+from ln_removal.files.metrics_log import METRICS_FILE
 from ln_removal.files.run_directory import link_tokens, run_directory
 from ln_removal.models.loading import tokenizer_fingerprint
-from ln_removal.training.metrics import Progress
+from ln_removal.training.metrics import Progress, Tracker
 from ln_removal.training.session import Removal, Session, open_session
 from ln_removal.training.setup import build_accelerator
 
@@ -99,21 +100,33 @@ class RunContext:
         teacher: PreTrainedModel | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> AbstractContextManager[Session]:
-        """A training in `directory`, by default the run's own; the other arguments are those of `open_session`."""
+        """A training in `directory`, by default the run's own.
+
+        `label` names it on its progress bar and in wandb; the other arguments are those of `open_session`.
+        """
+        directory = directory or self.out
+        tracker = Tracker(
+            directory / METRICS_FILE,
+            total_steps=recipe.training.steps,
+            tokens_per_step=recipe.training.tokens_per_step,
+            label=label,
+            enabled=self.is_main,
+            progress=self.progress,
+            wandb_project=self.wandb_project,
+            config=recipe.model_dump(),
+        )
         return open_session(
             model,
             recipe,
             data,
-            directory or self.out,
+            directory,
             accelerator=self.accelerator,
-            label=label,
+            tracker=tracker,
             evaluate=_evaluation(model, recipe, data),
             removal=removal,
             teacher=teacher,
             tokenizer=tokenizer,
             resume=self.resume,
-            wandb_project=self.wandb_project,
-            progress=self.progress,
         )
 
 

@@ -20,7 +20,7 @@ from ln_removal.models.precision import export_bytes
 from ln_removal.training.checkpoint import BESIDE_TENSORS, checkpoints
 from ln_removal.training.divergence import SpikeSchedule
 from ln_removal.training.loss import Auxiliary, Distillation, EntropyPenalty, Objective
-from ln_removal.training.metrics import Progress, Tracker
+from ln_removal.training.metrics import Tracker
 from ln_removal.training.probe import Probe
 from ln_removal.training.setup import choose_micro_batch, compile_if_worthwhile, training_attention
 
@@ -127,14 +127,12 @@ def open_session(
     directory: Path,
     *,
     accelerator: Accelerator,
-    label: str,
+    tracker: Tracker,
     evaluate: Callable[[], dict[str, float]],
     removal: Removal | None = None,
     teacher: PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     resume: bool = False,
-    wandb_project: str | None = None,
-    progress: Progress = True,
 ) -> Iterator[Session]:
     """Set up the training of `model`, moved to the accelerator's device, as the recipe's [training] says.
 
@@ -142,16 +140,14 @@ def open_session(
         model: trained in place; with `removal`, its freezable norms are installed.
         recipe: batches, optimizer and lengths.
         data: the train split is sampled.
-        directory: receives metrics.jsonl and state/.
+        directory: receives state/.
         accelerator: device and ranks.
-        label: names the training on its progress bar and in wandb.
+        tracker: entered here.
         evaluate: measures the model while training pauses.
         removal: sites and schedule; None keeps the norms (pretraining, control) and leaves out the losses of a removal.
         teacher: for `training.distillation`: the model as it was, see `loss.as_teacher`.
         tokenizer: the model's, for `data.odd_text`.
         resume: continue from the newest checkpoint in `directory`.
-        wandb_project: also log to this Weights & Biases project.
-        progress: how steps are shown.
 
     Raises:
         UserError: as `WindowSampler`, `Tracker` and `choose_micro_batch`.
@@ -160,16 +156,6 @@ def open_session(
     sampler = sampler_of(recipe, data, tokenizer)
     probe = _probe(recipe, data)  # on every rank, so that all of them find what is wrong with it
     objective = _objective(model.to(accelerator.device), spec, data.eot_token_id, removal=removal, teacher=teacher)
-    tracker = Tracker(
-        directory / "metrics.jsonl",
-        total_steps=spec.steps,
-        tokens_per_step=spec.tokens_per_step,
-        label=label,
-        enabled=accelerator.is_main_process,
-        progress=progress,
-        wandb_project=wandb_project,
-        config=recipe.model_dump(),
-    )
     with _attention(objective, recipe.data.context), tracker:
         if warning := _room(objective, recipe, directory):
             tracker.say(warning)
