@@ -33,7 +33,7 @@ from ln_removal.models.loading import load_model
 from ln_removal.training.loop import train
 from ln_removal.training.loss import Objective, StepLoss
 from ln_removal.training.metrics import Tracker
-from ln_removal.training.session import sampler_of
+from ln_removal.training.session import Session, sampler_of
 from ln_removal.training.setup import build_accelerator, causal_attention, compile_if_worthwhile
 
 WEIGHT = 0.1
@@ -102,7 +102,7 @@ def build(recipe: Recipe, data: TokenDataset, out: Path, *, ratio: float) -> dic
                 progress="lines",
             )
             with tracker:
-                train(
+                session = Session(
                     objective,
                     sampler_of(recipe, data),
                     spec,
@@ -113,6 +113,7 @@ def build(recipe: Recipe, data: TokenDataset, out: Path, *, ratio: float) -> dic
                     evaluate=loss,
                     resume=True,
                 )
+                train(session)
             report[name] = loss() | {"ratios": ratios(model, held_out)}
     save_model(model, loaded.tokenizer, out / "model", dtype="float32")
     return report

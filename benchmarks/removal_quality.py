@@ -93,12 +93,12 @@ def run_arm(recipe: Recipe, tokens: Path, work: Path, *, control: bool, device: 
 def train_control(recipe: Recipe, tokens: Path, work: Path, device: str) -> None:
     """The vanilla control alone."""
     from ln_removal.data.tokens import TokenDataset
-    from ln_removal.pipelines.removal import train_vanilla_control
+    from ln_removal.pipelines import removal
+    from ln_removal.pipelines.context import RunContext
     from ln_removal.training.setup import build_accelerator
 
-    train_vanilla_control(
-        recipe, work, data=TokenDataset.open(tokens), accelerator=build_accelerator(device), progress=False
-    )
+    context = RunContext(work, build_accelerator(device), progress=False)
+    removal.train_control(context, recipe, TokenDataset.open(tokens))
 
 
 def scores(recipe: Recipe, model: Path, tokens: Path, device: str) -> dict[str, Any]:

@@ -41,7 +41,7 @@ from ln_removal.config.recipe import ArchitectureSpec, TrainingSpec
 from ln_removal.models.norm_choice import learnable_slopes
 from ln_removal.pipelines.pretraining import build_model
 from ln_removal.training.optimizers import build_optimizers
-from ln_removal.training.probe import Observer
+from ln_removal.training.probe import Probe
 
 SIZES = {"n_layer": 4, "n_head": 6, "n_embd": 96, "n_positions": 128, "vocab_size": 500}
 IDS = {"bos_token_id": 499, "eos_token_id": 499}
@@ -159,7 +159,7 @@ def compare(
     disturb(ours)
     same_weights(ours, theirs)
     tokens = batch()
-    observation = Observer(tokens, every=1, steps=1).observe(ours)
+    observation = Probe(tokens, every=1, steps=1).observe(ours)
     entropy = torch.tensor(observation["entropy"]).mean(1).tolist()
     _, reports = their_report(train_utils, theirs, tokens)
     return {
@@ -223,7 +223,7 @@ def nan_of_one_head(model_utils: ModuleType, train_utils: ModuleType) -> dict[st
         ours.transformer.h[1].attn.c_attn.bias[0] = torch.nan
     same_weights(ours, theirs)
     tokens = batch()
-    observation = Observer(tokens, every=1, steps=1).observe(ours)
+    observation = Probe(tokens, every=1, steps=1).observe(ours)
     _, reports = their_report(train_utils, theirs, tokens)
     return {
         "ours": {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import shlex
@@ -11,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_training
 import torch
 import typer
 from click.testing import Result
@@ -24,7 +22,7 @@ from ln_removal.interpret.entropies import HeadEntropies, observed
 from ln_removal.interpret.observations import distinct_names, find_runs, read_observations
 from ln_removal.models.attention import largest_entropy
 from ln_removal.report import plots, tables
-from ln_removal.training.probe import Observer
+from ln_removal.training.probe import Probe
 
 QUERIES, HEADS = 32, 3
 LARGEST = largest_entropy(QUERIES)
@@ -96,17 +94,16 @@ def are_figures(directory: Path, *names: str) -> None:
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
-def test_what_a_training_observed_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    watching = Observer(torch.arange(2 * CONTEXT).view(2, CONTEXT) % 60, every=8, steps=20)
-    monkeypatch.setattr(tiny_training, "train", functools.partial(tiny_training.train, observer=watching))
+def test_what_a_training_observed_is_read_back(tmp_path: Path) -> None:
+    probe = Probe(torch.arange(2 * CONTEXT).view(2, CONTEXT) % 60, every=8, steps=20)
     run = TinyRun(tmp_path / "run", spec=tiny_spec(steps=20), removal=False)
-    run.train()
+    run.train(probe=probe)
     (found,) = read_observations([tmp_path / "run"])
     assert found.name == "run" and found.queries == CONTEXT and found.steps.tolist() == [0, 8, 16, 19]
     assert found.entropy.shape == (4, LAYERS, 2) and found.residual_norm.shape == (4, LAYERS + 1)
     assert found.slopes.shape == (4, 0) and not found.nan_counts.any()
     assert ((found.entropy > 0) & (found.entropy < largest_entropy(CONTEXT))).all()
-    last = watching.observe(run.model)  # after the last update: near what was seen before it, and not the same
+    last = probe.observe(run.model)  # after the last update: near what was seen before it, and not the same
     assert 0 < np.abs(np.array(last["entropy"]) - found.entropy[-1]).max() < 0.5
 
 

@@ -29,7 +29,7 @@ from typer.testing import CliRunner
 from ln_removal.config.recipe import load_recipe
 from ln_removal.errors import UserError
 from ln_removal.evaluation.questions import load_questions
-from ln_removal.training import session
+from ln_removal.pipelines import context
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
@@ -76,7 +76,7 @@ def here(sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         raise AssertionError("training began")
 
     shutil.copytree(sound, tmp_path / "here")
-    monkeypatch.setattr(session, "train", began)
+    monkeypatch.setattr(context, "open_session", began)
     monkeypatch.chdir(tmp_path / "here")
     return tmp_path / "here"
 

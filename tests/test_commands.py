@@ -27,8 +27,7 @@ from typer.testing import CliRunner
 
 from ln_removal.data.tokens import TokenDataset
 from ln_removal.files import run_directory
-from ln_removal.pipelines import removal
-from ln_removal.training import session
+from ln_removal.pipelines import context, removal
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
@@ -129,7 +128,7 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
     def began(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("training began")
 
-    monkeypatch.setattr(session, "train", began)
+    monkeypatch.setattr(context, "open_session", began)
 
 
 # ------------------------------------------------------------------------------------------------ help, version, plan
@@ -350,16 +349,16 @@ def test_debug_shows_the_traceback(here: Path) -> None:
 
 def interrupted_at(monkeypatch: pytest.MonkeyPatch, label: str) -> list[str]:
     """Make the training with this label end in Ctrl-C before it begins; the labels of all that begin are noted."""
-    real = session.train
+    real = context.open_session
     begun: list[str] = []
 
-    def train(*args: Any, removal: object, **kwargs: Any) -> Any:
-        begun.append("control" if removal is None else "removal")
+    def open_session(*args: Any, **kwargs: Any) -> Any:
+        begun.append(kwargs["label"])
         if begun[-1] == label:
             raise KeyboardInterrupt
-        return real(*args, removal=removal, **kwargs)
+        return real(*args, **kwargs)
 
-    monkeypatch.setattr(session, "train", train)
+    monkeypatch.setattr(context, "open_session", open_session)
     return begun
 
 

@@ -344,7 +344,7 @@ def test_ctrl_c_before_anything_is_trained(file: str, tmp_path: Path, monkeypatc
     assert "stopped by Ctrl-C: 0 of 4 runs are over; continue with" in stopped.stderr
     assert stopped.stderr.rstrip().endswith("--resume") and not (out / RUNS[0]).exists()
     with monkeypatch.context() as patch:
-        patch.setattr(pretraining, "prepare_tokens", stop)
+        patch.setattr(sweep, "prepare_tokens", stop)
         stopped = run("--grid", file, "--out", tmp_path / "other", "--steps", "1")
     assert "nothing is kept; to start again: ln-pretrain" in stopped.stderr
     assert not (tmp_path / "other").exists()

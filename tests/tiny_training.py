@@ -25,9 +25,11 @@ from ln_removal.files.atomic import checksum
 from ln_removal.norms.schedule import RemovalSchedule, expand
 from ln_removal.norms.surgery import NormSites, install
 from ln_removal.training.divergence import SpikeSchedule
-from ln_removal.training.loop import Removal, TrainResult, train
+from ln_removal.training.loop import TrainResult, train
 from ln_removal.training.loss import Auxiliary, Distillation, Objective, StepLoss, as_teacher
 from ln_removal.training.metrics import Tracker
+from ln_removal.training.probe import Probe
+from ln_removal.training.session import Removal, Session
 from ln_removal.training.setup import build_accelerator, causal_attention
 
 if TYPE_CHECKING:
@@ -171,7 +173,12 @@ class TinyRun:
         return self.directory / "state"
 
     def train(
-        self, *, micro_batch: int = SEQUENCES, resume: bool = False, evaluate: Callable[[], Any] | None = None
+        self,
+        *,
+        micro_batch: int = SEQUENCES,
+        resume: bool = False,
+        evaluate: Callable[[], Any] | None = None,
+        probe: Probe | None = None,
     ) -> TrainResult:
         accelerator = build_accelerator("cpu")
         sampler = WindowSampler(
@@ -192,7 +199,7 @@ class TinyRun:
         teacher = self.objective.teacher
         theirs = contextlib.nullcontext() if teacher is None else causal_attention(teacher)
         with causal_attention(self.model), theirs, tracker:
-            return train(
+            session = Session(
                 self.objective,
                 sampler,
                 self.spec,
@@ -202,8 +209,10 @@ class TinyRun:
                 micro_batch=micro_batch,
                 removal=removal,
                 evaluate=evaluate,
+                probe=probe,
                 resume=resume,
             )
+            return train(session)
 
     def metrics(self, kind: str = "train") -> list[dict[str, Any]]:
         lines = (self.directory / "metrics.jsonl").read_text().splitlines()

@@ -26,8 +26,9 @@ from ln_removal.models.layout import all_sites
 from ln_removal.models.normfree_gpt2 import NormFreeGPT2Config, NormFreeGPT2LMHeadModel
 from ln_removal.norms.schedule import Event, RemovalSchedule
 from ln_removal.norms.surgery import install
-from ln_removal.training.loop import LOG_EVERY, Removal, train
+from ln_removal.training.loop import LOG_EVERY, train
 from ln_removal.training.loss import Auxiliary, Distillation, Objective, as_teacher
+from ln_removal.training.session import Removal, Session
 from ln_removal.training.setup import build_accelerator, causal_attention, choose_micro_batch, compile_if_worthwhile
 
 NEVER = 10**6
@@ -189,7 +190,7 @@ def main() -> None:
         micro_batch = choose_micro_batch(recipe, objective, accelerator)
         compile_if_worthwhile(objective, spec.compile, tokens=recipe.tokens, device=accelerator.device)
         try:
-            train(
+            session = Session(
                 objective,
                 sampler,
                 spec,
@@ -199,6 +200,7 @@ def main() -> None:
                 micro_batch=micro_batch,
                 removal=removal,
             )
+            train(session)
         except Finished:
             pace.details = {"micro_batch": micro_batch, "graphs": compiled_graphs()}
             if watch is not None:

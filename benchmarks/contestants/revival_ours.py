@@ -19,7 +19,8 @@ from ln_removal.data.tokens import TokenDataset
 from ln_removal.pipelines.pretraining import build_model
 from ln_removal.training.loop import train
 from ln_removal.training.loss import Objective
-from ln_removal.training.probe import Observer
+from ln_removal.training.probe import Probe
+from ln_removal.training.session import Session
 from ln_removal.training.setup import build_accelerator, causal_attention, choose_micro_batch, compile_if_worthwhile
 
 
@@ -70,17 +71,17 @@ def main() -> None:
         sequences_per_step=sequences,
         seed=0,
     )
-    observer = None
+    probe = None
     if settings["observe"]:  # as many sequences as the peer looks at: its micro-batch
         looked_at = settings["micro_batch"]
         rows = random_tokens(shape, looked_at * shape.context, seed=1).astype("int64")
-        probe = torch.from_numpy(rows).view(looked_at, shape.context)
-        observer = Observer(probe, every=1, steps=NEVER, precision=spec.precision)
+        rows_of_probe = torch.from_numpy(rows).view(looked_at, shape.context)
+        probe = Probe(rows_of_probe, every=1, steps=NEVER, precision=spec.precision)
     with causal_attention(model), tempfile.TemporaryDirectory() as directory:
         micro_batch = choose_micro_batch(recipe, objective, accelerator)
         compile_if_worthwhile(objective, spec.compile, tokens=recipe.tokens, device=accelerator.device)
         try:
-            train(
+            session = Session(
                 objective,
                 sampler,
                 spec,
@@ -88,8 +89,9 @@ def main() -> None:
                 tracker=PacedTracker(pace, NEVER),
                 state_directory=Path(directory),
                 micro_batch=micro_batch,
-                observer=observer,
+                probe=probe,
             )
+            train(session)
         except Finished:
             pace.details = {"micro_batch": micro_batch, "graphs": compiled_graphs()}
             pace.close()

@@ -133,13 +133,13 @@ def _print_grid_plan(grid: Grid, *, device: console.Device, as_json: bool) -> No
     """What --dry-run prints: every arm with tokens, parameters and estimates, and the total."""
     import json
 
-    from ln_removal.pipelines.plan import plan_grid, render_plan
+    from ln_removal.pipelines.plan import plan_grid
 
     found = plan_grid(grid, device=console.planned_device(device))
     if as_json:
         typer.echo(json.dumps(found.to_json(), indent=2))
         return
-    render_plan(found, console.wide_console())
+    found.render(console.wide_console())
 
 
 app = console.build(pretrain)

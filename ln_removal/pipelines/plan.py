@@ -8,7 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
 
 from ln_removal.config.estimate import (
     ASSUMED_UTILISATION,
@@ -30,10 +34,8 @@ from ln_removal.config.presets import check_is_removal, default_recipe, with_ste
 from ln_removal.config.recipe import ArchitectureSpec, Recipe, dump_toml, load_recipe, with_overrides
 from ln_removal.config.sweep import Grid
 from ln_removal.errors import UserError
+from ln_removal.models.loading import load_config, sizes_of
 from ln_removal.norms.schedule import RemovalSchedule, expand
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 REMOVABLE = ("gpt2", "normfree_gpt2")
 """Model types that a removal may be planned for; the latter is refused later, with what it is."""
@@ -98,8 +100,6 @@ class Plan:
 
     def render(self, console: Console) -> None:
         """Print the resolved recipe, the schedule as a table and a timeline, and the estimates."""
-        from rich.rule import Rule
-        from rich.table import Table
 
         def plain(text: str) -> None:
             console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -187,31 +187,13 @@ def plan(
     peak = peak_of(device)
     micro_batch = micro_batch_of(recipe, shape, peak, processes)
     memory = estimate_memory(recipe, shape, micro_batch)
-
-    # A teacher's forward pass is a third of forward and backward; the control has none.
-    passes = (4 / 3 if has_teacher(recipe) else 1) + (1 if control else 0)
-    work = recipe.tokens * flops_per_token(shape, recipe.data.context) * passes
+    work = _flops(recipe, shape, control=control)
     seconds = None
-    assumptions = [memory_assumption(recipe)]
-    if peak is not None and memory.total > peak.memory:
-        assumptions.append(f"this does not fit into the {readable_size(peak.memory)} of {device}")
     if tokens_per_second is not None:
         seconds = recipe.tokens * (2 if control else 1) / tokens_per_second
-        assumptions.append(f"measured speed of {tokens_per_second:,.0f} tokens/s")
     elif peak is not None:
         seconds = work / (assumed_rate(peak, recipe) * processes)
-    elsewhere = {}
-    if seconds is None:
-        elsewhere = {name: work / assumed_rate(DEVICE_PEAKS[name], recipe) for name in ("H100", "A100")}
-    if tokens_per_second is None:
-        assumptions.append(
-            f"GPU time at {ASSUMED_UTILISATION:.0%} of the {recipe.training.precision} peak, without data preparation, "
-            "evaluation and checkpoints"
-        )
-    if has_teacher(recipe):
-        assumptions.append("the original model runs beside the one in training, for a third more arithmetic")
-    if control:
-        assumptions.append("the time includes a control of the same length")
+    elsewhere = {} if seconds is not None else {name: DEVICE_PEAKS[name] for name in ("H100", "A100")}
     return Plan(
         recipe=recipe,
         architecture=shape,
@@ -221,9 +203,37 @@ def plan(
         parameters=count_parameters(shape),
         memory=memory,
         seconds=seconds,
-        seconds_elsewhere=elsewhere,
-        assumptions=tuple(assumptions),
+        seconds_elsewhere={name: work / assumed_rate(other, recipe) for name, other in elsewhere.items()},
+        assumptions=_assumptions(recipe, memory, device, tokens_per_second, control=control),
     )
+
+
+def _flops(recipe: Recipe, shape: ArchitectureSpec, *, control: bool) -> float:
+    """Of the whole run. A teacher's forward pass is a third of forward and backward; the control has no teacher."""
+    passes = (4 / 3 if has_teacher(recipe) else 1) + (1 if control else 0)
+    return recipe.tokens * flops_per_token(shape, recipe.data.context) * passes
+
+
+def _assumptions(
+    recipe: Recipe, memory: Memory, device: str, tokens_per_second: float | None, *, control: bool
+) -> tuple[str, ...]:
+    """What the estimates of a plan rest on, in sentences."""
+    peak = peak_of(device)
+    found = [memory_assumption(recipe)]
+    if peak is not None and memory.total > peak.memory:
+        found.append(f"this does not fit into the {readable_size(peak.memory)} of {device}")
+    if tokens_per_second is not None:
+        found.append(f"measured speed of {tokens_per_second:,.0f} tokens/s")
+    else:
+        found.append(
+            f"GPU time at {ASSUMED_UTILISATION:.0%} of the {recipe.training.precision} peak, without data preparation, "
+            "evaluation and checkpoints"
+        )
+    if has_teacher(recipe):
+        found.append("the original model runs beside the one in training, for a third more arithmetic")
+    if control:
+        found.append("the time includes a control of the same length")
+    return tuple(found)
 
 
 def architecture_of(recipe: Recipe) -> ArchitectureSpec:
@@ -245,8 +255,6 @@ def architecture_of_model(name: str) -> ArchitectureSpec:
     # A local directory of that name comes first, as it does when the model is loaded.
     if published is not None and not Path(name).is_dir():
         return published
-    from ln_removal.models.loading import load_config, sizes_of
-
     config = load_config(name)
     if config.model_type not in REMOVABLE:
         raise UserError(
@@ -341,6 +349,39 @@ class GridPlan:
             "seconds_elsewhere": self.seconds_elsewhere,
         }
 
+    def render(self, console: Console) -> None:
+        """Print the arms as a table, and the total."""
+        grid = self.grid
+        if grid.description:
+            console.print(grid.description, markup=False, highlight=False)
+        table = Table(
+            title=f"grid {grid.name}: {len(grid.arms)} arms, {_count(len(grid.seeds), 'seed')}", title_justify="left"
+        )
+        table.add_column("arm")
+        for name in ("parameters", "tokens", "steps", "context", "memory", "time of a run"):
+            table.add_column(name, justify="right")
+        table.add_column("directories")
+        for arm, each in zip(grid.arms, self.plans, strict=True):
+            mark = " (baseline)" if arm.name == grid.baseline else ""
+            table.add_row(
+                Text(arm.name + mark),
+                f"{each.parameters:,}",
+                f"{each.tokens:,}",
+                f"{each.steps:,}",
+                f"{arm.recipe.data.context:,}",
+                f"{each.memory.total / 1e9:.1f} GB",
+                "measured" if each.seconds is None else readable_duration(each.seconds),
+                f"{arm.slug}-seed{','.join(map(str, grid.seeds))}",
+            )
+        console.print(table)
+        time = "measured when it runs" if self.seconds is None else f"about {readable_duration(self.seconds)}"
+        total = f"all {_count(len(grid.order()), 'run')}: {self.tokens:,} tokens, {time} on {self.plans[0].device}"
+        elsewhere = [
+            f"about {readable_duration(seconds)} on one {name}" for name, seconds in self.seconds_elsewhere.items()
+        ]
+        for line in (total, *elsewhere):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
 
 def plan_grid(grid: Grid, *, device: str = "cpu") -> GridPlan:
     """Work out what a grid will be, arm by arm.
@@ -355,46 +396,5 @@ def plan_grid(grid: Grid, *, device: str = "cpu") -> GridPlan:
     return GridPlan(grid, tuple(plan(arm.recipe, device=device) for arm in grid.arms))
 
 
-def render_plan(found: GridPlan, console: Console) -> None:
-    """Print the arms as a table, and the total."""
-    from rich.table import Table
-    from rich.text import Text
-
-    grid = found.grid
-    if grid.description:
-        console.print(grid.description, markup=False, highlight=False)
-    table = Table(
-        title=f"grid {grid.name}: {len(grid.arms)} arms, {_count(len(grid.seeds), 'seed')}", title_justify="left"
-    )
-    table.add_column("arm")
-    for name in ("parameters", "tokens", "steps", "context", "memory", "time of a run"):
-        table.add_column(name, justify="right")
-    table.add_column("directories")
-    for arm, each in zip(grid.arms, found.plans, strict=True):
-        mark = " (baseline)" if arm.name == grid.baseline else ""
-        table.add_row(
-            Text(arm.name + mark),
-            f"{each.parameters:,}",
-            f"{each.tokens:,}",
-            f"{each.steps:,}",
-            f"{arm.recipe.data.context:,}",
-            f"{each.memory.total / 1e9:.1f} GB",
-            "measured" if each.seconds is None else _hours(each.seconds),
-            f"{arm.slug}-seed{','.join(map(str, grid.seeds))}",
-        )
-    console.print(table)
-    time = "measured when it runs" if found.seconds is None else f"about {_hours(found.seconds)}"
-    total = f"all {_count(len(grid.order()), 'run')}: {found.tokens:,} tokens, {time} on {found.plans[0].device}"
-    elsewhere = [f"about {_hours(seconds)} on one {name}" for name, seconds in found.seconds_elsewhere.items()]
-    for line in (total, *elsewhere):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
 def _count(number: int, word: str) -> str:
     return f"{number} {word}" + ("" if number == 1 else "s")
-
-
-def _hours(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"

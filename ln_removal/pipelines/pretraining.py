@@ -8,19 +8,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from accelerate.utils import set_seed
+from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
+
 from ln_removal.config.presets import check_is_pretraining
 from ln_removal.data.corpora import Corpus, Document
 from ln_removal.data.encoder import train_code_tokenizer
+from ln_removal.data.open_corpus import open_corpus
 from ln_removal.errors import UserError
-from ln_removal.models.loading import SIZES
+from ln_removal.evaluation.loss import LossResult, cross_entropy
+from ln_removal.evaluation.scoring import check_same_tokenizer
+from ln_removal.export.write import save_model
+from ln_removal.models import norm_choice
+from ln_removal.models.loading import SIZES, load_model, load_tokenizer
+from ln_removal.pipelines.context import RunContext, run_context
+from ln_removal.report.base_model_card import write_base_model_card
+from ln_removal.training.loop import TrainResult, train
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
     from ln_removal.config.recipe import ArchitectureSpec, Recipe
     from ln_removal.data.tokens import TokenDataset
-    from ln_removal.evaluation.loss import LossResult
-    from ln_removal.training.loop import TrainResult
     from ln_removal.training.metrics import Progress
 
 CHOICES = {"block_norm", "final_norm", "biases", "activation", "negative_slope", "slopes"}
@@ -65,78 +74,72 @@ def pretrain(
     Raises:
         UserError: not a pretraining recipe, or anything the corpus, the directory or the device gets wrong.
     """
-    from accelerate.utils import set_seed
-
-    from ln_removal.config.recipe import dump_toml, with_defaults
-    from ln_removal.data.tokens import given_tokens
-    from ln_removal.evaluation.loss import cross_entropy
-    from ln_removal.export.write import save_model
-    from ln_removal.files.run_directory import link_tokens, run_directory
-    from ln_removal.models.loading import load_model
-    from ln_removal.report.base_model_card import write_base_model_card
-    from ln_removal.training.ranks import watched_ranks
-    from ln_removal.training.session import train_model
-    from ln_removal.training.setup import build_accelerator
-
-    out = Path(out)
-    spec = recipe.training
     check_is_pretraining(recipe)
+    context = run_context(
+        out, tokens=tokens, resume=resume, device=device, wandb_project=wandb_project, progress=progress
+    )
+    return pretrain_in(context, recipe)
+
+
+def pretrain_in(context: RunContext, recipe: Recipe) -> PretrainResult:
+    """As `pretrain`, in a context that is there already."""
+    recipe = context.recipe_of(recipe)
     architecture = recipe.architecture
     assert architecture is not None
-    accelerator = build_accelerator(device)
-    given = given_tokens(out, tokens)
-    if given is not None:  # so that the recipe names what is trained on
-        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"corpus": given.corpus_name})})
-    place = run_directory(
-        out, dump_toml(recipe), with_defaults=with_defaults, resume=resume, is_main=accelerator.is_main_process
-    )
-    with watched_ranks(accelerator), place:
-        with accelerator.main_process_first():  # what the main process makes, the other ranks find
-            if given is None:
-                tokenizer, data = prepare_tokens(recipe, out, progress=progress is True)
-            else:
-                tokenizer, data = _tokenizer_of(given, recipe), given
-                if accelerator.is_main_process:
-                    link_tokens(out, data.directory)
-            _check_vocabulary(architecture, data)
-
+    with context.claim(recipe):
+        tokenizer, data = _prepare(context, recipe)
         set_seed(recipe.seed)
         model = build_model(architecture, eot_token_id=data.eot_token_id)
-        validation = data.split("validation")
+        with context.session(model, recipe, data, label=recipe.name) as session:
+            trained = train(session)
+        if context.is_main:
+            final = _export(context, recipe, model, tokenizer, data)
+        else:
+            precision = recipe.training.precision
+            final = cross_entropy(model, data.split("validation"), context=recipe.data.context, precision=precision)
+        return PretrainResult(context.out / "model", trained, final.cross_entropy, final.bits_per_byte)
 
-        def score(max_tokens: int | None = None) -> LossResult:
-            return cross_entropy(
-                model, validation, context=recipe.data.context, max_tokens=max_tokens, precision=spec.precision
+
+def _prepare(context: RunContext, recipe: Recipe) -> tuple[PreTrainedTokenizerFast, TokenDataset]:
+    """The tokenizer and the tokens, given or prepared."""
+    assert recipe.architecture is not None
+    with context.accelerator.main_process_first():  # what the main process makes, the other ranks find
+        if context.given is None:
+            tokenizer, data = prepare_tokens(context, recipe)
+        else:
+            tokenizer, data = _tokenizer_of(context.given, recipe), context.given
+            context.link_given_tokens()
+        if data.vocab_size > recipe.architecture.vocab_size:
+            raise UserError(
+                f"the tokenizer has {data.vocab_size} entries, architecture.vocab_size is "
+                f"{recipe.architecture.vocab_size}; raise it, or choose another tokenizer"
             )
+    return tokenizer, data
 
-        result = train_model(
-            model,
-            recipe,
-            data,
-            out,
-            accelerator=accelerator,
-            label=recipe.name,
-            evaluate=lambda: {"cross_entropy": score(spec.evaluation_tokens).cross_entropy},
-            resume=resume,
-            wandb_project=wandb_project,
-            progress=progress,
-        )
-        directory = out / "model"
-        if not accelerator.is_main_process:
-            final = score()
-            return PretrainResult(directory, result, final.cross_entropy, final.bits_per_byte)
-        save_model(model, tokenizer, directory, dtype=recipe.export.dtype)
-        # What is reported is measured on what was written, in float32, as ln-evaluate would.
-        written = load_model(str(directory), device=accelerator.device.type).model
-        final = cross_entropy(written, validation, context=recipe.data.context)
-        write_base_model_card(
-            directory,
-            recipe,
-            cross_entropy=final.cross_entropy,
-            bits_per_byte=final.bits_per_byte,
-            validation_tokens=final.tokens,
-        )
-        return PretrainResult(directory, result, final.cross_entropy, final.bits_per_byte)
+
+def _export(
+    context: RunContext,
+    recipe: Recipe,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    data: TokenDataset,
+) -> LossResult:
+    """Write the model and its card; returns its loss on the whole validation split.
+
+    The loss is measured on what was written, in float32, as ln-evaluate measures it.
+    """
+    directory = context.out / "model"
+    save_model(model, tokenizer, directory, dtype=recipe.export.dtype)
+    written = load_model(str(directory), device=context.accelerator.device.type).model
+    final = cross_entropy(written, data.split("validation"), context=recipe.data.context)
+    write_base_model_card(
+        directory,
+        recipe,
+        cross_entropy=final.cross_entropy,
+        bits_per_byte=final.bits_per_byte,
+        validation_tokens=final.tokens,
+    )
+    return final
 
 
 def build_model(architecture: ArchitectureSpec, *, eot_token_id: int) -> PreTrainedModel:
@@ -145,10 +148,6 @@ def build_model(architecture: ArchitectureSpec, *, eot_token_id: int) -> PreTrai
     transformers' own class where it has the architecture, else one of `revival_models`. Models of one shape that are
     built from the same random state begin with the same matrices if they have the same `biases`, whatever else they choose.
     """
-    from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
-
-    from ln_removal.models import norm_choice as revival
-
     entries: dict[str, Any] = {
         "vocab_size": architecture.vocab_size,
         "bos_token_id": eot_token_id,
@@ -166,17 +165,15 @@ def build_model(architecture: ArchitectureSpec, *, eot_token_id: int) -> PreTrai
         entries["activation_function" if architecture.family == "gpt2" else "hidden_act"] = "relu"
     config_class, model_class = {
         ("gpt2", True): (GPT2Config, GPT2LMHeadModel),
-        ("gpt2", False): (revival.RevivalGPT2Config, revival.RevivalGPT2LMHeadModel),
+        ("gpt2", False): (norm_choice.RevivalGPT2Config, norm_choice.RevivalGPT2LMHeadModel),
         ("pythia", True): (GPTNeoXConfig, GPTNeoXForCausalLM),
-        ("pythia", False): (revival.RevivalGPTNeoXConfig, revival.RevivalGPTNeoXForCausalLM),
+        ("pythia", False): (norm_choice.RevivalGPTNeoXConfig, norm_choice.RevivalGPTNeoXForCausalLM),
     }[architecture.family, architecture.is_plain]
     return model_class(config_class(**entries))
 
 
 def _tokenizer(recipe: Recipe, corpus: Corpus, directory: Path) -> PreTrainedTokenizerFast:
     """The recipe's tokenizer, or one trained on the corpus (once: a resumed run finds it in `directory`)."""
-    from ln_removal.models.loading import load_tokenizer
-
     assert recipe.architecture is not None
     if recipe.data.tokenizer:
         return load_tokenizer(recipe.data.tokenizer)
@@ -201,36 +198,20 @@ def _tokenizer_texts(corpus: Corpus) -> Iterator[str]:
             yield document.text
 
 
-def prepare_tokens(recipe: Recipe, out: Path, *, progress: bool) -> tuple[PreTrainedTokenizerFast, TokenDataset]:
-    """The tokenizer and the corpus, prepared into `out/tokenizer` and `out/tokens`, or found there.
+def prepare_tokens(context: RunContext, recipe: Recipe) -> tuple[PreTrainedTokenizerFast, TokenDataset]:
+    """The tokenizer and the corpus, prepared into `tokenizer` and `tokens` in the context's directory, or found there.
 
     Raises:
         UserError: as `open_corpus`, `load_tokenizer` and `prepare`.
     """
-    from ln_removal.data.open_corpus import open_corpus
-    from ln_removal.data.prepare import prepare, prepare_bar
-    from ln_removal.models.loading import tokenizer_fingerprint
-
     corpus = open_corpus(recipe.data.corpus, max_bytes=recipe.data.max_bytes)
-    tokenizer = _tokenizer(recipe, corpus, out / "tokenizer")
-    with prepare_bar(corpus.name, total=recipe.data.max_tokens, enabled=progress) as show:
-        data = prepare(
-            corpus,
-            tokenizer,
-            out / "tokens",
-            tokenizer_name=recipe.data.tokenizer or recipe.name,
-            tokenizer_sha256=tokenizer_fingerprint(tokenizer),
-            max_tokens=recipe.data.max_tokens,
-            progress=show,
-        )
-    return tokenizer, data
+    tokenizer = _tokenizer(recipe, corpus, context.out / "tokenizer")
+    name = recipe.data.tokenizer or recipe.name
+    return tokenizer, context.prepare_tokens(corpus, tokenizer, recipe.data, name=name)
 
 
 def _tokenizer_of(data: TokenDataset, recipe: Recipe) -> PreTrainedTokenizerFast:
     """The tokenizer that made the given tokens: the recipe's, or else the one they name."""
-    from ln_removal.evaluation.scoring import check_same_tokenizer
-    from ln_removal.models.loading import load_tokenizer
-
     name = recipe.data.tokenizer or data.tokenizer["name"]
     try:
         tokenizer = load_tokenizer(name)
@@ -240,11 +221,3 @@ def _tokenizer_of(data: TokenDataset, recipe: Recipe) -> PreTrainedTokenizerFast
         ) from error
     check_same_tokenizer(tokenizer, name, data)
     return tokenizer
-
-
-def _check_vocabulary(architecture: ArchitectureSpec, data: TokenDataset) -> None:
-    if data.vocab_size > architecture.vocab_size:
-        raise UserError(
-            f"the tokenizer has {data.vocab_size} entries, architecture.vocab_size is {architecture.vocab_size}; raise it, "
-            "or choose another tokenizer"
-        )

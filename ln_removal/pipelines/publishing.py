@@ -9,8 +9,24 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from huggingface_hub import HfApi
+
 from ln_removal.errors import UserError
+from ln_removal.evaluation import results as results_file
+from ln_removal.evaluation.scoring import recipe_of, run_of
 from ln_removal.export.hub import Files, HubTarget, Published, publish
+from ln_removal.files.hub import first_answer
+from ln_removal.files.run_directory import RECIPE_FILE
+from ln_removal.report.model_card import (
+    LICENSES,
+    converted_model_card,
+    hub_id,
+    is_public_corpus,
+    is_public_data,
+    model_card,
+)
+from ln_removal.report.page import render_page
+from ln_removal.report.run_record import read_run
 
 if TYPE_CHECKING:
     from ln_removal.report.model_card import Form
@@ -60,9 +76,6 @@ def run_files(run: Path, target: HubTarget) -> Files:
     Raises:
         UserError: it is no run of ln-remove, or has not exported its model yet.
     """
-    from ln_removal.evaluation.scoring import recipe_of
-    from ln_removal.files.run_directory import RECIPE_FILE
-
     if not (run / RECIPE_FILE).is_file():
         raise UserError(
             f"{run} is no run of ln-remove, whose model could be published as it is; pass --out to export it"
@@ -78,8 +91,6 @@ def run_files(run: Path, target: HubTarget) -> Files:
 
 def export_files(directory: Path, source: str, target: HubTarget, *, form: Form) -> Files:
     """An exported model, and the scores, plots and card of the run it comes from, if it comes from one."""
-    from ln_removal.evaluation.scoring import run_of
-
     run = run_of(Path(source))
     files = _model_files(directory)
     beside = {} if run is None else _beside(run)
@@ -101,11 +112,6 @@ def _beside(run: Path) -> dict[str, Path | bytes]:
     Text of data that is not public stays here: where there is any, samples and continuations are left out of both. The
     report is written anew, because the one on disk may be older than the scores.
     """
-    from ln_removal.evaluation.scoring import recipe_of
-    from ln_removal.report.model_card import is_public_corpus, is_public_data
-    from ln_removal.report.page import render_page
-    from ln_removal.report.run_record import read_run
-
     files: dict[str, Path | bytes] = {
         f"plots/{path.name}": path
         for path in sorted((run / "plots").glob("*"))
@@ -127,10 +133,6 @@ def _beside(run: Path) -> dict[str, Path | bytes]:
 
 
 def _card(files: Files, source: str, run: Path | None, target: HubTarget, *, form: Form) -> bytes:
-    from ln_removal.evaluation import results as results_file
-    from ln_removal.evaluation.scoring import recipe_of
-    from ln_removal.report.model_card import converted_model_card, model_card
-
     has_code = any(fnmatch(path, "model*.py") for path in files)
     if run is None:
         card = converted_model_card(
@@ -153,11 +155,6 @@ def _card(files: Files, source: str, run: Path | None, target: HubTarget, *, for
 
 def _hub_license(model: str) -> str | None:
     """The license that a Hub model's own card names; None when it is no Hub model or cannot be asked."""
-    from huggingface_hub import HfApi
-
-    from ln_removal.files.hub import first_answer
-    from ln_removal.report.model_card import LICENSES, hub_id
-
     repo_id = hub_id(model)
     if model in LICENSES or repo_id is None:
         return None

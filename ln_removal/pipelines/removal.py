@@ -12,23 +12,41 @@ import copy
 import logging
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ln_removal.config.presets import check_is_removal
+from ln_removal.data.open_corpus import open_corpus
+from ln_removal.data.tokens import TokenDataset
 from ln_removal.errors import UserError
+from ln_removal.evaluation import results as results_file
+from ln_removal.evaluation import scoring
+from ln_removal.export.write import DIRECTORIES, save_model, write_exports
+from ln_removal.files.atomic import write_json_atomically
+from ln_removal.files.metrics_log import METRICS_FILE, last_logged
+from ln_removal.files.run_directory import has_trained
+from ln_removal.models.layout import check_supported, is_disarmed
+from ln_removal.models.loading import load_model, load_tokenizer, tokenizer_fingerprint
+from ln_removal.norms.schedule import expand
+from ln_removal.norms.surgery import install
+from ln_removal.pipelines.context import RunContext, run_context
+from ln_removal.report.model_card import write_model_card
+from ln_removal.report.page import REPORT_FILE, write_report
+from ln_removal.training.divergence import SpikeSchedule
+from ln_removal.training.loop import TrainResult, train
+from ln_removal.training.loss import as_teacher
+from ln_removal.training.session import Removal, Session, sampler_of
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
     from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
-    from ln_removal.config.recipe import Recipe
-    from ln_removal.data.tokens import TokenDataset
+    from ln_removal.config.recipe import DataSpec, ExportSpec, Recipe
     from ln_removal.evaluation.results import Results
     from ln_removal.evaluation.scoring import QuestionSet
     from ln_removal.norms.schedule import RemovalSchedule
-    from ln_removal.training.divergence import SpikeSchedule
-    from ln_removal.training.loop import Removal, TrainResult
     from ln_removal.training.metrics import Progress
 
 logger = logging.getLogger(__name__)
@@ -41,16 +59,13 @@ CHEAP_TOKENS = 1_000_000
 
 
 @dataclass(frozen=True)
-class _Run:
-    """What removal and control share."""
+class Inputs:
+    """What a removal starts from: the original model, the tokens, and the schedule for the model's depth."""
 
-    recipe: Recipe
-    out: Path
+    model: GPT2LMHeadModel
+    tokenizer: PreTrainedTokenizerBase
     data: TokenDataset
-    accelerator: Accelerator
-    resume: bool
-    wandb_project: str | None
-    progress: Progress
+    schedule: RemovalSchedule | SpikeSchedule
 
 
 def remove(
@@ -65,117 +80,57 @@ def remove(
     wandb_project: str | None = None,
     progress: Progress = True,
 ) -> Results:
-    """Remove the LayerNorms of the recipe's model.
+    """Remove the LayerNorms of the recipe's model; returns the scores, as written to `out/results.json`.
 
     Args:
         recipe: a removal recipe, as it comes from `load_recipe`; fitted to another depth with `presets.with_layers`.
         out: the run's directory; new or empty, unless `resume`.
         tokens: a directory prepared by `ln-prepare`; default: prepare the recipe's corpus into `out/tokens`.
         control: also train the vanilla control on the same batches, for the gap.
-        questions: `completions`, `hellaswag`, a file, or None for no questions; "auto" takes completions for a corpus of
+        questions: as of `scoring.load_question_set`, or None for no questions; "auto" takes completions for a corpus of
             Python source, else HellaSwag from the Hub if it can be reached.
         resume: continue the run in `out`; one that is complete returns its results at once.
         device: "auto", "cpu" or "cuda".
         wandb_project: also log to this Weights & Biases project.
         progress: show progress bars; "lines" prints a line now and then instead.
 
-    Returns:
-        The scores, as written to `out/results.json`.
-
     Raises:
         UserError: anything that the user can mend. What was trained before stays in `out`; when nothing was, `out` is
             left as it was found.
     """
-    from ln_removal.config.presets import check_is_removal
-    from ln_removal.config.recipe import dump_toml, with_defaults
-    from ln_removal.data.tokens import given_tokens
-    from ln_removal.evaluation import results as results_file
-    from ln_removal.files.run_directory import link_tokens, run_directory
-    from ln_removal.models.loading import load_model
-    from ln_removal.training.ranks import watched_ranks
-    from ln_removal.training.setup import build_accelerator
-
     began = time.perf_counter()
-    out = Path(out)
     check_is_removal(recipe)
-    accelerator = build_accelerator(device)
-    given = given_tokens(out, tokens)
-    if given is not None:  # so that recipe and results name what is trained on
-        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"corpus": given.corpus_name})})
-    place = run_directory(
-        out, dump_toml(recipe), with_defaults=with_defaults, resume=resume, is_main=accelerator.is_main_process
+    context = run_context(
+        out, tokens=tokens, resume=resume, device=device, wandb_project=wandb_project, progress=progress
     )
-    with watched_ranks(accelerator), place:
-        accelerator.wait_for_everyone()
-        if resume and (finished := _finished(recipe, out, control=control, questions=questions)):
-            if accelerator.is_main_process:
-                _write_pages(recipe, out, finished, missing=True)
+    recipe, out = context.recipe_of(recipe), context.out
+    with context.claim(recipe):
+        context.accelerator.wait_for_everyone()
+        if resume and (finished := _finished(recipe.export, out, control=control, questions=questions)):
+            write_pages(context, recipe, finished, missing=True)
             return finished
-        asked = _question_set(questions, recipe)
-        loaded = load_model(recipe.model)
-        schedule = _fitting_schedule(recipe, loaded.model)
-        with accelerator.main_process_first():
-            if given is None:
-                data = _prepared_tokens(recipe, loaded.tokenizer, out, progress=progress is True)
-            else:
-                data = given
-                _check_given_tokens(recipe, loaded.tokenizer, data)
-                if accelerator.is_main_process:
-                    link_tokens(out, data.directory)
-        run = _Run(recipe, out, data, accelerator, resume, wandb_project, progress)
-        _train_removal(run, loaded.model, loaded.tokenizer, schedule)
-        del loaded
+        asked = _question_set(questions, recipe.data.corpus)
+        inputs = prepare(context, recipe)
+        data = inputs.data
+        if not (resume and _is_exported(out, recipe.export)):
+            with removal_session(context, recipe, inputs) as session:
+                trained = train(session)
+            export(context, recipe, inputs, trained)
+            del session
+        del inputs  # what follows needs the memory
         if control:
-            _train_control(run)
-        if accelerator.is_main_process:
-            _score(run, asked, seconds_before=time.perf_counter() - began)
-        accelerator.wait_for_everyone()
+            train_control(context, recipe, data)
+        if context.is_main:
+            scores = score(context, recipe.model, recipe.data, data, asked, seconds_before=time.perf_counter() - began)
+            write_pages(context, recipe, scores)
+        context.accelerator.wait_for_everyone()
         return results_file.read(out / "results.json")
 
 
-def _score(run: _Run, questions: QuestionSet | None, *, seconds_before: float) -> None:
-    """Score original, control and LN-free; writes results.json and the model card."""
-    from ln_removal.evaluation import results as results_file
-    from ln_removal.evaluation.scoring import score
-
-    recipe, out = run.recipe, run.out
-    models = {"original": recipe.model}
-    if _is_model(out / "control" / "model"):
-        models["control"] = str(out / "control" / "model")
-    models["ln_free"] = str(out / "model")
-    results = score(
-        models,
-        run.data,
-        data_name=f"{recipe.data.corpus}, validation split",
-        context=recipe.data.context,
-        max_tokens=recipe.data.validation_tokens,
-        questions=questions,
-        device=run.accelerator.device.type,
-        progress=run.progress is True,
-        seconds_before=seconds_before,
-    )
-    results_file.write(results, out / "results.json")
-    _write_pages(recipe, out, results)
-
-
-def _write_pages(recipe: Recipe, out: Path, results: Results, *, missing: bool = False) -> None:
-    """Write the model card and the report; with `missing`, only what a run killed after its results left unwritten."""
-    from ln_removal.report.model_card import write_model_card
-    from ln_removal.report.page import REPORT_FILE, write_report
-
-    if not (missing and (out / "model" / "README.md").exists()):
-        write_model_card(out / "model", recipe, results)
-    if not (missing and (out / REPORT_FILE).exists()):
-        write_report(out)
-
-
-def _finished(recipe: Recipe, out: Path, *, control: bool, questions: str | None) -> Results | None:
+def _finished(spec: ExportSpec, out: Path, *, control: bool, questions: str | None) -> Results | None:
     """The results of a run that has nothing left to do, or None."""
-    from ln_removal.evaluation import results as results_file
-    from ln_removal.evaluation.scoring import question_set_name
-
     has_control = _is_model(out / "control" / "model")
-    if not _is_exported(out, recipe) or (control and not has_control):
+    if not _is_exported(out, spec) or (control and not has_control):
         return None
     try:
         results = results_file.read(out / "results.json")
@@ -183,28 +138,58 @@ def _finished(recipe: Recipe, out: Path, *, control: bool, questions: str | None
         return None
     if (results.models.control is not None) != has_control:
         return None
-    if questions not in (None, "auto") and results.settings.question_set != question_set_name(questions):
+    if questions not in (None, "auto") and results.settings.question_set != scoring.question_set_name(questions):
         return None
     return results
 
 
-def _is_exported(out: Path, recipe: Recipe) -> bool:
+def _is_exported(out: Path, spec: ExportSpec) -> bool:
     """Whether the run's last checkpoint was folded and written in every form; each directory appears whole."""
-    from ln_removal.export.write import DIRECTORIES
-
-    return all(_is_model(out / DIRECTORIES[form]) for form in recipe.export.formats)
+    return all(_is_model(out / DIRECTORIES[form]) for form in spec.formats)
 
 
 def _is_model(directory: Path) -> bool:
     return (directory / "config.json").is_file()
 
 
+def _question_set(questions: str | None, corpus: str) -> QuestionSet | None:
+    if questions is None:
+        return None
+    if questions != "auto":
+        return scoring.load_question_set(questions)
+    if corpus == "python-source":
+        return scoring.load_question_set(scoring.COMPLETIONS)
+    try:
+        return scoring.load_question_set(scoring.HELLASWAG)
+    except UserError as error:
+        logger.warning("HellaSwag is left out: %s", error)
+        return None
+
+
+# ---------------------------------------------------------------------------------------------------------- the inputs
+
+
+def prepare(context: RunContext, recipe: Recipe) -> Inputs:
+    """Load the model, fit the schedule to it, and open or prepare the tokens.
+
+    Raises:
+        UserError: recipe, model and tokens do not go together.
+    """
+    loaded = load_model(recipe.model)
+    schedule = _fitting_schedule(recipe, loaded.model)
+    with context.accelerator.main_process_first():  # what the main process makes, the other ranks find
+        if context.given is None:
+            data = _own_tokens(context, recipe, loaded.tokenizer)
+        else:
+            data = context.given
+            scoring.check_same_tokenizer(loaded.tokenizer, recipe.model, data)
+            _check_enough(recipe, data)
+            context.link_given_tokens()
+    return Inputs(loaded.model, loaded.tokenizer, data, schedule)
+
+
 def _fitting_schedule(recipe: Recipe, model: GPT2LMHeadModel) -> RemovalSchedule | SpikeSchedule:
     """The schedule for this model's depth; checks what recipe and model must agree on."""
-    from ln_removal.models.layout import check_supported, is_disarmed
-    from ln_removal.norms.schedule import expand
-    from ln_removal.training.divergence import SpikeSchedule
-
     if model.config.model_type == "normfree_gpt2" or is_disarmed(model.config):
         raise UserError(f"{recipe.model} is LN-free already; give a GPT-2 that still has its LayerNorms")
     check_supported(model)
@@ -217,59 +202,19 @@ def _fitting_schedule(recipe: Recipe, model: GPT2LMHeadModel) -> RemovalSchedule
     return schedule if recipe.schedule.on_spike == "ignore" else SpikeSchedule(schedule)
 
 
-def _question_set(questions: str | None, recipe: Recipe) -> QuestionSet | None:
-    from ln_removal.evaluation.scoring import COMPLETIONS, HELLASWAG, load_question_set
-
-    if questions is None:
-        return None
-    if questions != "auto":
-        return load_question_set(questions)
-    if recipe.data.corpus == "python-source":
-        return load_question_set(COMPLETIONS)
-    try:
-        return load_question_set(HELLASWAG)
-    except UserError as error:
-        logger.warning("HellaSwag is left out: %s", error)
-        return None
-
-
-def _check_given_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: TokenDataset) -> None:
-    from ln_removal.evaluation.scoring import check_same_tokenizer
-
-    check_same_tokenizer(tokenizer, recipe.model, data)
-    _check_enough(recipe, data)
-
-
-def _prepared_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, out: Path, *, progress: bool) -> TokenDataset:
+def _own_tokens(context: RunContext, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> TokenDataset:
     """The recipe's corpus, prepared into the run's directory (once: a resumed run finds it there)."""
-    from ln_removal.data.open_corpus import open_corpus
-    from ln_removal.data.prepare import prepare, prepare_bar
-    from ln_removal.data.tokens import TokenDataset
-    from ln_removal.evaluation.scoring import check_same_tokenizer
-    from ln_removal.files.run_directory import has_trained
-    from ln_removal.models.loading import load_tokenizer, tokenizer_fingerprint
-
-    place = out / "tokens"
+    place = context.out / "tokens"
     was_there = place.is_dir()
-    if was_there and has_trained(out):  # the run goes on with them, whatever has become of the corpus
+    if was_there and has_trained(context.out):  # the run goes on with them, whatever has become of the corpus
         data = TokenDataset.open(place)
-        check_same_tokenizer(tokenizer, recipe.model, data)
+        scoring.check_same_tokenizer(tokenizer, recipe.model, data)
         return data
-    fingerprint = tokenizer_fingerprint(tokenizer)
     named = recipe.data.tokenizer
-    if named and tokenizer_fingerprint(load_tokenizer(named)) != fingerprint:
+    if named and tokenizer_fingerprint(load_tokenizer(named)) != tokenizer_fingerprint(tokenizer):
         raise UserError(f"data.tokenizer is {named}, another tokenizer than that of {recipe.model}; leave it out")
     corpus = open_corpus(recipe.data.corpus, max_bytes=recipe.data.max_bytes)
-    with prepare_bar(corpus.name, total=recipe.data.max_tokens, enabled=progress) as show:
-        data = prepare(
-            corpus,
-            tokenizer,
-            place,
-            tokenizer_name=named or recipe.model,
-            tokenizer_sha256=fingerprint,
-            max_tokens=recipe.data.max_tokens,
-            progress=show,
-        )
+    data = context.prepare_tokens(corpus, tokenizer, recipe.data, name=named or recipe.model)
     try:
         _check_enough(recipe, data)
     except UserError:
@@ -281,8 +226,6 @@ def _prepared_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, out: Pa
 
 def _check_enough(recipe: Recipe, data: TokenDataset) -> None:
     """Raises UserError when there are too few tokens to train on or to score."""
-    from ln_removal.training.session import sampler_of
-
     sampler_of(recipe, data)
     if max((shard.tokens for shard in data.split("validation").shards), default=0) < 2:
         raise UserError(
@@ -290,101 +233,105 @@ def _check_enough(recipe: Recipe, data: TokenDataset) -> None:
         )
 
 
-def _train_removal(
-    run: _Run,
-    model: GPT2LMHeadModel,
-    tokenizer: PreTrainedTokenizerBase,
-    schedule: RemovalSchedule | SpikeSchedule,
-) -> None:
-    """Train through the schedule, fold, verify, write `model/` and the other export formats; nothing if that is done."""
-    from ln_removal.export.write import write_exports
-    from ln_removal.files.atomic import write_json_atomically
-    from ln_removal.files.metrics_log import last_logged
-    from ln_removal.norms.surgery import install
-    from ln_removal.training.loop import Removal
-    from ln_removal.training.loss import as_teacher
+# --------------------------------------------------------------------------------------------------- training, exporting
 
-    if run.resume and _is_exported(run.out, run.recipe):
+
+@contextmanager
+def removal_session(context: RunContext, recipe: Recipe, inputs: Inputs) -> Iterator[Session]:
+    """The training through the schedule; installs freezable norms in the model and keeps a copy of it as the teacher."""
+    spec = recipe.training
+    teacher = as_teacher(copy.deepcopy(inputs.model), spec.precision) if spec.distillation > 0 else None
+    sites = install(inputs.model, eot_token_id=inputs.data.eot_token_id)
+    with context.session(
+        inputs.model,
+        recipe,
+        inputs.data,
+        label="removal",
+        removal=Removal(sites, inputs.schedule),
+        teacher=teacher,
+        tokenizer=inputs.tokenizer,
+    ) as session:
+        yield session
+
+
+def export(context: RunContext, recipe: Recipe, inputs: Inputs, trained: TrainResult) -> None:
+    """Fold the trained model, verify it on held-out text, and write training.json and every export format.
+
+    Raises:
+        ExportError: the folded model does not compute what the frozen one does.
+        UserError: a directory cannot be written.
+    """
+    if not context.is_main:
         return
-    spec = run.recipe.training
-    teacher = as_teacher(copy.deepcopy(model), spec.precision) if spec.distillation > 0 else None
-    sites = install(model, eot_token_id=run.data.eot_token_id)
-    result = _train(run, model, tokenizer, run.out, label="removal", removal=Removal(sites, schedule), teacher=teacher)
-    if run.accelerator.is_main_process:
-        report = run.out / "training.json"
-        if result.last_loss is not None:
-            write_json_atomically(report, asdict(result))
-        elif not report.exists():  # killed after the last step: nothing was left to train in this session
-            write_json_atomically(report, asdict(result) | last_logged(run.out / "metrics.jsonl"))
-        validation = run.data.split("validation")
-        # Scoring takes a split shorter than the context too, so this must.
-        length = min(run.recipe.data.context, max(shard.tokens for shard in validation.shards))
-        held_out = next(validation.windows(length, limit_tokens=VERIFY_TOKENS, batch=VERIFY_TOKENS))
-        write_exports(model, tokenizer, run.out, held_out=held_out, export=run.recipe.export)
+    report = context.out / "training.json"
+    if trained.last_loss is not None:
+        write_json_atomically(report, asdict(trained))
+    elif not report.exists():  # killed after the last step: nothing was left to train in this session
+        write_json_atomically(report, asdict(trained) | last_logged(context.out / METRICS_FILE))
+    validation = inputs.data.split("validation")
+    # Scoring takes a split shorter than the context too, so this must.
+    length = min(recipe.data.context, max(shard.tokens for shard in validation.shards))
+    held_out = next(validation.windows(length, limit_tokens=VERIFY_TOKENS, batch=VERIFY_TOKENS))
+    write_exports(inputs.model, inputs.tokenizer, context.out, held_out=held_out, export=recipe.export)
 
 
-def _train_control(run: _Run) -> None:
-    """The same fine-tuning on the same batches with every LayerNorm kept; written to `control/model`, if not there yet."""
-    from ln_removal.export.write import save_model
-    from ln_removal.models.loading import load_model
-
-    if run.resume and _is_model(run.out / "control" / "model"):
-        return
-    loaded = load_model(run.recipe.model)
-    _train(run, loaded.model, loaded.tokenizer, run.out / "control", label="control", removal=None)
-    if run.accelerator.is_main_process:
-        save_model(loaded.model, loaded.tokenizer, run.out / "control" / "model", dtype=run.recipe.export.dtype)
-
-
-def train_vanilla_control(
-    recipe: Recipe, out: Path, *, data: TokenDataset, accelerator: Accelerator, progress: Progress = True
-) -> None:
-    """Train only the control of a removal recipe, into `out/control`: what several removals are compared with.
+def train_control(context: RunContext, recipe: Recipe, data: TokenDataset) -> None:
+    """The same fine-tuning on the same batches with every LayerNorm kept; written to `control/model`, if not there yet.
 
     Raises:
         UserError: as `remove`.
     """
-    _train_control(_Run(recipe, out, data, accelerator, resume=False, wandb_project=None, progress=progress))
+    directory = context.out / "control"
+    if context.resume and _is_model(directory / "model"):
+        return
+    loaded = load_model(recipe.model)
+    with context.session(
+        loaded.model, recipe, data, label="control", directory=directory, tokenizer=loaded.tokenizer
+    ) as session:
+        train(session)
+    if context.is_main:
+        save_model(loaded.model, loaded.tokenizer, directory / "model", dtype=recipe.export.dtype)
 
 
-def _train(
-    run: _Run,
-    model: GPT2LMHeadModel,
-    tokenizer: PreTrainedTokenizerBase,
-    directory: Path,
+# ------------------------------------------------------------------------------------------------------------- scoring
+
+
+def score(
+    context: RunContext,
+    original: str,
+    spec: DataSpec,
+    data: TokenDataset,
+    questions: QuestionSet | None,
     *,
-    label: str,
-    removal: Removal | None,
-    teacher: GPT2LMHeadModel | None = None,
-) -> TrainResult:
-    from ln_removal.evaluation.loss import cross_entropy
-    from ln_removal.training.session import train_model
-
-    spec = run.recipe.training
-    validation = run.data.split("validation")
-
-    def evaluate() -> dict[str, float]:
-        loss = cross_entropy(
-            model,
-            validation,
-            context=run.recipe.data.context,
-            max_tokens=spec.evaluation_tokens,
-            precision=spec.precision,
-        )
-        return {"cross_entropy": loss.cross_entropy}
-
-    return train_model(
-        model,
-        run.recipe,
-        run.data,
-        directory,
-        accelerator=run.accelerator,
-        label=label,
-        evaluate=evaluate,
-        removal=removal,
-        teacher=teacher,
-        tokenizer=tokenizer,
-        resume=run.resume,
-        wandb_project=run.wandb_project,
-        progress=run.progress,
+    seconds_before: float,
+) -> Results:
+    """Score original, control and LN-free on the same tokens and questions, and write results.json."""
+    out = context.out
+    models = {"original": original}
+    if _is_model(out / "control" / "model"):
+        models["control"] = str(out / "control" / "model")
+    models["ln_free"] = str(out / "model")
+    results = scoring.score(
+        models,
+        data,
+        data_name=f"{spec.corpus}, validation split",
+        context=spec.context,
+        max_tokens=spec.validation_tokens,
+        questions=questions,
+        device=context.accelerator.device.type,
+        progress=context.progress is True,
+        seconds_before=seconds_before,
     )
+    results_file.write(results, out / "results.json")
+    return results
+
+
+def write_pages(context: RunContext, recipe: Recipe, results: Results, *, missing: bool = False) -> None:
+    """Write the model card and the report; with `missing`, only what a run killed after its results left unwritten."""
+    out = context.out
+    if not context.is_main:
+        return
+    if not (missing and (out / "model" / "README.md").exists()):
+        write_model_card(out / "model", recipe, results)
+    if not (missing and (out / REPORT_FILE).exists()):
+        write_report(out)

@@ -24,13 +24,15 @@ import time
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ln_removal.config.recipe import with_defaults
-from ln_removal.config.sweep import Grid, dump_grid, slug_of
-from ln_removal.data.tokens import given_tokens
+from ln_removal.config.sweep import Arm, Grid, dump_grid, slug_of
+from ln_removal.data.tokens import INDEX, TokenDataset
 from ln_removal.errors import DivergedError, UserError
+from ln_removal.evaluation.scoring import device_name
 from ln_removal.files.run_directory import (
     NOTHING_KEPT,
     check_free,
@@ -42,6 +44,8 @@ from ln_removal.files.run_directory import (
     locked,
 )
 from ln_removal.files.signals import Interrupted
+from ln_removal.pipelines.context import RunContext, run_context
+from ln_removal.pipelines.pretraining import prepare_tokens, pretrain_in
 from ln_removal.report.sweep_table import (
     RESULT_FILE,
     TABLE_JSON,
@@ -179,86 +183,69 @@ def run_grid(
         UserError: `out` is in use or holds another grid, or anything that a single run gets wrong, except divergence: that is
             kept as the run's result.
     """
-    from ln_removal.evaluation.scoring import device_name
-    from ln_removal.training.setup import build_accelerator
-
-    out = Path(out)
-    accelerator = build_accelerator(device)
-    speaks = bool(progress) and accelerator.is_main_process
-    with grid_directory(out, grid, resume=resume, is_main=accelerator.is_main_process) as news:
-        for line in news if speaks else []:
-            _say(line)
-        with accelerator.main_process_first():
-            prepared, tokenizer = _tokens(grid, out, tokens, progress=progress is True)
-        sha256 = fingerprint(prepared)
-        results = _results(grid, out)
-        _check_same_tokens(results.values(), sha256, out)
-        accelerator.wait_for_everyone()  # all ranks have seen which runs are over before the first is added
-        table = build_table(grid, results)
-        if accelerator.is_main_process:
-            write_table(table, out)
-        left = [run for run in grid.order() if (run[0].name, run[1]) not in results]
-        if speaks and results:
-            _say(f"{len(results)} of {len(grid.order())} runs are over already")
-        began = time.monotonic()
-        for number, (arm, seed) in enumerate(left):
-            if speaks:
-                _say(
-                    f"run {len(results) + 1} of {len(grid.order())}: {arm.name}, seed {seed}{_time_left(began, number, left)}"
-                )
-            directory = out / grid.directory_name(arm, seed)
-            result = _train(
-                {
-                    "arm": arm.name,
-                    "seed": seed,
-                    "tokens_sha256": sha256,
-                    "device": device_name(accelerator.device.type),
-                },
-                _with_tokenizer(grid.recipe_of(arm, seed), tokenizer),
-                directory,
-                prepared,
-                device=device,
-                wandb_project=wandb_project,
-                progress=progress,
-            )
+    context = run_context(
+        out, tokens=tokens, resume=resume, device=device, wandb_project=wandb_project, progress=progress
+    )
+    with grid_directory(context.out, grid, resume=resume, is_main=context.is_main) as news:
+        for line in news:
+            _say(context, line)
+        with context.accelerator.main_process_first():
+            data, tokenizer = _tokens(context, grid)
+        sha256 = fingerprint(data)
+        results = _results(grid, context.out)
+        _check_same_tokens(results.values(), sha256, context.out)
+        context.accelerator.wait_for_everyone()  # all ranks have seen which runs are over before the first is added
+        table = _tabulate(context, grid, results)
+        for arm, seed in _announced(context, grid, results):
+            directory = context.out / grid.directory_name(arm, seed)
+            recipe = _with_tokenizer(grid.recipe_of(arm, seed), tokenizer)
+            known = {"arm": arm.name, "seed": seed, "tokens_sha256": sha256}
+            result = _train(replace(context, out=directory, given=data, resume=True), recipe, known)
             results[arm.name, seed] = result
-            table = build_table(grid, results)
-            if accelerator.is_main_process:
+            if context.is_main:
                 write_result(directory, result)
-                write_table(table, out)
-            if speaks:
-                figure = "diverged" if result.perplexity is None else f"perplexity {result.perplexity:.3f}"
-                _say(f"{arm.name}, seed {seed}: {figure}")
+            table = _tabulate(context, grid, results)
+            figure = "diverged" if result.perplexity is None else f"perplexity {result.perplexity:.3f}"
+            _say(context, f"{arm.name}, seed {seed}: {figure}")
     return table
 
 
-def _train(
-    known: Mapping[str, Any],
-    recipe: Recipe,
-    directory: Path,
-    tokens: Path,
-    *,
-    device: str,
-    wandb_project: str | None,
-    progress: Progress,
-) -> RunResult:
-    """One run, from its newest checkpoint if it has been begun; `known` is what its result says besides the figures."""
-    from ln_removal.pipelines.pretraining import pretrain
+def _announced(
+    context: RunContext, grid: Grid, results: Mapping[tuple[str, int], RunResult]
+) -> Iterator[tuple[Arm, int]]:
+    """The runs that are not over, in order; says before each how far the sweep is and how long the rest may take."""
+    runs = grid.order()
+    left = [(arm, seed) for arm, seed in runs if (arm.name, seed) not in results]
+    over = len(results)
+    if over:
+        _say(context, f"{over} of {len(runs)} runs are over already")
+    began = time.monotonic()
+    for number, (arm, seed) in enumerate(left):
+        remaining = ""
+        if number > 0:
+            seconds = (time.monotonic() - began) / number * (len(left) - number)
+            remaining = f"; about {max(1, round(seconds / 60))} min left"
+        _say(context, f"run {over + number + 1} of {len(runs)}: {arm.name}, seed {seed}{remaining}")
+        yield arm, seed
 
+
+def _tabulate(context: RunContext, grid: Grid, results: Mapping[tuple[str, int], RunResult]) -> GridTable:
+    """The table of the results so far, written into the sweep's directory."""
+    table = build_table(grid, results)
+    if context.is_main:
+        write_table(table, context.out)
+    return table
+
+
+def _train(context: RunContext, recipe: Recipe, known: Mapping[str, Any]) -> RunResult:
+    """One run, from its newest checkpoint if it has been begun; `known` is what its result says besides the figures."""
     # Compiled code and memory of the run before: every arm has blocks of its own to compile, of which few are kept.
     if dynamo := sys.modules.get("torch._dynamo"):
         dynamo.reset()
     gc.collect()
+    known = {**known, "device": device_name(context.accelerator.device.type)}
     try:
-        done = pretrain(
-            recipe,
-            directory,
-            tokens=tokens,
-            resume=True,
-            device=device,
-            wandb_project=wandb_project,
-            progress=progress,
-        )
+        done = pretrain_in(context, recipe)
     except DivergedError as error:
         return RunResult(status="diverged", message=" ".join(str(error).split()), **known)
     timed: dict[str, Any] = {
@@ -279,32 +266,25 @@ def _train(
     )
 
 
-def _tokens(grid: Grid, out: Path, given: Path | str | None, *, progress: bool) -> tuple[Path, str]:
-    """The directory of the tokens of all runs, and the tokenizer that the recipes have to name ("": theirs)."""
-    from ln_removal.data.tokens import INDEX
-    from ln_removal.pipelines.pretraining import prepare_tokens
-
-    begun = any(has_begun(out, grid.directory_name(arm, seed)) for arm, seed in grid.order())
-    own = out / "tokens"
-    if begun and given is not None and own.resolve() != Path(given).resolve():
-        raise UserError(
-            f"{out} was begun with the tokens in {own.resolve()}; leave --tokens out, or choose another --out"
-        )
-    data = given_tokens(out, given)
-    if data is not None:
-        link_tokens(out, data.directory)
-        return data.directory, ""
+def _tokens(context: RunContext, grid: Grid) -> tuple[TokenDataset, str]:
+    """The tokens of all runs, and the tokenizer that the recipes have to name ("": theirs)."""
+    begun = any(has_begun(context.out, grid.directory_name(arm, seed)) for arm, seed in grid.order())
+    own = context.out / "tokens"
+    if context.given is not None:
+        if begun and own.resolve() != context.given.directory.resolve():
+            raise UserError(
+                f"{context.out} was begun with the tokens in {own.resolve()}; leave --tokens out, or choose another --out"
+            )
+        link_tokens(context.out, context.given.directory)
+        return context.given, ""
     recipe = grid.arms[0].recipe.model_copy(update={"name": grid.name})
     if not (begun and (own / INDEX).is_file()):  # begun: also where the corpus has changed or gone since
-        prepare_tokens(recipe, out, progress=progress)
-    return own, "" if recipe.data.tokenizer else str((out / "tokenizer").resolve())
+        prepare_tokens(context, recipe)
+    return TokenDataset.open(own), "" if recipe.data.tokenizer else str((context.out / "tokenizer").resolve())
 
 
-def fingerprint(directory: Path) -> str:
-    """SHA-256 over the checksums of the shards in a directory of tokens: the same for the same text and tokenizer."""
-    from ln_removal.data.tokens import TokenDataset
-
-    data = TokenDataset.open(directory)
+def fingerprint(data: TokenDataset) -> str:
+    """SHA-256 over the checksums of the shards of prepared tokens: the same for the same text and tokenizer."""
     shards = sorted((shard.split, shard.file, shard.sha256) for shard in data.index.shards)
     return hashlib.sha256(repr(shards).encode()).hexdigest()
 
@@ -331,13 +311,7 @@ def _results(grid: Grid, out: Path) -> dict[tuple[str, int], RunResult]:
     return {run: result for run, result in found.items() if result is not None}
 
 
-def _time_left(began: float, number: int, left: list[Any]) -> str:
-    """ "; about 40 min left", from the runs of this session; nothing before the first is over."""
-    if number == 0:
-        return ""
-    seconds = (time.monotonic() - began) / number * (len(left) - number)
-    return f"; about {max(1, round(seconds / 60))} min left"
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+def _say(context: RunContext, line: str) -> None:
+    """Print a line on standard error, once for all ranks, unless nothing is to be shown."""
+    if context.progress and context.is_main:
+        print(line, file=sys.stderr, flush=True)

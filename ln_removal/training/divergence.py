@@ -21,7 +21,6 @@ import math
 import shutil
 import statistics
 from collections import deque
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -125,7 +124,7 @@ def roll_back(
     optimizers: list[torch.optim.Optimizer],
     accelerator: Accelerator,
     tracker: Tracker,
-    stage_at: Callable[[int], str],
+    stage: str,
     seen: Figures | None = None,
 ) -> DivergedError:
     """Take model, optimizers and metrics back to the newest checkpoint from which a sound step was made.
@@ -139,7 +138,7 @@ def roll_back(
         model: what they hold. optimizers: likewise.
         accelerator: every rank calls this; the main one moves files.
         tracker: forgets the steps after that checkpoint and notes the rollback.
-        stage_at: the stage of the schedule in a step, for the message.
+        stage: of the schedule at the first bad step, for the message.
         seen: what an observer says of the model that broke; its observations are set aside, see files/metrics_log.py.
 
     Returns:
@@ -157,7 +156,6 @@ def roll_back(
     for fault in faults:
         tracker.say(f"warning: {fault}")
     step = 0 if found is None else found.step
-    stage = stage_at(bad.streak[0])
     losses, norms = bad.recent()
     tracker.take_back(step)
     tracker.log(
@@ -210,7 +208,7 @@ def _where(seen: Figures | None, run: Path) -> str:
     return f", with NaN in the attention of {layers} (ln-analyze nans {run} shows how many)"
 
 
-class StepFigures:
+class StepMetrics:
     """Losses and gradient norms of the steps since the last log, on the device, and their learning rates."""
 
     def __init__(self, accelerator: Accelerator) -> None:

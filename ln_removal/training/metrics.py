@@ -11,6 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
+from tqdm import tqdm
+
 from ln_removal.errors import UserError
 from ln_removal.files.metrics_log import set_aside, truncate_metrics
 
@@ -38,7 +40,7 @@ class Tracker:
         config: the resolved recipe, for wandb.
 
     Raises:
-        UserError: wandb is asked for and not installed, or cannot start.
+        UserError: on entering: wandb is asked for and not installed, or cannot start.
     """
 
     def __init__(
@@ -60,14 +62,14 @@ class Tracker:
         self._enabled = enabled
         self._progress = progress
         self._last_line = float("-inf")
-        self._wandb = (
-            _start_wandb(wandb_project, f"{path.parent.name}-{label}", config) if enabled and wandb_project else None
-        )
+        self._wandb_project, self._config = wandb_project, config
+        self._wandb: Any = None
 
     def __enter__(self) -> Tracker:
         if self._enabled:
-            from tqdm import tqdm
-
+            if self._wandb_project:
+                name = f"{self._path.parent.name}-{self._label}"
+                self._wandb = _start_wandb(self._wandb_project, name, self._config)
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._path.open("a", encoding="utf-8")
             self._bar = tqdm(
@@ -163,7 +165,7 @@ def _numbers(name: str, value: Figure) -> Iterator[tuple[str, float]]:
         yield name, value
 
 
-def _start_wandb(project: str | None, name: str, config: dict[str, Any] | None) -> Any:
+def _start_wandb(project: str, name: str, config: dict[str, Any] | None) -> Any:
     try:
         import wandb
     except ImportError:

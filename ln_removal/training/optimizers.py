@@ -73,22 +73,18 @@ def set_learning_rate(optimizers: list[torch.optim.Optimizer], value: float) -> 
             group["lr"] = value
 
 
-def step_unless_bad(optimizers: list[torch.optim.Optimizer], bad: Tensor) -> None:
-    """Step every optimizer, or none of them where `bad` is 1 (a scalar tensor).
+def to_step(optimizers: list[torch.optim.Optimizer], bad: Tensor) -> list[torch.optim.Optimizer]:
+    """The optimizers to call `step` of, so that nothing is updated where `bad` is 1 (a scalar tensor).
 
-    Fused AdamW reads the flag on the device, as it does for gradient scalers, so a step needs no host synchronisation; Muon
-    has no such argument and costs one.
+    Fused AdamW reads the flag on the device, as it does for gradient scalers, so it is always among them and needs no host
+    synchronisation. Muon has no such argument: it is left out after a look at the flag, which is a synchronisation.
     """
-    skip_on_host: bool | None = None
     for optimizer in optimizers:
         if isinstance(optimizer, torch.optim.AdamW):
             optimizer.found_inf = bad  # type: ignore[attr-defined]
-            optimizer.step()
-        else:
-            skip_on_host = bool(bad) if skip_on_host is None else skip_on_host
-            if not skip_on_host:
-                optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    if all(isinstance(optimizer, torch.optim.AdamW) for optimizer in optimizers) or not bad:
+        return optimizers
+    return [optimizer for optimizer in optimizers if isinstance(optimizer, torch.optim.AdamW)]
 
 
 def learning_rate_at(step: int, spec: TrainingSpec) -> float:

@@ -25,7 +25,7 @@ Figures = dict[str, Any]
 """Numbers and (nested) lists of numbers by name, as a row of metrics.jsonl holds them; NaN where there is none."""
 
 
-class Observer:
+class Probe:
     """Measures a model on a probe batch between the backward pass and the update of some steps.
 
     The look is a forward pass of its own, in evaluation mode and without gradients. Weights, gradients, modes, running

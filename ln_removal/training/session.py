@@ -1,9 +1,10 @@
-"""One training from a recipe: batches, objective, micro-batch, compilation and tracking put together around the loop."""
+"""One training from a recipe: batches, objective, micro-batch, compilation and metrics put together for the loop."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,10 +18,10 @@ from ln_removal.files.atomic import check_room_for_run
 from ln_removal.models.attention import EntropyRegulariser
 from ln_removal.models.precision import export_bytes
 from ln_removal.training.checkpoint import BESIDE_TENSORS, checkpoints
-from ln_removal.training.loop import Removal, TrainResult, train
+from ln_removal.training.divergence import SpikeSchedule
 from ln_removal.training.loss import Auxiliary, Distillation, EntropyPenalty, Objective
-from ln_removal.training.metrics import Progress, Tracker
-from ln_removal.training.probe import Observer
+from ln_removal.training.metrics import Tracker
+from ln_removal.training.probe import Probe
 from ln_removal.training.setup import choose_micro_batch, compile_if_worthwhile, training_attention
 
 if TYPE_CHECKING:
@@ -29,11 +30,61 @@ if TYPE_CHECKING:
 
     from ln_removal.config.recipe import Recipe, TrainingSpec
     from ln_removal.data.tokens import TokenDataset
+    from ln_removal.norms.schedule import RemovalSchedule
+    from ln_removal.norms.surgery import NormSites
 
 ODD_SEQUENCES = 64
 """Of each kind, from which those that are mixed in are drawn."""
 
 ODD_SEED = 1_000_003
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What turns a fine-tuning into a removal: the installed sites and when each one freezes."""
+
+    sites: NormSites
+    schedule: RemovalSchedule | SpikeSchedule
+
+    @property
+    def waiting_schedule(self) -> SpikeSchedule | None:
+        """The schedule if it is one that waits while the loss spikes."""
+        return self.schedule if isinstance(self.schedule, SpikeSchedule) else None
+
+
+@dataclass(frozen=True)
+class Session:
+    """What the loop trains, on what, and where it writes; see `open_session`.
+
+    Attributes:
+        objective: model and loss, already on the accelerator's device.
+        sampler: gives the sequences of every step.
+        spec: the recipe's [training].
+        accelerator: device, and gradient averaging over ranks.
+        tracker: open; receives metrics.
+        state_directory: where checkpoints go.
+        micro_batch: sequences of one forward pass.
+        removal: None trains with whatever norms the model has.
+        evaluate: called every `evaluate_every` steps and at the end with the model in evaluation mode.
+        probe: looks at the model between backward pass and update of the steps that it chooses.
+        resume: continue from the newest whole checkpoint if there is one.
+    """
+
+    objective: Objective
+    sampler: WindowSampler
+    spec: TrainingSpec
+    accelerator: Accelerator
+    tracker: Tracker
+    state_directory: Path
+    micro_batch: int
+    removal: Removal | None = None
+    evaluate: Callable[[], dict[str, float]] | None = None
+    probe: Probe | None = None
+    resume: bool = False
+
+    def stage_at(self, step: int) -> str:
+        """The stage of the removal in a step, in words; "training" without a removal."""
+        return "training" if self.removal is None else self.removal.schedule.stage(step)
 
 
 def sampler_of(recipe: Recipe, data: TokenDataset, tokenizer: PreTrainedTokenizerBase | None = None) -> WindowSampler:
@@ -68,66 +119,49 @@ def _odd_text(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Mixture | N
     return Mixture(np.concatenate([rows[1:] for rows in kinds.values()]), recipe.data.odd_text)
 
 
-def train_model(
+@contextmanager
+def open_session(
     model: PreTrainedModel,
     recipe: Recipe,
     data: TokenDataset,
     directory: Path,
     *,
     accelerator: Accelerator,
-    label: str,
+    tracker: Tracker,
     evaluate: Callable[[], dict[str, float]],
     removal: Removal | None = None,
     teacher: PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     resume: bool = False,
-    wandb_project: str | None = None,
-    progress: Progress = True,
-) -> TrainResult:
-    """Train `model`, moved to the accelerator's device, as the recipe's [training] says.
+) -> Iterator[Session]:
+    """Set up the training of `model`, moved to the accelerator's device, as the recipe's [training] says.
 
     Args:
         model: trained in place; with `removal`, its freezable norms are installed.
         recipe: batches, optimizer and lengths.
         data: the train split is sampled.
-        directory: receives metrics.jsonl and state/.
-        accelerator: device and precision.
-        label: names the training on its progress bar and in wandb.
+        directory: receives state/.
+        accelerator: device and ranks.
+        tracker: entered here.
         evaluate: measures the model while training pauses.
         removal: sites and schedule; None keeps the norms (pretraining, control) and leaves out the losses of a removal.
         teacher: for `training.distillation`: the model as it was, see `loss.as_teacher`.
         tokenizer: the model's, for `data.odd_text`.
         resume: continue from the newest checkpoint in `directory`.
-        wandb_project: also log to this Weights & Biases project.
-        progress: how steps are shown.
 
     Raises:
-        UserError: as `train`, `WindowSampler` and `choose_micro_batch`.
+        UserError: as `WindowSampler`, `Tracker` and `choose_micro_batch`.
     """
     spec = recipe.training
     sampler = sampler_of(recipe, data, tokenizer)
-    observer = _observer(recipe, data)  # on every rank, so that all of them find what is wrong with it
+    probe = _probe(recipe, data)  # on every rank, so that all of them find what is wrong with it
     objective = _objective(model.to(accelerator.device), spec, data.eot_token_id, removal=removal, teacher=teacher)
-    tracker = Tracker(
-        directory / "metrics.jsonl",
-        total_steps=spec.steps,
-        tokens_per_step=spec.tokens_per_step,
-        label=label,
-        enabled=accelerator.is_main_process,
-        progress=progress,
-        wandb_project=wandb_project,
-        config=recipe.model_dump(),
-    )
-    with ExitStack() as attention, tracker:
-        for each in (model, objective.teacher):
-            if each is not None:
-                shown = each is model and objective.entropy is not None  # the penalty looks at the probabilities
-                attention.enter_context(training_attention(each, context=recipe.data.context, shown=shown))
+    with _attention(objective, recipe.data.context), tracker:
         if warning := _room(objective, recipe, directory):
             tracker.say(warning)
         micro_batch = choose_micro_batch(recipe, objective, accelerator)
         compile_if_worthwhile(objective, spec.compile, tokens=recipe.tokens, device=accelerator.device)
-        return train(
+        yield Session(
             objective,
             sampler,
             spec,
@@ -137,9 +171,21 @@ def train_model(
             micro_batch=micro_batch,
             removal=removal,
             evaluate=evaluate,
-            observer=observer if accelerator.is_main_process else None,
+            probe=probe if accelerator.is_main_process else None,
             resume=resume,
         )
+
+
+@contextmanager
+def _attention(objective: Objective, context: int) -> Iterator[None]:
+    """The attention of a training, for the model and for its teacher."""
+    with ExitStack() as stack:
+        # The entropy penalty looks at the probabilities.
+        shown = objective.entropy is not None
+        stack.enter_context(training_attention(objective.model, context=context, shown=shown))
+        if objective.teacher is not None:
+            stack.enter_context(training_attention(objective.teacher, context=context))
+        yield
 
 
 def _room(objective: Objective, recipe: Recipe, directory: Path) -> str | None:
@@ -159,7 +205,7 @@ def _room(objective: Objective, recipe: Recipe, directory: Path) -> str | None:
     )
 
 
-def _observer(recipe: Recipe, data: TokenDataset) -> Observer | None:
+def _probe(recipe: Recipe, data: TokenDataset) -> Probe | None:
     """Reads whole windows that are spread evenly over the held-out tokens."""
     spec, split, context = recipe.observation, data.split("validation"), recipe.data.context
     if spec is None:
@@ -173,9 +219,9 @@ def _observer(recipe: Recipe, data: TokenDataset) -> Observer | None:
             "tokens; lower one of the two, or prepare more text"
         )
     chosen = [windows[(2 * i + 1) * len(windows) // (2 * spec.sequences)] for i in range(spec.sequences)]
-    probe = np.stack([split.read(window.shard, window.start, context) for window in chosen])
-    return Observer(
-        torch.from_numpy(probe), every=spec.every, steps=recipe.training.steps, precision=recipe.training.precision
+    tokens = np.stack([split.read(window.shard, window.start, context) for window in chosen])
+    return Probe(
+        torch.from_numpy(tokens), every=spec.every, steps=recipe.training.steps, precision=recipe.training.precision
     )
 
 

@@ -8,6 +8,8 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Literal
 
 import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ln_removal.errors import UserError
 from ln_removal.models.attention import attention_without_mask, explicit_attention
@@ -15,7 +17,6 @@ from ln_removal.models.precision import autocast
 from ln_removal.norms.freezable import FreezableNorm
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
     from transformers import PreTrainedModel
 
     from ln_removal.config.recipe import Recipe
@@ -42,8 +43,6 @@ def build_accelerator(device: str) -> Accelerator:
     Raises:
         UserError: CUDA was asked for and there is none, or this process has already trained on another device.
     """
-    from accelerate import Accelerator, InitProcessGroupKwargs
-
     if device == "cuda" and not torch.cuda.is_available():
         found = "no CUDA build of it" if torch.version.cuda is None else "no usable GPU"
         raise UserError(
@@ -72,8 +71,6 @@ def causal_attention(model: PreTrainedModel) -> AbstractContextManager[None]:
     transformers else looks at the position ids of each batch for packed sequences: in eager mode that waits for the device,
     and a compiled step gets a (B, T, T) mask, which flash attention does not take.
     """
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
     return attention_without_mask(model, CAUSAL_ATTENTION, sdpa_attention_forward)  # without a mask SDPA is causal
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-import tiny_training
 import torch
 from tiny_training import CONTEXT, TinyRun, tiny_spec, weights_sha256
 from torch import Tensor, nn
@@ -16,7 +14,7 @@ from torch import Tensor, nn
 from ln_removal.models.attention import largest_entropy
 from ln_removal.models.layout import blocks_of, final_norm_of
 from ln_removal.models.norm_choice import LearnableLeakyReLU
-from ln_removal.training.probe import Observer
+from ln_removal.training.probe import Probe
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel, PreTrainedModel
@@ -56,12 +54,12 @@ def model(request: pytest.FixtureRequest) -> PreTrainedModel:
     return without_norms(found) if "without norms" in changes else found
 
 
-def observer(tokens: Tensor, **changes: object) -> Observer:
-    return Observer(tokens, **({"every": 5, "steps": 100} | changes))
+def probe_of(tokens: Tensor, **changes: object) -> Probe:
+    return Probe(tokens, **({"every": 5, "steps": 100} | changes))
 
 
 def test_the_figures_are_those_of_transformers_outputs(model: PreTrainedModel, token_ids: Tensor) -> None:
-    found = observer(token_ids).observe(model)
+    found = probe_of(token_ids).observe(model)
 
     layers, heads, (sequences, queries) = len(blocks_of(model)), 4, token_ids.shape
     model.set_attn_implementation("eager")
@@ -90,7 +88,7 @@ def test_the_gradient_norm_is_that_of_each_block(model: PreTrainedModel, token_i
     model(token_ids, labels=token_ids).loss.backward()
     for parameter in blocks_of(model)[1].parameters():
         parameter.grad = None
-    found = observer(token_ids).observe(model)["gradient_norm"]
+    found = probe_of(token_ids).observe(model)["gradient_norm"]
     for layer, block in enumerate(blocks_of(model)):
         if layer == 1:
             assert math.isnan(found[layer])
@@ -102,20 +100,20 @@ def test_the_gradient_norm_is_that_of_each_block(model: PreTrainedModel, token_i
 def test_slopes_of_layers_and_of_the_network(tiny_gpt2: GPT2LMHeadModel, token_ids: Tensor) -> None:
     for layer, block in enumerate(tiny_gpt2.transformer.h):
         block.mlp.act = LearnableLeakyReLU(0.1 * layer)
-    assert observer(token_ids).observe(tiny_gpt2)["slopes"] == pytest.approx([0.0, 0.1, 0.2])
+    assert probe_of(token_ids).observe(tiny_gpt2)["slopes"] == pytest.approx([0.0, 0.1, 0.2])
     shared = tiny_gpt2.transformer.h[1].mlp.act
     for block in tiny_gpt2.transformer.h:
         block.mlp.act = shared
-    assert observer(token_ids).observe(tiny_gpt2)["slopes"] == pytest.approx([0.1])
+    assert probe_of(token_ids).observe(tiny_gpt2)["slopes"] == pytest.approx([0.1])
 
 
 def test_a_model_that_overflows_float16_shows_where(token_ids: Tensor) -> None:
     model = without_norms(tiny_neox(parallel=False))
     with torch.no_grad():
         blocks_of(model)[0].mlp.dense_4h_to_h.weight.mul_(1e6)  # enormous, and finite in float32
-    exact = observer(token_ids).observe(model)
+    exact = probe_of(token_ids).observe(model)
     assert exact["nan_counts"] == [0, 0] and exact["nonfinite_residual"] == [0, 0, 0]
-    narrow = observer(token_ids, precision="float16").observe(model)
+    narrow = probe_of(token_ids, precision="float16").observe(model)
     assert narrow["nan_counts"][0] == 0 and narrow["nan_counts"][1] > 0
     assert narrow["nonfinite_residual"][0] == 0 and narrow["nonfinite_residual"][1] > 0
     assert all(math.isfinite(value) for value in narrow["entropy"][0])
@@ -123,7 +121,7 @@ def test_a_model_that_overflows_float16_shows_where(token_ids: Tensor) -> None:
 
 
 def test_it_looks_at_the_first_step_the_last_and_every_so_many() -> None:
-    chosen = observer(torch.zeros(1, 4, dtype=torch.int64), every=10, steps=26)
+    chosen = probe_of(torch.zeros(1, 4, dtype=torch.int64), every=10, steps=26)
     assert [step for step in range(26) if chosen.wants(step)] == [0, 10, 20, 25]
 
 
@@ -136,7 +134,7 @@ def test_nothing_is_left_behind(model: PreTrainedModel, token_ids: Tensor) -> No
     gradients = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
     attention, state = model.config._attn_implementation, torch.get_rng_state()
 
-    first = observer(token_ids).observe(model)
+    first = probe_of(token_ids).observe(model)
 
     assert [module.training for module in model.modules()] == modes
     assert weights_sha256(model) == before
@@ -145,23 +143,19 @@ def test_nothing_is_left_behind(model: PreTrainedModel, token_ids: Tensor) -> No
         assert gradient is None or torch.equal(parameter.grad, gradient)
     assert model.config._attn_implementation == attention and torch.equal(torch.get_rng_state(), state)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    assert observer(token_ids).observe(model) == first
+    assert probe_of(token_ids).observe(model) == first
 
 
 @pytest.mark.parametrize("removal", [True, False])
-def test_training_is_bitwise_the_same_with_and_without(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, removal: bool
-) -> None:
-    def trained(name: str, watching: Observer | None) -> TinyRun:
-        with monkeypatch.context() as patch:
-            patch.setattr(tiny_training, "train", functools.partial(tiny_training.train, observer=watching))
-            run = TinyRun(tmp_path / name, spec=tiny_spec(steps=20), removal=removal)
-            run.train(micro_batch=4)
+def test_training_is_bitwise_the_same_with_and_without(tmp_path: Path, removal: bool) -> None:
+    def trained(name: str, probe: Probe | None) -> TinyRun:
+        run = TinyRun(tmp_path / name, spec=tiny_spec(steps=20), removal=removal)
+        run.train(micro_batch=4, probe=probe)
         return run
 
-    probe = torch.randint(0, 60, (2, CONTEXT), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(0, 60, (2, CONTEXT), generator=torch.Generator().manual_seed(0))
     plain = trained("plain", None)
-    watched = trained("watched", Observer(probe, every=3, steps=20))
+    watched = trained("watched", Probe(tokens, every=3, steps=20))
     assert weights_sha256(plain.model) == weights_sha256(watched.model)
     assert plain.losses() == watched.losses()
     rows = watched.metrics("observation")
@@ -170,12 +164,10 @@ def test_training_is_bitwise_the_same_with_and_without(
     assert plain.metrics("observation") == []
 
 
-def test_a_compiled_step_is_not_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiled_step_is_not_compiled_again(tmp_path: Path) -> None:
     run = TinyRun(tmp_path / "run", spec=tiny_spec(steps=20))
     run.objective.compile(dynamic=False, fullgraph=True, backend="aot_eager")
-    probe = torch.zeros(2, CONTEXT, dtype=torch.int64)
-    watching = Observer(probe, every=9, steps=20)
-    monkeypatch.setattr(tiny_training, "train", functools.partial(tiny_training.train, observer=watching))
+    probe = Probe(torch.zeros(2, CONTEXT, dtype=torch.int64), every=9, steps=20)
     with torch._dynamo.config.patch(error_on_recompile=True):
-        run.train()
+        run.train(probe=probe)
     assert len(run.metrics("observation")) == 4
