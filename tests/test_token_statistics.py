@@ -18,14 +18,9 @@ from ln_removal.data.sampler import Window, plan_windows
 from ln_removal.data.tokens import Shard, TokenDataset, TokenIndex, write_index
 from ln_removal.errors import UserError
 from ln_removal.evaluation import loss as loss_module
+from ln_removal.evaluation.bootstrap import units_of
 from ln_removal.evaluation.loss import cross_entropy
-from ln_removal.evaluation.statistics import (
-    by_position,
-    expected_calibration_error,
-    position_edges,
-    token_statistics,
-    units_of,
-)
+from ln_removal.evaluation.statistics import by_position, expected_calibration_error, position_edges, token_statistics
 
 CONTEXT = 16
 EOT = 100

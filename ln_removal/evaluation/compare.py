@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from ln_removal.data.sampler import Window
 from ln_removal.data.tokens import Tokens
-from ln_removal.evaluation.bootstrap import CONFIDENCE, bootstrap_means
+from ln_removal.evaluation.bootstrap import CONFIDENCE, Units, bootstrap_means, units_of
 from ln_removal.evaluation.loss import LossResult
 from ln_removal.evaluation.results import (
     ROLES,
@@ -30,7 +30,7 @@ from ln_removal.evaluation.results import (
     WorstSample,
     spread_of,
 )
-from ln_removal.evaluation.statistics import Units, by_position, token_statistics, units_of
+from ln_removal.evaluation.statistics import by_position, token_statistics
 from ln_removal.models.precision import Precision
 
 if TYPE_CHECKING:

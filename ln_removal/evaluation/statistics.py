@@ -29,9 +29,6 @@ if TYPE_CHECKING:
 Array = npt.NDArray[Any]
 
 CALIBRATION_BINS = 15
-FEW_DOCUMENTS = 20
-"""With fewer documents than this, a bootstrap over them would say more about the few than about chance."""
-
 MAX_TOKENS = 16_384
 """Read at most: a mean over positions needs no more."""
 
@@ -151,44 +148,6 @@ def position_edges(length: int) -> list[int]:
     """First positions of the bins below `length`: 0, 1, 2, 3, 5, 7, 10, 15, 22, ..., one less than powers of sqrt(2)."""
     edges = {round(2 ** (half / 2)) - 1 for half in range(2 * max(1, length).bit_length() + 2)}
     return sorted(edge for edge in edges if edge < length)
-
-
-@dataclass(frozen=True)
-class Units:
-    """What a bootstrap draws: documents, or windows where there are few documents.
-
-    Attributes:
-        name: "documents" or "windows". of_token: (M,) the unit of every scored token, from 0. counts: tokens in each.
-    """
-
-    name: str
-    of_token: Array
-    counts: Array
-
-    def sums(self, losses: Array) -> Array:
-        """(units,) summed loss, nats, of (M,) losses."""
-        return np.bincount(self.of_token, weights=losses, minlength=len(self.counts))
-
-
-def units_of(windows: Sequence[Window], split: TokenSplit, *, eot_token_id: int) -> Units:
-    """Group the scored tokens of `windows` by document, or by window where the documents are few.
-
-    A document ends with its end-of-text token, which counts to it.
-    """
-    ends = [np.flatnonzero(shard == eot_token_id) for shard in split.maps]
-    first = np.cumsum([0, *(len(places) + 1 for places in ends)])
-    documents = np.concatenate(
-        [
-            first[window.shard]
-            + np.searchsorted(ends[window.shard], window.start + 1 + np.arange(window.skip, window.count))
-            for window in windows
-        ]
-    )
-    _, of_token, counts = np.unique(documents, return_inverse=True, return_counts=True)
-    if len(counts) >= FEW_DOCUMENTS:
-        return Units("documents", of_token.ravel(), counts)
-    sizes = np.array([window.scored for window in windows])
-    return Units("windows", np.repeat(np.arange(len(sizes)), sizes), sizes)
 
 
 def residual_std(
