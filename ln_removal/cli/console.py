@@ -1,6 +1,6 @@
-"""What all commands share: one line for a user's mistake, the exit codes, `--debug` and `--version`.
+"""What all commands share: options, one line for a user's mistake, exit codes, and what is printed.
 
-Exit codes: 0 done, 1 a bug of ours, 2 something the user can mend, 130 stopped with Ctrl-C, 143 with SIGTERM.
+Exit codes: 0 done, 1 a bug in ln-removal, 2 something that the user can correct, 130 stopped with Ctrl-C, 143 with SIGTERM.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ln_removal.config.recipe import Recipe
+    from ln_removal.evaluation.results import Results
 
 P = ParamSpec("P")
 
@@ -93,11 +94,11 @@ VersionOption = Annotated[
 def build(command: Callable[P, None]) -> typer.Typer:
     """A Typer application of one command, whose docstring is its help.
 
-    The command takes `debug: DebugOption = False` and `version: VersionOption = False`; when it raises, what the user
-    sees is decided here. An example in the docstring stands after a line that holds only a backslash-b, which keeps its
-    line breaks.
+    The command takes `debug: DebugOption = False` and `version: VersionOption = False`. `guard` turns what it raises into
+    what the user sees. Examples in the docstring stand after a line that holds only a backslash-b, which keeps their line
+    breaks.
     """
-    # Plain help: it is the same in a terminal, a pipe and a README, and needs no import of rich.
+    # Plain help is the same in a terminal, a pipe and a README, and needs no import of rich.
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     app.command(cls=_Command)(guard(command))
     return app
@@ -108,7 +109,7 @@ def build_group(help_text: str, **commands: Callable[..., None]) -> typer.Typer:
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
     def group(version: VersionOption = False) -> None:
-        """Only so that the group takes --version."""
+        """Takes --version."""
 
     app.callback(cls=_Group, help=help_text, no_args_is_help=True)(group)
     for name, command in commands.items():
@@ -221,10 +222,10 @@ def pick_device(device: Device) -> str:
 
 
 def check_writable(path: Path, option: str) -> None:
-    """Find out before an hour of scoring, not after it, that a file cannot be written.
+    """Check before an hour of scoring that its results can be written.
 
     Raises:
-        UserError: it is a directory, or cannot be opened for writing.
+        UserError: the file is a directory, or cannot be opened for writing.
     """
     if path.is_dir():
         raise UserError(f"{option} {path} is a directory; name a file in it")
@@ -235,6 +236,21 @@ def check_writable(path: Path, option: str) -> None:
             path.unlink()
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}; choose another {option} file") from error
+
+
+def progress() -> Literal[True, "lines"]:
+    """Progress bars in a terminal; elsewhere a line now and then."""
+    return True if sys.stderr.isatty() else "lines"
+
+
+def print_results(results: Results, *, as_json: bool) -> None:
+    """The scores of a removal or an evaluation, as a table or as JSON."""
+    from ln_removal.report.tables import render
+
+    if as_json:
+        typer.echo(results.model_dump_json(indent=2))
+    else:
+        render(results, wide_console())
 
 
 def print_plan(recipe: Recipe, *, control: bool, device: Device, as_json: bool) -> None:
@@ -262,7 +278,7 @@ def planned_device(device: Device) -> str:
     """
     import shutil
 
-    # PyTorch takes a second to import: not where there is no NVIDIA driver.
+    # PyTorch takes a second to import, which is of no use without an NVIDIA driver.
     if device == "cuda" or (device == "auto" and shutil.which("nvidia-smi")):
         from ln_removal.evaluation.scoring import device_name
 

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
     from ln_removal.config.recipe import Recipe
     from ln_removal.data.tokens import TokenDataset
+    from ln_removal.evaluation.hellaswag import QuestionSet
     from ln_removal.evaluation.results import Results
-    from ln_removal.evaluation.scoring import QuestionSet
     from ln_removal.norms.schedule import RemovalSchedule
     from ln_removal.training.divergence import SpikeSchedule
     from ln_removal.training.loop import Removal, TrainResult
@@ -136,22 +136,17 @@ def remove(
 def _score(run: _Run, questions: QuestionSet | None, *, seconds_before: float) -> None:
     """Score original, control and LN-free; writes results.json and the model card."""
     from ln_removal.evaluation import results as results_file
-    from ln_removal.evaluation.scoring import score
+    from ln_removal.evaluation.scoring import ScoringInputs, ScoringOptions, score
 
     recipe, out = run.recipe, run.out
     models = {"original": recipe.model}
     if _is_model(out / "control" / "model"):
         models["control"] = str(out / "control" / "model")
     models["ln_free"] = str(out / "model")
+    data_sets = {f"{recipe.data.corpus}, validation split": run.data}
     results = score(
-        models,
-        run.data,
-        data_name=f"{recipe.data.corpus}, validation split",
-        context=recipe.data.context,
-        max_tokens=recipe.data.validation_tokens,
-        questions=questions,
-        device=run.accelerator.device.type,
-        progress=run.progress is True,
+        ScoringInputs(models, data_sets, recipe.data.context, recipe.data.validation_tokens),
+        ScoringOptions(questions=questions, device=run.accelerator.device.type, progress=run.progress is True),
         seconds_before=seconds_before,
     )
     results_file.write(results, out / "results.json")
@@ -172,7 +167,7 @@ def _write_pages(recipe: Recipe, out: Path, results: Results, *, missing: bool =
 def _finished(recipe: Recipe, out: Path, *, control: bool, questions: str | None) -> Results | None:
     """The results of a run that has nothing left to do, or None."""
     from ln_removal.evaluation import results as results_file
-    from ln_removal.evaluation.scoring import question_set_name
+    from ln_removal.evaluation.hellaswag import question_set_name
 
     has_control = _is_model(out / "control" / "model")
     if not _is_exported(out, recipe) or (control and not has_control):
@@ -218,7 +213,7 @@ def _fitting_schedule(recipe: Recipe, model: GPT2LMHeadModel) -> RemovalSchedule
 
 
 def _question_set(questions: str | None, recipe: Recipe) -> QuestionSet | None:
-    from ln_removal.evaluation.scoring import COMPLETIONS, HELLASWAG, load_question_set
+    from ln_removal.evaluation.hellaswag import COMPLETIONS, HELLASWAG, load_question_set
 
     if questions is None:
         return None

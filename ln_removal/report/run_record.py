@@ -264,6 +264,11 @@ class PublishedLoss:
         """LN-free minus control."""
         return self.ln_free - self.control
 
+    def shown(self, role: str) -> str:
+        """The loss of one role, with as many digits as the paper gives."""
+        loss = float(getattr(self, role))
+        return f"{loss:.{2 if loss >= 100 else 3 if self.source == HEIMERSHEIM else 4}f}"
+
 
 @dataclass(frozen=True, slots=True)
 class PublishedAccuracy:

@@ -21,9 +21,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from ln_removal.config.estimate import readable_duration
 from ln_removal.config.sweep import Grid
 from ln_removal.errors import UserError
 from ln_removal.files.atomic import write_json_atomically
+from ln_removal.report.tables import markdown_table, text_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -177,7 +179,7 @@ class GridTable:
                 "" if row.name == self.grid.baseline else _spread(row.change_percent_spread, ".2f", " %"),
                 self._seeds(row),
                 f"{row.tokens:,}",
-                "" if row.seconds is None else _minutes(row.seconds),
+                "" if row.seconds is None else readable_duration(row.seconds),
                 "" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}",
             ]
             for row in self.rows
@@ -281,31 +283,20 @@ def to_markdown(table: GridTable) -> str:
     parts = [
         f"# {table.grid.name}",
         *filter(None, [table.grid.description]),
-        _markdown_table(table.header(), table.cells()),
+        markdown_table(table.header(), table.cells()),
     ]
     if len(table.grid.seeds) > 1:
-        parts.append(_markdown_table(["arm", *(f"seed {seed}" for seed in table.grid.seeds)], table.cells_by_seed()))
+        parts.append(markdown_table(["arm", *(f"seed {seed}" for seed in table.grid.seeds)], table.cells_by_seed()))
     parts += table.notes()
     return "\n\n".join(parts) + "\n"
 
 
 def render_table(table: GridTable, console: Console) -> None:
     """Print the table, the figures by seed and the notes."""
-    from rich.table import Table
-    from rich.text import Text
-
-    def show(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        shown = Table(title=title, title_justify="left")
-        shown.add_column("")
-        for name in header[1:]:
-            shown.add_column(name, justify="right")
-        for cells in rows:
-            shown.add_row(*map(Text, cells))  # a name may hold what rich takes for markup
-        console.print(shown)
-
-    show(f"{table.grid.name}: validation perplexity", table.header(), table.cells())
+    console.print(text_table(f"{table.grid.name}: validation perplexity", ["", *table.header()[1:]], table.cells()))
     if len(table.grid.seeds) > 1:
-        show("By seed", ["arm", *(f"seed {seed}" for seed in table.grid.seeds)], table.cells_by_seed())
+        seeds = [f"seed {seed}" for seed in table.grid.seeds]
+        console.print(text_table("By seed", ["", *seeds], table.cells_by_seed()))
     for note in table.notes():
         console.print(note, markup=False, highlight=False, soft_wrap=True)
 
@@ -328,14 +319,3 @@ def _with_change(perplexity: float, change: float | None) -> str:
 
 def _spread(value: float | None, form: str, unit: str = "") -> str:
     return "" if value is None else f"{value:{form}}{unit}"
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
-
-
-def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-    return "\n".join([line(header), line(["---", *("---:" for _ in header[1:])]), *map(line, rows)])
