@@ -221,12 +221,14 @@ def pick_device(device: Device) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
-def check_writable(path: Path, option: str) -> None:
-    """Check before an hour of scoring that its results can be written.
+def check_writable(path: Path | None, option: str) -> None:
+    """Check before an hour of scoring that its results can be written to the file that an option names.
 
     Raises:
         UserError: the file is a directory, or cannot be opened for writing.
     """
+    if path is None:
+        return
     if path.is_dir():
         raise UserError(f"{option} {path} is a directory; name a file in it")
     try:
@@ -243,14 +245,16 @@ def progress() -> Literal[True, "lines"]:
     return True if sys.stderr.isatty() else "lines"
 
 
-def print_results(results: Results, *, as_json: bool) -> None:
-    """The scores of a removal or an evaluation, as a table or as JSON."""
+def print_results(results: Results, *, as_json: bool, note: str = "") -> None:
+    """The scores of a removal or an evaluation, as JSON, or as a table with a note below it."""
     from ln_removal.report.tables import render
 
     if as_json:
         typer.echo(results.model_dump_json(indent=2))
-    else:
-        render(results, wide_console())
+        return
+    render(results, wide_console())
+    if note:
+        typer.echo(note)
 
 
 def print_plan(recipe: Recipe, *, control: bool, device: Device, as_json: bool) -> None:

@@ -109,27 +109,16 @@ def evaluate(
       ln-evaluate checkpoints/gpt2 --corpus wikitext --corpus the-pile --corpus notes.txt --max-tokens 1000000
       ln-evaluate checkpoints/demo --odd-text --prompt "def read_lines(path):"
     """
-    if out is not None:
-        console.check_writable(out, "--out")
+    console.check_writable(out, "--out")
     place = console.pick_device(device)
-
-    import tempfile
 
     from ln_removal.evaluation import results as results_file
     from ln_removal.evaluation.hellaswag import load_question_set
     from ln_removal.evaluation.scoring import STRESS_SEQUENCES, ScoringOptions, score, scoring_inputs
 
-    with tempfile.TemporaryDirectory(prefix="ln-evaluate-") as workplace:
-        inputs = scoring_inputs(
-            source,
-            tokens=tokens or (),
-            corpora=corpus or (),
-            workplace=Path(workplace),
-            original=original,
-            control=control,
-            context=context,
-            max_tokens=max_tokens,
-        )
+    with scoring_inputs(
+        source, tokens or (), corpus or (), original=original, control=control, context=context, max_tokens=max_tokens
+    ) as inputs:
         options = ScoringOptions(
             stride=stride,
             questions=None if questions == "none" else load_question_set(questions),

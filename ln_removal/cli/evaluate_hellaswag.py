@@ -69,8 +69,7 @@ def evaluate_hellaswag(
       evaluate-hellaswag gpt2 checkpoints/gpt2/control/model checkpoints/gpt2/model --protocol nanogpt
       evaluate-hellaswag gpt2 --data hellaswag_val.jsonl --protocol lm-eval --limit 1000
     """
-    if per_question is not None:
-        console.check_writable(per_question, "--per-question")
+    console.check_writable(per_question, "--per-question")
     place = console.pick_device(device)
 
     from ln_removal.evaluation.hellaswag import COMPLETIONS, HELLASWAG, load_question_set, score_models

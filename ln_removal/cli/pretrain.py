@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,6 +13,8 @@ from ln_removal.errors import UserError
 
 if TYPE_CHECKING:
     from ln_removal.config.sweep import Grid
+    from ln_removal.pipelines.pretraining import PretrainResult
+    from ln_removal.report.sweep_table import GridTable
 
 DEFAULT_RECIPE = "tiny-gpt2"
 
@@ -75,6 +77,7 @@ def pretrain(
     from ln_removal.config.recipe import parse_overrides
 
     overrides = parse_overrides(settings or [])
+    common: dict[str, Any] = {"tokens": tokens, "resume": resume, "device": device, "wandb_project": wandb}
     if grid is not None:
         if recipe is not None:
             raise UserError("--grid names its base recipe itself; leave --recipe out, or --grid")
@@ -84,8 +87,10 @@ def pretrain(
         if dry_run:
             _print_grid_plan(found, device=device, as_json=as_json)
             return
+        from ln_removal.pipelines.sweep import run_grid
+
         place = out or Path("checkpoints") / f"{found.name}-grid"
-        _train_grid(found, place, tokens=tokens, resume=resume, device=device, wandb=wandb, as_json=as_json)
+        _print_table(run_grid(found, place, progress=console.progress(), **common), place, as_json=as_json)
         return
     resolved = resolve_pretraining(recipe or DEFAULT_RECIPE, overrides=overrides, steps=steps)
     if dry_run:
@@ -93,15 +98,11 @@ def pretrain(
         return
     from ln_removal.pipelines.pretraining import pretrain as run_pretrain
 
-    result = run_pretrain(
-        resolved,
-        out or Path("checkpoints") / f"{resolved.name}-run",
-        tokens=tokens,
-        resume=resume,
-        device=device,
-        wandb_project=wandb,
-        progress=console.progress(),
-    )
+    place = out or Path("checkpoints") / f"{resolved.name}-run"
+    _print_scores(run_pretrain(resolved, place, progress=console.progress(), **common), as_json=as_json)
+
+
+def _print_scores(result: PretrainResult, *, as_json: bool) -> None:
     if as_json:
         scores = {
             "model": str(result.model),
@@ -117,29 +118,9 @@ def pretrain(
     typer.echo(f"model: {result.model}   validation cross-entropy {result.cross_entropy:.4f} nats per token{per_byte}")
 
 
-def _train_grid(
-    grid: Grid,
-    place: Path,
-    *,
-    tokens: Path | None,
-    resume: bool,
-    device: console.Device,
-    wandb: str | None,
-    as_json: bool,
-) -> None:
-    """Train every arm of the grid and print the table."""
-    from ln_removal.pipelines.sweep import run_grid
+def _print_table(table: GridTable, place: Path, *, as_json: bool) -> None:
     from ln_removal.report.sweep_table import TABLE_MARKDOWN, render_table
 
-    table = run_grid(
-        grid,
-        place,
-        tokens=tokens,
-        resume=resume,
-        device=device,
-        wandb_project=wandb,
-        progress=console.progress(),
-    )
     if as_json:
         typer.echo(json.dumps(table.to_json(), indent=2))
         return

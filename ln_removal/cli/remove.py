@@ -78,8 +78,7 @@ def remove(
     from ln_removal.export.hub import check_target, named_target
     from ln_removal.pipelines.plan import resolve_recipe
 
-    if resume and out is not None and model is None and recipe is None:
-        recipe = _recipe_of_run(out)
+    recipe = recipe or (_recipe_of_run(out) if resume and out is not None and model is None else None)
     resolved = resolve_recipe(model=model, recipe=recipe, overrides=parse_overrides(settings or []), steps=steps)
     target = named_target(push_to_hub, private=private, tag=tag)
     if dry_run:
@@ -87,12 +86,9 @@ def remove(
         return
     if target is not None:
         check_target(target)  # now, not after hours of training
-
     from ln_removal.pipelines.removal import remove as run_removal
 
-    # A model without a recipe of its own borrows one; the run is still named after the model.
-    own = Path(model).name if model is not None and recipe is None else ""
-    place = out or Path("checkpoints") / (own or resolved.name)
+    place = out or Path("checkpoints") / _run_name(model, recipe, resolved.name)
     results = run_removal(
         resolved,
         place,
@@ -104,11 +100,14 @@ def remove(
         wandb_project=wandb,
         progress=console.progress(),
     )
-    console.print_results(results, as_json=as_json)
-    if not as_json:
-        typer.echo(f"LN-free model: {place / 'model'}   scores: {place / 'results.json'}")
-    if target is not None:
-        _publish(place, target, as_json=as_json)
+    note = f"LN-free model: {place / 'model'}   scores: {place / 'results.json'}"
+    console.print_results(results, as_json=as_json, note=note)
+    _publish(place, target, as_json=as_json)
+
+
+def _run_name(model: str | None, recipe: str | None, resolved: str) -> str:
+    """The recipe's name, or the model's: a model without a recipe of its own borrows one."""
+    return (Path(model).name if model is not None and recipe is None else "") or resolved
 
 
 def _recipe_of_run(out: Path) -> str:
@@ -118,7 +117,9 @@ def _recipe_of_run(out: Path) -> str:
     return str(out / "recipe.toml")
 
 
-def _publish(run: Path, target: HubTarget, *, as_json: bool) -> None:
+def _publish(run: Path, target: HubTarget | None, *, as_json: bool) -> None:
+    if target is None:
+        return
     import sys
 
     from accelerate import PartialState

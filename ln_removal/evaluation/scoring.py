@@ -7,8 +7,10 @@ measures them.
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -227,18 +229,18 @@ def device_name(device: str) -> str:
     return torch.cuda.get_device_name() if device.startswith("cuda") else "cpu"
 
 
+@contextmanager
 def scoring_inputs(
     source: str,
-    *,
     tokens: Sequence[Path] = (),
     corpora: Sequence[str] = (),
-    workplace: Path,
+    *,
     original: str | None = None,
     control: str | None = None,
     context: int | None = None,
     max_tokens: int | None = None,
-) -> ScoringInputs:
-    """Work out what to score.
+) -> Iterator[ScoringInputs]:
+    """Work out what to score. Tokens that are prepared for it are deleted at the end of the block.
 
     A run brings its original, its control if it has one, its LN-free model, its tokens, context and limit. A model inside a
     run brings itself and the run's tokens, context and limit. Arguments replace what the run brings.
@@ -247,7 +249,6 @@ def scoring_inputs(
         source: a run, a model inside one, or any model.
         tokens: directories of prepared tokens.
         corpora: corpora or files whose held-out text is prepared; they come after `tokens`.
-        workplace: an empty directory for the tokens of `corpora`.
         original, control: models to compare with.
 
     Raises:
@@ -263,14 +264,16 @@ def scoring_inputs(
         context = recipe.data.context if recipe is not None else min(map(_positions, models.values()))
     if tokens or corpora:
         first_model = next(iter(models.values()))
-        data_sets = _named_data_sets(tokens, corpora, first_model, workplace, max_tokens)
-        return ScoringInputs(models, data_sets, context, max_tokens)
+        with tempfile.TemporaryDirectory(prefix="ln-evaluate-") as workplace:
+            data_sets = _named_data_sets(tokens, corpora, first_model, Path(workplace), max_tokens)
+            yield ScoringInputs(models, data_sets, context, max_tokens)
+        return
     if run is None or recipe is None:
         raise UserError(
             f"{source} is not part of a run, so there are no tokens to score it on; prepare some with ln-prepare and pass "
             "--tokens DIR, or name text with --corpus"
         )
-    return ScoringInputs(models, _own_data_set(run, recipe), context, max_tokens or recipe.data.validation_tokens)
+    yield ScoringInputs(models, _own_data_set(run, recipe), context, max_tokens or recipe.data.validation_tokens)
 
 
 def _models_of(source: str, run: Path | None, recipe: Recipe | None) -> dict[str, str]:
