@@ -83,10 +83,10 @@ def test_calibration_error() -> None:
 
 
 def test_entropy_of_a_certain_prediction_is_zero_and_finite() -> None:
-    from ln_removal.evaluation.statistics import _figures
+    from ln_removal.evaluation.statistics import _four_numbers
 
     logits = torch.tensor([[1e4, -1e4, -torch.inf]])
-    loss, entropy, confidence, right = _figures(logits, torch.tensor([0]))[:, 0].tolist()
+    loss, entropy, confidence, right = _four_numbers(logits, torch.tensor([0]))[:, 0].tolist()
     assert (loss, entropy, confidence, right) == (0.0, 0.0, 1.0, 1.0)
 
 

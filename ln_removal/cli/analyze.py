@@ -1,4 +1,4 @@
-"""`ln-analyze`: attention entropy, NaN and learnable slopes of runs and models, as figures and analysis_tables."""
+"""`ln-analyze`: attention entropy, NaN and learnable slopes of runs and models, as figures and tables."""
 
 from __future__ import annotations
 

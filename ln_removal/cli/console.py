@@ -36,14 +36,14 @@ PATH_FAULTS = {
 
 Device = Literal["auto", "cpu", "cuda"]
 
-# Typer names BadParameter but not its base, which is also that of an unknown option and a missing argument.
+# Typer exports BadParameter but not its base class, which unknown options and missing arguments have in common with it.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 _program: list[str] = []
-"""The name of the group that the command belongs to, if it does."""
+"""The name of the group that the command belongs to; empty for a command of its own."""
 
 _typed: list[str] = []
-"""The arguments that the command was given, for a message that says what to type next."""
+"""The arguments that the command was given; messages that say what to type next repeat them."""
 
 
 def _print_version(asked: bool) -> None:
@@ -118,7 +118,7 @@ def build_group(help_text: str, **commands: Callable[..., None]) -> typer.Typer:
 
 
 class _Group(typer.core.TyperGroup):
-    """A group that says in one line that it has no such command."""
+    """A group whose message about an unknown command is one line."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         try:
@@ -128,10 +128,10 @@ class _Group(typer.core.TyperGroup):
 
 
 class _Command(typer.core.TyperCommand):
-    """A command that says what is wrong with its options in one line, like every other mistake."""
+    """A command whose message about a wrong option is one line, like that of every other mistake."""
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
-        # Of a group the word for the command comes first.
+        # In a group, the name of the command comes first.
         _typed[:] = args if parent is None else [info_name or "", *args]
         _program[:] = [] if parent is None else [str(parent.info_name)]
         try:
@@ -154,7 +154,7 @@ def guard(command: Callable[P, None]) -> Callable[P, None]:
             if kwargs.get("debug"):
                 traceback.print_exc()
             fail(str(error))
-        except OSError as error:  # what any use of a path can meet; an expected one has been put into words before
+        except OSError as error:  # faults that any use of a path can have; expected ones are UserErrors
             if error.errno not in PATH_FAULTS:
                 raise
             if kwargs.get("debug"):
@@ -169,7 +169,7 @@ def guard(command: Callable[P, None]) -> Callable[P, None]:
             if kwargs.get("debug"):
                 traceback.print_exc()
             stopped = error if isinstance(error, Interrupted) else Interrupted()
-            if os.environ.get("RANK", "0") == "0":  # torchrun's; of several ranks one speaks
+            if os.environ.get("RANK", "0") == "0":  # torchrun sets it; only one of several ranks prints
                 typer.echo(_stopped(stopped, command.__name__, resumable="resume" in kwargs), err=True)
             raise typer.Exit(stopped.exit_code) from None
 
@@ -177,7 +177,7 @@ def guard(command: Callable[P, None]) -> Callable[P, None]:
 
 
 def _stopped(error: Interrupted, name: str, *, resumable: bool) -> str:
-    """One line: what is kept, and exactly what to type to go on from there."""
+    """One line that says what is kept and what to type to continue."""
     resumes = resumable and error.resume is not False
     kept = f": {error.kept}" if error.kept else ""
     again = "continue with" if resumes or (error.kept and not resumable) else "to start again"
@@ -185,8 +185,8 @@ def _stopped(error: Interrupted, name: str, *, resumable: bool) -> str:
 
 
 def _to_type(name: str, *, resumes: bool) -> str:
-    """The command as it was typed, with --resume if that is how it goes on."""
-    if "WORLD_SIZE" in os.environ:  # torchrun's; what came before the command is not known here
+    """The command as it was typed, with --resume if that continues the run."""
+    if "WORLD_SIZE" in os.environ:  # started by torchrun, whose own command line is not known here
         return "the same command" + (" with --resume" if resumes else "")
     own = name.replace("_", "-")
     program = _program[0] if _program else own if own.startswith("evaluate-") else f"ln-{own}"
@@ -291,7 +291,7 @@ def planned_device(device: Device) -> str:
 
 
 def wide_console() -> Console:
-    """A console for tables: as wide as the terminal, and wide enough for them where there is none (a file, a pipe, CI)."""
+    """A console for tables: as wide as the terminal, or 120 columns where there is none (a file, a pipe, CI)."""
     from rich.console import Console
 
     console = Console()
