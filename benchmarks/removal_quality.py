@@ -114,16 +114,16 @@ def scores(recipe: Recipe, model: Path, tokens: Path, device: str) -> dict[str, 
         context=recipe.data.context,
         max_tokens=recipe.data.validation_tokens,
     )
-    return {"cross_entropy": loss.cross_entropy, "odd_text": worst_odd_losses(loaded, recipe.data.context)}
+    return {"cross_entropy": loss.cross_entropy, "odd_text": worst_stress_losses(loaded, recipe.data.context)}
 
 
-def worst_odd_losses(loaded: Any, context: int) -> dict[str, float]:
+def worst_stress_losses(loaded: Any, context: int) -> dict[str, float]:
     """Largest mean loss of a sequence, for each kind of odd text."""
     from ln_removal.data.stress_text import stress_sequences
-    from ln_removal.evaluation.compare import odd_losses
+    from ln_removal.evaluation.compare import stress_losses
 
     sequences = stress_sequences(loaded.tokenizer, context=context, count=16, seed=0)
-    return {kind: float(losses.mean(axis=1).max()) for kind, losses in odd_losses(loaded.model, sequences).items()}
+    return {kind: float(losses.mean(axis=1).max()) for kind, losses in stress_losses(loaded.model, sequences).items()}
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -247,7 +247,7 @@ def main() -> None:
     loaded = load_model(given.model)
     place = given.out / given.name
     place.mkdir(parents=True, exist_ok=True)
-    original = {"odd_text": worst_odd_losses(loaded, BASE["data.context"])}
+    original = {"odd_text": worst_stress_losses(loaded, BASE["data.context"])}
     n_layer = loaded.model.config.n_layer
     del loaded
     for seed in given.seeds:

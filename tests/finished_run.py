@@ -8,7 +8,7 @@ import torch
 from small_model import write_tokenizer
 
 from ln_removal.config.recipe import dump_toml, load_recipe
-from ln_removal.evaluation.results import Results, Settings, Trio, write
+from ln_removal.evaluation.results import ByRole, Results, Settings, write
 
 
 def make_run(run: Path, *, seed: int = 0, corpus: str = "openwebtext") -> Path:
@@ -38,8 +38,8 @@ def make_run(run: Path, *, seed: int = 0, corpus: str = "openwebtext") -> Path:
     recipe = load_recipe("gpt2", {"data.corpus": corpus})
     (run / "recipe.toml").write_text(dump_toml(recipe), encoding="utf-8")
     results = Results(
-        models=Trio[str](original="gpt2", ln_free="run/model"),
-        cross_entropy=Trio[float](original=3.1, ln_free=3.2),
+        models=ByRole[str](original="gpt2", ln_free="run/model"),
+        cross_entropy=ByRole[float](original=3.1, ln_free=3.2),
         tokens=1000,
         seconds=1.0,
         device="cpu",

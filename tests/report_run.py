@@ -11,17 +11,17 @@ from safetensors.torch import save_file
 
 from ln_removal.config.recipe import dump_toml, load_recipe
 from ln_removal.evaluation.results import (
+    ByRole,
     Calibration,
-    Continuation,
     DataScores,
     Difference,
     LossSpread,
-    OddText,
     PositionLoss,
     ResidualStd,
     Results,
+    Samples,
     Settings,
-    Trio,
+    StressText,
     WorstSample,
     write,
 )
@@ -49,7 +49,7 @@ def results(*, text: str = "plain") -> Results:
     }
     sample = WorstSample(
         ranked_by="ln_free",
-        loss=Trio[float](original=3.5, control=3.6, ln_free=4.25),
+        loss=ByRole[float](original=3.5, control=3.6, ln_free=4.25),
         tokens=512,
         shard=0,
         start=1024,
@@ -65,17 +65,17 @@ def results(*, text: str = "plain") -> Results:
         windows=512,
         context=512,
         stride=512,
-        cross_entropy=Trio[float](**LOSSES),
-        bits_per_byte=Trio[float](original=1.07, control=1.09, ln_free=1.11),
-        loss_spread=Trio[LossSpread](**spreads),
+        cross_entropy=ByRole[float](**LOSSES),
+        bits_per_byte=ByRole[float](original=1.07, control=1.09, ln_free=1.11),
+        loss_spread=ByRole[LossSpread](**spreads),
         differences=(difference,),
-        calibration=Trio[Calibration](
+        calibration=ByRole[Calibration](
             **{
                 role: Calibration(expected_calibration_error=0.0123, top_1_accuracy=0.45, confidence=0.46, entropy=2.7)
                 for role in LOSSES
             }
         ),
-        by_position=Trio[tuple[PositionLoss, ...]](**bins),
+        by_position=ByRole[tuple[PositionLoss, ...]](**bins),
         worst=(sample, sample),
     )
     stds = {
@@ -88,22 +88,22 @@ def results(*, text: str = "plain") -> Results:
         )
         for role in LOSSES
     }
-    odd = OddText(
+    odd = StressText(
         kind="tabs",
         sequences=16,
         context=512,
-        loss=Trio[float](**LOSSES),
-        median=Trio[float](**LOSSES),
-        worst=Trio[float](original=9.5, control=9.6, ln_free=99.125),
+        loss=ByRole[float](**LOSSES),
+        median=ByRole[float](**LOSSES),
+        worst=ByRole[float](original=9.5, control=9.6, ln_free=99.125),
         ranked_by="ln_free",
         sample=f"\t\t{text}",
     )
     return Results(
-        models=Trio[str](original=f"tiny {text}", control="run/control/model", ln_free="run/model"),
-        cross_entropy=Trio[float](**LOSSES),
+        models=ByRole[str](original=f"tiny {text}", control="run/control/model", ln_free="run/model"),
+        cross_entropy=ByRole[float](**LOSSES),
         bits_per_byte=data.bits_per_byte,
-        accuracy=Trio[float](original=0.761, control=0.759, ln_free=0.7545),
-        accuracy_standard_error=Trio[float](original=0.0095, control=0.0096, ln_free=0.0097),
+        accuracy=ByRole[float](original=0.761, control=0.759, ln_free=0.7545),
+        accuracy_standard_error=ByRole[float](original=0.0095, control=0.0096, ln_free=0.0097),
         loss_spread=data.loss_spread,
         gap=gap,
         tokens=262_144,
@@ -113,14 +113,14 @@ def results(*, text: str = "plain") -> Results:
             data=data.data, context=512, questions=2000, question_set=f"completions {text}", protocol="code"
         ),
         by_data=(data, data.model_copy(update={"data": "wikitext"})),
-        residual_std=Trio[ResidualStd](**stds),
+        residual_std=ByRole[ResidualStd](**stds),
         odd_text=(odd,),
         continuations=(
-            Continuation(
+            Samples(
                 prompt=f"def {text}",
                 temperature=0.8,
                 seed=0,
-                texts=Trio[str](original=text, control=text, ln_free=text),
+                texts=ByRole[str](original=text, control=text, ln_free=text),
             ),
         ),
     )

@@ -21,7 +21,7 @@ from ln_removal.files.metrics_log import set_aside, truncate_metrics
 from ln_removal.interpret.entropies import HeadEntropies, observed
 from ln_removal.interpret.observations import distinct_names, find_runs, read_observations
 from ln_removal.models.attention import largest_entropy
-from ln_removal.report import plots, tables
+from ln_removal.report import analysis_tables, plots
 from ln_removal.training.probe import Probe
 
 QUERIES, HEADS = 32, 3
@@ -226,7 +226,7 @@ def test_nans_by_layer_and_none_in_words(runs: Path) -> None:
         "seed-0: no NaN in any layer's attention, residual stream finite, in 3 observations, from"
     )
     are_figures(runs / "figures", "nans", "residual-norms", "gradient-norms")
-    (found,) = tables.nan_json(read_observations([runs / "unstable"]))
+    (found,) = analysis_tables.nan_json(read_observations([runs / "unstable"]))
     assert found["first_nan_step"] == [None, None, None, 10]
     assert [counts[-1] for counts in found["nan_counts"]] == [0, 7, 900]
     assert found["residual_norm"][1][-1] is None
@@ -236,7 +236,7 @@ def test_slopes_of_network_and_layers(runs: Path) -> None:
     shown = done("slopes network layers unstable --out figures")  # one of three has none
     are_figures(runs / "figures", "slopes")
     assert "network" in shown and "layer 3" in shown and "-0.0090" in shown and "unstable" not in shown
-    found = tables.slope_json(read_observations([runs / "network", runs / "layers"]))
+    found = analysis_tables.slope_json(read_observations([runs / "network", runs / "layers"]))
     assert found[0]["slopes"] == {"network": pytest.approx([0.01, 0.0, -0.009])}
     assert found[1]["slopes"]["layer 3"] == pytest.approx([0.0, 0.01, 0.019])
 
@@ -279,7 +279,7 @@ def test_models_of_both_families_are_measured_at_the_shorter_context(runs: Path)
 def test_a_model_whose_attention_is_nan_is_drawn_and_printed(runs: Path) -> None:
     shown = done("entropy unstable --out figures")
     assert "NaN (  0 %)" in shown
-    (found,) = tables.entropy_json([observed(run, None) for run in read_observations([runs / "unstable"])], [])
+    (found,) = analysis_tables.entropy_json([observed(run, None) for run in read_observations([runs / "unstable"])], [])
     assert found["entropy"][-1] == [None] * HEADS
 
 

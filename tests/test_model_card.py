@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 
 from ln_removal.config.recipe import Recipe, load_recipe, validate_recipe
 from ln_removal.errors import UserError
-from ln_removal.evaluation.results import LossSpread, Results, Settings, Trio
+from ln_removal.evaluation.results import ByRole, LossSpread, Results, Settings
 from ln_removal.report.base_model_card import write_base_model_card
 from ln_removal.report.model_card import converted_model_card, model_card, write_model_card
 
@@ -17,13 +17,13 @@ from ln_removal.report.model_card import converted_model_card, model_card, write
 def results(*, control: bool = True, questions: bool = True) -> Results:
     spread = LossSpread(standard_error=0.01, median=2.1, percentile_95=9.5, percentile_99_9=17.25)
     return Results(
-        models=Trio[str](original="gpt2", control="run/control/model" if control else None, ln_free="run/model"),
-        cross_entropy=Trio[float](original=3.0957, control=2.9891 if control else None, ln_free=3.0142),
-        bits_per_byte=Trio[float](original=1.0012, control=0.9667 if control else None, ln_free=0.9748),
-        accuracy=Trio[float](original=0.311, control=0.308 if control else None, ln_free=0.3047)
+        models=ByRole[str](original="gpt2", control="run/control/model" if control else None, ln_free="run/model"),
+        cross_entropy=ByRole[float](original=3.0957, control=2.9891 if control else None, ln_free=3.0142),
+        bits_per_byte=ByRole[float](original=1.0012, control=0.9667 if control else None, ln_free=0.9748),
+        accuracy=ByRole[float](original=0.311, control=0.308 if control else None, ln_free=0.3047)
         if questions
-        else Trio[float](),
-        loss_spread=Trio[LossSpread](original=spread, control=spread if control else None, ln_free=spread),
+        else ByRole[float](),
+        loss_spread=ByRole[LossSpread](original=spread, control=spread if control else None, ln_free=spread),
         gap=3.0142 - 2.9891 if control else None,
         tokens=4_430_000,
         seconds=5400.0,

@@ -15,6 +15,22 @@ from ln_removal.evaluation.bootstrap import bootstrap_means, compare_accuracies,
 from ln_removal.evaluation.hellaswag import ChoiceResult, QuestionScore, compare_choices
 
 
+@pytest.mark.parametrize(
+    ("only_first", "only_second", "p_value"),
+    [
+        (1, 3, 0.6249999999999999),
+        (7, 19, 0.028959274291992163),
+        (12, 40, 0.00012753878385574088),
+        (45, 60, 0.1715646971542415),
+        (130, 171, 0.020980661693762417),
+        (812, 901, 0.03345633846311565),
+        (1400, 1600, 0.00027856396103923475),
+    ],
+)
+def test_mcnemar_is_what_version_0_1_computed(only_first: int, only_second: int, p_value: float) -> None:
+    assert mcnemar_p_value(only_first, only_second) == pytest.approx(p_value, rel=1e-12)
+
+
 @given(st.integers(0, 60), st.integers(0, 60))
 def test_mcnemar_is_the_two_sided_binomial_sum(b: int, c: int) -> None:
     expected = min(1.0, 2 * sum(math.comb(b + c, k) for k in range(min(b, c) + 1)) / 2 ** (b + c))

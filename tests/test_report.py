@@ -175,7 +175,7 @@ def test_a_bare_run_of_an_earlier_version(tmp_path: Path) -> None:
     assert re.findall(r"<h2>(.*?)</h2>", html) == ["Published results", "Recipe and versions"]
     words = "".join(page.words)
     assert "3.2000" in words and "no control was trained" in words and "ln-evaluate" in words
-    assert "control" not in re.findall(r'<table id="scores">.*?</table>', html)[0]
+    assert "control" not in re.findall(r'<table id="scores">.*?</table>', html, re.DOTALL)[0]
 
 
 def test_losses_that_are_not_finite(run: Path) -> None:

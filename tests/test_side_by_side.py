@@ -1,4 +1,4 @@
-"""Several models on one data set: differences with intervals, the worst windows; residual stds; odd text; continuations."""
+"""Several models on one data set: differences with intervals, the worst windows; residual stds; stress texts; samples."""
 
 from __future__ import annotations
 
@@ -15,9 +15,14 @@ from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from ln_removal.data.stress_text import KINDS, stress_sequences
 from ln_removal.errors import UserError
-from ln_removal.evaluation.compare import WORST_SAMPLES, SideBySide, compare_odd_text, odd_losses
+from ln_removal.evaluation.compare import (
+    WORST_SAMPLES,
+    Comparison,
+    compare_stress_texts,
+    sample_text,
+    stress_losses,
+)
 from ln_removal.evaluation.loss import cross_entropy
-from ln_removal.evaluation.samples import sample_continuation
 from ln_removal.evaluation.statistics import residual_std
 
 CONTEXT = 16
@@ -42,7 +47,7 @@ def test_differences_are_paired_and_intervals_hold_the_means(
     tiny_gpt2: GPT2LMHeadModel, worse: GPT2LMHeadModel, tmp_path: Path
 ) -> None:
     data = make_data(tmp_path, [400])
-    reading = SideBySide("text", data, context=CONTEXT)
+    reading = Comparison("text", data, context=CONTEXT)
     reading.add("control", tiny_gpt2)
     reading.add("ln_free", worse)
     found = reading.scores(Letters())  # type: ignore[arg-type]
@@ -65,7 +70,7 @@ def test_worst_windows_come_first_with_the_text_around_their_costliest_token(
 ) -> None:
     data = make_data(tmp_path, [400])
     split = data.split("validation")
-    reading = SideBySide("text", data, context=CONTEXT)
+    reading = Comparison("text", data, context=CONTEXT)
     for role, model in (("original", tiny_gpt2), ("ln_free", worse)):
         reading.add(role, model)
     samples = reading.scores(Letters()).worst  # type: ignore[arg-type]
@@ -103,7 +108,7 @@ def test_a_model_that_exploded_is_scored_and_not_an_error(
 
     with torch.no_grad():
         worse.transformer.wte.weight[50] = float("nan")
-    reading = SideBySide("text", make_data(tmp_path, [400]), context=CONTEXT)
+    reading = Comparison("text", make_data(tmp_path, [400]), context=CONTEXT)
     losses = {role: reading.add(role, model) for role, model in (("control", tiny_gpt2), ("ln_free", worse))}
     found = reading.scores(Letters())  # type: ignore[arg-type]
     assert np.isnan(found.cross_entropy.ln_free) and np.isnan(found.calibration.ln_free.entropy)  # type: ignore[union-attr]
@@ -122,7 +127,7 @@ def test_a_model_that_exploded_is_scored_and_not_an_error(
 
 
 def test_one_window_has_no_interval(tiny_gpt2: GPT2LMHeadModel, tmp_path: Path) -> None:
-    reading = SideBySide("text", make_data(tmp_path, [9]), context=CONTEXT)
+    reading = Comparison("text", make_data(tmp_path, [9]), context=CONTEXT)
     reading.add("original", tiny_gpt2)
     found = reading.scores(Letters())  # type: ignore[arg-type]
     assert found.differences == () and found.interval.original is None and len(found.worst) == 1
@@ -160,10 +165,10 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     return GPT2LMHeadModel.from_pretrained(directory).eval(), AutoTokenizer.from_pretrained(directory)
 
 
-def test_odd_text_side_by_side(saved: tuple[Any, Any]) -> None:
+def test_stress_texts_are_compared(saved: tuple[Any, Any]) -> None:
     model, tokenizer = saved
     sequences = stress_sequences(tokenizer, context=33, count=5, seed=0)
-    losses = odd_losses(model, sequences)
+    losses = stress_losses(model, sequences)
     assert {kind: values.shape for kind, values in losses.items()} == dict.fromkeys(KINDS, (5, 32))
     rows = torch.from_numpy(sequences["tabs"])
     with torch.no_grad():
@@ -171,7 +176,7 @@ def test_odd_text_side_by_side(saved: tuple[Any, Any]) -> None:
     expected = torch.nn.functional.cross_entropy(logits.transpose(1, 2), rows[:, 1:], reduction="none")
     assert losses["tabs"] == pytest.approx(expected.numpy(), abs=1e-4)
     doubled = {kind: 2 * values for kind, values in losses.items()}
-    found = compare_odd_text(tokenizer, sequences, {"control": losses, "ln_free": doubled})
+    found = compare_stress_texts(tokenizer, sequences, {"control": losses, "ln_free": doubled})
     assert [one.kind for one in found] == list(KINDS)
     for one in found:
         assert one.loss.original is None and one.loss.control is not None and one.loss.ln_free is not None
@@ -181,26 +186,26 @@ def test_odd_text_side_by_side(saved: tuple[Any, Any]) -> None:
         assert one.sample == tokenizer.decode(sequences[one.kind][worst].tolist()[:60])
 
 
-def test_continuations_depend_on_seed_and_temperature_alone(saved: tuple[Any, Any]) -> None:
+def test_samples_depend_on_seed_and_temperature_alone(saved: tuple[Any, Any]) -> None:
     model, tokenizer = saved
-    first = sample_continuation(model, tokenizer, "def f", max_new_tokens=12, seed=3)
-    assert first == sample_continuation(model, tokenizer, "def f", max_new_tokens=12, seed=3)
-    assert first != sample_continuation(model, tokenizer, "def f", max_new_tokens=12, seed=4)
+    first = sample_text(model, tokenizer, "def f", max_new_tokens=12, seed=3)
+    assert first == sample_text(model, tokenizer, "def f", max_new_tokens=12, seed=3)
+    assert first != sample_text(model, tokenizer, "def f", max_new_tokens=12, seed=4)
     assert not first.startswith("def f")
-    greedy = sample_continuation(model, tokenizer, "def f", max_new_tokens=6, temperature=0)
+    greedy = sample_text(model, tokenizer, "def f", max_new_tokens=6, temperature=0)
     ids = tokenizer("def f", return_tensors="pt").input_ids
     with torch.no_grad():
         whole = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
     assert greedy == tokenizer.decode(whole[0, ids.shape[1] :].tolist())
     with pytest.raises(UserError, match="positions"):
-        sample_continuation(model, tokenizer, "x" * 500)
+        sample_text(model, tokenizer, "x" * 500)
     with pytest.raises(UserError, match="empty"):
-        sample_continuation(model, tokenizer, "")
+        sample_text(model, tokenizer, "")
 
 
-def test_a_continuation_ends_with_the_context(saved: tuple[Any, Any]) -> None:
+def test_a_sample_ends_with_the_context(saved: tuple[Any, Any]) -> None:
     model, tokenizer = saved
     room = 64 - len(tokenizer("ab" * 25).input_ids)
     assert 0 < room < 20
-    exactly = sample_continuation(model, tokenizer, "ab" * 25, max_new_tokens=room)
-    assert sample_continuation(model, tokenizer, "ab" * 25, max_new_tokens=500) == exactly
+    exactly = sample_text(model, tokenizer, "ab" * 25, max_new_tokens=room)
+    assert sample_text(model, tokenizer, "ab" * 25, max_new_tokens=500) == exactly

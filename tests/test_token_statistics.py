@@ -18,14 +18,9 @@ from ln_removal.data.sampler import Window, plan_windows
 from ln_removal.data.tokens import Shard, TokenDataset, TokenIndex, write_index
 from ln_removal.errors import UserError
 from ln_removal.evaluation import loss as loss_module
+from ln_removal.evaluation.bootstrap import units_of
 from ln_removal.evaluation.loss import cross_entropy
-from ln_removal.evaluation.statistics import (
-    by_position,
-    expected_calibration_error,
-    position_edges,
-    token_statistics,
-    units_of,
-)
+from ln_removal.evaluation.statistics import by_position, expected_calibration_error, position_edges, token_statistics
 
 CONTEXT = 16
 EOT = 100
@@ -88,10 +83,10 @@ def test_calibration_error() -> None:
 
 
 def test_entropy_of_a_certain_prediction_is_zero_and_finite() -> None:
-    from ln_removal.evaluation.statistics import _figures
+    from ln_removal.evaluation.statistics import _four_numbers
 
     logits = torch.tensor([[1e4, -1e4, -torch.inf]])
-    loss, entropy, confidence, right = _figures(logits, torch.tensor([0]))[:, 0].tolist()
+    loss, entropy, confidence, right = _four_numbers(logits, torch.tensor([0]))[:, 0].tolist()
     assert (loss, entropy, confidence, right) == (0.0, 0.0, 1.0, 1.0)
 
 

@@ -31,43 +31,49 @@ OutOption = Annotated[
 ]
 
 
+SourcesArgument = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="RUN|MODEL...",
+        help="Runs trained with observation.every, or directories of them; with --tokens or --text also models: tiny, a "
+        "directory, a Hub id.",
+        show_default=False,
+    ),
+]
+StepOption = Annotated[
+    int | None, typer.Option(min=0, help="The observation to show. Default: a run's last.", show_default=False)
+]
+TokensOption = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Measure models on these tokens from ln-prepare.", show_default=False)
+]
+TextOption = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Measure models on this text.", show_default=False)
+]
+ContextOption = Annotated[
+    int | None,
+    typer.Option(
+        min=2,
+        help="Tokens in a measured sequence. Default: the shortest context of the models, at most 1024.",
+        show_default=False,
+    ),
+]
+
+
 def entropy(
-    sources: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="RUN|MODEL...",
-            help="Runs trained with observation.every, or directories of them; with --tokens or --text also models: tiny, a "
-            "directory, a Hub id.",
-            show_default=False,
-        ),
-    ],
+    sources: SourcesArgument,
     out: OutOption = None,
-    step: Annotated[
-        int | None, typer.Option(min=0, help="The observation to show. Default: a run's last.", show_default=False)
-    ] = None,
-    tokens: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Measure models on these tokens from ln-prepare.", show_default=False),
-    ] = None,
-    text: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Measure models on this text.", show_default=False)
-    ] = None,
-    context: Annotated[
-        int | None,
-        typer.Option(
-            min=2,
-            help="Tokens in a measured sequence. Default: the shortest context of the models, at most 1024.",
-            show_default=False,
-        ),
-    ] = None,
+    step: StepOption = None,
+    tokens: TokensOption = None,
+    text: TextOption = None,
+    context: ContextOption = None,
     device: console.DeviceOption = "auto",
     as_json: console.JsonOption = False,
     debug: console.DebugOption = False,
 ) -> None:
-    """Attention entropy of every head. Heatmaps, layers over the steps, and the heads that look everywhere alike.
+    """Attention entropy of every head. Draws heatmaps, layers over the steps, and the heads that attend almost uniformly.
 
-    Entropy is that of a row of attention, averaged over sequences and queries, in nats. A causal head that looks at all its
-    keys alike has log(T!)/T; heads above 0.9 of that are in the overload band.
+    The entropy is that of a row of the attention matrix, in nats, averaged over sequences and queries. A causal head that
+    attends uniformly to all of its keys has an entropy of log(T!)/T; heads above 0.9 of that are in the overload band.
 
     \b
     Examples:
@@ -77,7 +83,7 @@ def entropy(
       ln-analyze entropy gpt2 schaeff/gpt2-small_LNFree300 --text notes.txt --context 256
     """
     from ln_removal.interpret.entropies import heads_of, output_directory
-    from ln_removal.report import plots, tables
+    from ln_removal.report import analysis_tables, plots
 
     place = console.pick_device(device) if tokens is not None or text is not None else "cpu"
     found = heads_of(sources, step=step, tokens=tokens, text=text, context=context, device=place)
@@ -89,10 +95,10 @@ def entropy(
         charts["entropy-layers"] = lambda: plots.layers_over_steps(found.runs)
     figures = _draw(charts, output_directory(out, sources))
     if as_json:
-        _print_json(tables.entropy_json(found.heads, found.runs), figures)
+        _print_json(analysis_tables.entropy_json(found.heads, found.runs), figures)
         return
     screen = console.wide_console()
-    for table in tables.entropy_tables(found.heads):
+    for table in analysis_tables.entropy_tables(found.heads):
         screen.print(table, markup=False)
     _print_figures(figures)
 
@@ -103,14 +109,14 @@ def nans(
     as_json: console.JsonOption = False,
     debug: console.DebugOption = False,
 ) -> None:
-    """NaN and infinity by layer and step. Where and when a training met them, and the norms on the way there.
+    """NaN and infinity by layer and step. Shows where and when a training met them, and the norms before that.
 
     \b
     Examples:
       ln-analyze nans checkpoints/unstable
     """
     from ln_removal.interpret.entropies import output_directory, runs_of
-    from ln_removal.report import plots, tables
+    from ln_removal.report import analysis_tables, plots
 
     found = runs_of(runs)
     figures = _draw(
@@ -122,9 +128,9 @@ def nans(
         output_directory(out, runs),
     )
     if as_json:
-        _print_json(tables.nan_json(found), figures)
+        _print_json(analysis_tables.nan_json(found), figures)
         return
-    for line in tables.nan_lines(found):
+    for line in analysis_tables.nan_lines(found):
         typer.echo(line)
     _print_figures(figures)
 
@@ -135,21 +141,21 @@ def slopes(
     as_json: console.JsonOption = False,
     debug: console.DebugOption = False,
 ) -> None:
-    """Learnable slopes over the steps. How those of a leaky ReLU move while training; 0 is ReLU.
+    """Learnable slopes over the steps. Shows how the slopes of leaky ReLUs change during training; a slope of 0 is ReLU.
 
     \b
     Examples:
       ln-analyze slopes checkpoints/learnable-slopes
     """
     from ln_removal.interpret.entropies import output_directory, runs_of
-    from ln_removal.report import plots, tables
+    from ln_removal.report import analysis_tables, plots
 
-    found = tables.with_slopes(runs_of(runs))
+    found = analysis_tables.with_slopes(runs_of(runs))
     figures = _draw({"slopes": lambda: plots.slopes_over_steps(found)}, output_directory(out, runs))
     if as_json:
-        _print_json(tables.slope_json(found), figures)
+        _print_json(analysis_tables.slope_json(found), figures)
         return
-    console.wide_console().print(tables.slope_table(found), markup=False)
+    console.wide_console().print(analysis_tables.slope_table(found), markup=False)
     _print_figures(figures)
 
 

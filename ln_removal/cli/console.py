@@ -1,6 +1,6 @@
-"""What all commands share: one line for a user's mistake, the exit codes, `--debug` and `--version`.
+"""What all commands share: options, one line for a user's mistake, exit codes, and what is printed.
 
-Exit codes: 0 done, 1 a bug of ours, 2 something the user can mend, 130 stopped with Ctrl-C, 143 with SIGTERM.
+Exit codes: 0 done, 1 a bug in ln-removal, 2 something that the user can correct, 130 stopped with Ctrl-C, 143 with SIGTERM.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ln_removal.config.recipe import Recipe
+    from ln_removal.evaluation.results import Results
 
 P = ParamSpec("P")
 
@@ -35,14 +36,14 @@ PATH_FAULTS = {
 
 Device = Literal["auto", "cpu", "cuda"]
 
-# Typer names BadParameter but not its base, which is also that of an unknown option and a missing argument.
+# Typer exports BadParameter but not its base class, which unknown options and missing arguments have in common with it.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 _program: list[str] = []
-"""The name of the group that the command belongs to, if it does."""
+"""The name of the group that the command belongs to; empty for a command of its own."""
 
 _typed: list[str] = []
-"""The arguments that the command was given, for a message that says what to type next."""
+"""The arguments that the command was given; messages that say what to type next repeat them."""
 
 
 def _print_version(asked: bool) -> None:
@@ -93,11 +94,11 @@ VersionOption = Annotated[
 def build(command: Callable[P, None]) -> typer.Typer:
     """A Typer application of one command, whose docstring is its help.
 
-    The command takes `debug: DebugOption = False` and `version: VersionOption = False`; when it raises, what the user
-    sees is decided here. An example in the docstring stands after a line that holds only a backslash-b, which keeps its
-    line breaks.
+    The command takes `debug: DebugOption = False` and `version: VersionOption = False`. `guard` turns what it raises into
+    what the user sees. Examples in the docstring stand after a line that holds only a backslash-b, which keeps their line
+    breaks.
     """
-    # Plain help: it is the same in a terminal, a pipe and a README, and needs no import of rich.
+    # Plain help is the same in a terminal, a pipe and a README, and needs no import of rich.
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     app.command(cls=_Command)(guard(command))
     return app
@@ -108,7 +109,7 @@ def build_group(help_text: str, **commands: Callable[..., None]) -> typer.Typer:
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
     def group(version: VersionOption = False) -> None:
-        """Only so that the group takes --version."""
+        """Takes --version."""
 
     app.callback(cls=_Group, help=help_text, no_args_is_help=True)(group)
     for name, command in commands.items():
@@ -117,7 +118,7 @@ def build_group(help_text: str, **commands: Callable[..., None]) -> typer.Typer:
 
 
 class _Group(typer.core.TyperGroup):
-    """A group that says in one line that it has no such command."""
+    """A group whose message about an unknown command is one line."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         try:
@@ -127,10 +128,10 @@ class _Group(typer.core.TyperGroup):
 
 
 class _Command(typer.core.TyperCommand):
-    """A command that says what is wrong with its options in one line, like every other mistake."""
+    """A command whose message about a wrong option is one line, like that of every other mistake."""
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
-        # Of a group the word for the command comes first.
+        # In a group, the name of the command comes first.
         _typed[:] = args if parent is None else [info_name or "", *args]
         _program[:] = [] if parent is None else [str(parent.info_name)]
         try:
@@ -153,7 +154,7 @@ def guard(command: Callable[P, None]) -> Callable[P, None]:
             if kwargs.get("debug"):
                 traceback.print_exc()
             fail(str(error))
-        except OSError as error:  # what any use of a path can meet; an expected one has been put into words before
+        except OSError as error:  # faults that any use of a path can have; expected ones are UserErrors
             if error.errno not in PATH_FAULTS:
                 raise
             if kwargs.get("debug"):
@@ -168,7 +169,7 @@ def guard(command: Callable[P, None]) -> Callable[P, None]:
             if kwargs.get("debug"):
                 traceback.print_exc()
             stopped = error if isinstance(error, Interrupted) else Interrupted()
-            if os.environ.get("RANK", "0") == "0":  # torchrun's; of several ranks one speaks
+            if os.environ.get("RANK", "0") == "0":  # torchrun sets it; only one of several ranks prints
                 typer.echo(_stopped(stopped, command.__name__, resumable="resume" in kwargs), err=True)
             raise typer.Exit(stopped.exit_code) from None
 
@@ -176,7 +177,7 @@ def guard(command: Callable[P, None]) -> Callable[P, None]:
 
 
 def _stopped(error: Interrupted, name: str, *, resumable: bool) -> str:
-    """One line: what is kept, and exactly what to type to go on from there."""
+    """One line that says what is kept and what to type to continue."""
     resumes = resumable and error.resume is not False
     kept = f": {error.kept}" if error.kept else ""
     again = "continue with" if resumes or (error.kept and not resumable) else "to start again"
@@ -184,8 +185,8 @@ def _stopped(error: Interrupted, name: str, *, resumable: bool) -> str:
 
 
 def _to_type(name: str, *, resumes: bool) -> str:
-    """The command as it was typed, with --resume if that is how it goes on."""
-    if "WORLD_SIZE" in os.environ:  # torchrun's; what came before the command is not known here
+    """The command as it was typed, with --resume if that continues the run."""
+    if "WORLD_SIZE" in os.environ:  # started by torchrun, whose own command line is not known here
         return "the same command" + (" with --resume" if resumes else "")
     own = name.replace("_", "-")
     program = _program[0] if _program else own if own.startswith("evaluate-") else f"ln-{own}"
@@ -220,12 +221,14 @@ def pick_device(device: Device) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
-def check_writable(path: Path, option: str) -> None:
-    """Find out before an hour of scoring, not after it, that a file cannot be written.
+def check_writable(path: Path | None, option: str) -> None:
+    """Check before an hour of scoring that its results can be written to the file that an option names.
 
     Raises:
-        UserError: it is a directory, or cannot be opened for writing.
+        UserError: the file is a directory, or cannot be opened for writing.
     """
+    if path is None:
+        return
     if path.is_dir():
         raise UserError(f"{option} {path} is a directory; name a file in it")
     try:
@@ -235,6 +238,23 @@ def check_writable(path: Path, option: str) -> None:
             path.unlink()
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}; choose another {option} file") from error
+
+
+def progress() -> Literal[True, "lines"]:
+    """Progress bars in a terminal; elsewhere a line now and then."""
+    return True if sys.stderr.isatty() else "lines"
+
+
+def print_results(results: Results, *, as_json: bool, note: str = "") -> None:
+    """The scores of a removal or an evaluation, as JSON, or as a table with a note below it."""
+    from ln_removal.report.tables import render
+
+    if as_json:
+        typer.echo(results.model_dump_json(indent=2))
+        return
+    render(results, wide_console())
+    if note:
+        typer.echo(note)
 
 
 def print_plan(recipe: Recipe, *, control: bool, device: Device, as_json: bool) -> None:
@@ -262,7 +282,7 @@ def planned_device(device: Device) -> str:
     """
     import shutil
 
-    # PyTorch takes a second to import: not where there is no NVIDIA driver.
+    # PyTorch takes a second to import, which is of no use without an NVIDIA driver.
     if device == "cuda" or (device == "auto" and shutil.which("nvidia-smi")):
         from ln_removal.evaluation.scoring import device_name
 
@@ -271,7 +291,7 @@ def planned_device(device: Device) -> str:
 
 
 def wide_console() -> Console:
-    """A console for tables: as wide as the terminal, and wide enough for them where there is none (a file, a pipe, CI)."""
+    """A console for tables: as wide as the terminal, or 120 columns where there is none (a file, a pipe, CI)."""
     from rich.console import Console
 
     console = Console()

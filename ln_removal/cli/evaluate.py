@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -9,72 +10,86 @@ import typer
 
 from ln_removal.cli import console
 
+SourceArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN|MODEL", help="A run of ln-remove, or one model: tiny, a directory, a Hub id.", show_default=False
+    ),
+]
+TokensOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        metavar="DIR", help="Tokens from ln-prepare; may be repeated. Default: the run's own.", show_default=False
+    ),
+]
+CorpusOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME|PATH",
+        help="Held-out text of a corpus (see ln-prepare --list), or text files; may be repeated.",
+        show_default=False,
+    ),
+]
+OriginalOption = Annotated[
+    str | None, typer.Option(metavar="MODEL", help="The model before, for comparison.", show_default=False)
+]
+ControlOption = Annotated[
+    str | None, typer.Option(metavar="MODEL", help="The vanilla control, for comparison.", show_default=False)
+]
+ContextOption = Annotated[
+    int | None, typer.Option(min=1, help="Tokens in a window. Default: the run's.", show_default=False)
+]
+MaxTokensOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Score at most about this many tokens of each data set. Default: the run's limit on its own tokens, else all.",
+        show_default=False,
+    ),
+]
+StrideOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Let windows overlap: one begins every STRIDE tokens and scores its last STRIDE tokens. Default: the "
+        "context, no overlap.",
+        show_default=False,
+    ),
+]
+QuestionsOption = Annotated[
+    str, typer.Option(metavar="none|completions|hellaswag|FILE", help="Also measure accuracy on these.")
+]
+StressTextOption = Annotated[
+    bool, typer.Option("--odd-text", help="Also score form feeds, tabs, white space, repeated and random tokens.")
+]
+PromptOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="TEXT", help="Let each model continue this text, side by side; may be repeated.", show_default=False
+    ),
+]
+SeedOption = Annotated[
+    int, typer.Option(min=0, help="Seed of the bootstrap intervals, the odd text and the continuations.")
+]
+OutOption = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Write the results there as JSON.", show_default=False)
+]
+
 
 def evaluate(
-    source: Annotated[
-        str,
-        typer.Argument(
-            metavar="RUN|MODEL",
-            help="A run of ln-remove, or one model: tiny, a directory, a Hub id.",
-            show_default=False,
-        ),
-    ],
-    tokens: Annotated[
-        list[Path] | None,
-        typer.Option(
-            metavar="DIR", help="Tokens from ln-prepare; may be repeated. Default: the run's own.", show_default=False
-        ),
-    ] = None,
-    corpus: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME|PATH",
-            help="Held-out text of a corpus (see ln-prepare --list), or text files; may be repeated.",
-            show_default=False,
-        ),
-    ] = None,
-    original: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="The model before, for comparison.", show_default=False)
-    ] = None,
-    control: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="The vanilla control, for comparison.", show_default=False)
-    ] = None,
-    context: Annotated[
-        int | None, typer.Option(min=1, help="Tokens in a window. Default: the run's.", show_default=False)
-    ] = None,
-    max_tokens: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Score at most about this many tokens of each data set. Default: the run's limit on its own tokens, else all.",
-            show_default=False,
-        ),
-    ] = None,
-    stride: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Let windows overlap: one begins every STRIDE tokens and scores its last STRIDE tokens. Default: the "
-            "context, no overlap.",
-            show_default=False,
-        ),
-    ] = None,
-    questions: Annotated[
-        str, typer.Option(metavar="none|completions|hellaswag|FILE", help="Also measure accuracy on these.")
-    ] = "none",
-    odd_text: Annotated[
-        bool, typer.Option("--odd-text", help="Also score form feeds, tabs, white space, repeated and random tokens.")
-    ] = False,
-    prompt: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="TEXT", help="Let each model continue this text, side by side; may be repeated.", show_default=False
-        ),
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the intervals, the odd text and the continuations.")] = 0,
-    out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the results there as JSON.", show_default=False)
-    ] = None,
+    source: SourceArgument,
+    tokens: TokensOption = None,
+    corpus: CorpusOption = None,
+    original: OriginalOption = None,
+    control: ControlOption = None,
+    context: ContextOption = None,
+    max_tokens: MaxTokensOption = None,
+    stride: StrideOption = None,
+    questions: QuestionsOption = "none",
+    stress_text: StressTextOption = False,
+    prompt: PromptOption = None,
+    seed: SeedOption = 0,
+    out: OutOption = None,
     device: console.DeviceOption = "auto",
     as_json: console.JsonOption = False,
     debug: console.DebugOption = False,
@@ -94,50 +109,29 @@ def evaluate(
       ln-evaluate checkpoints/gpt2 --corpus wikitext --corpus the-pile --corpus notes.txt --max-tokens 1000000
       ln-evaluate checkpoints/demo --odd-text --prompt "def read_lines(path):"
     """
-    if out is not None:
-        console.check_writable(out, "--out")
+    console.check_writable(out, "--out")
     place = console.pick_device(device)
 
-    import sys
-    import tempfile
-
     from ln_removal.evaluation import results as results_file
-    from ln_removal.evaluation.scoring import ODD_SEQUENCES, load_question_set, models_to_score, score
-    from ln_removal.report import tables
+    from ln_removal.evaluation.hellaswag import load_question_set
+    from ln_removal.evaluation.scoring import STRESS_SEQUENCES, ScoringOptions, score, scoring_inputs
 
-    with tempfile.TemporaryDirectory(prefix="ln-evaluate-") as workplace:
-        found = models_to_score(
-            source,
-            tokens=tokens or (),
-            corpora=corpus or (),
-            workplace=Path(workplace),
-            original=original,
-            control=control,
-            context=context,
-            max_tokens=max_tokens,
-        )
-        asked = None if questions == "none" else load_question_set(questions)
-        results = score(
-            found.models,
-            found.data,
-            data_name=found.data_name,
-            context=found.context,
-            max_tokens=found.max_tokens,
-            also=found.also,
+    with scoring_inputs(
+        source, tokens or (), corpus or (), original=original, control=control, context=context, max_tokens=max_tokens
+    ) as inputs:
+        options = ScoringOptions(
             stride=stride,
-            questions=asked,
-            odd_sequences_each=ODD_SEQUENCES if odd_text else 0,
+            questions=None if questions == "none" else load_question_set(questions),
+            stress_sequences=STRESS_SEQUENCES if stress_text else 0,
             prompts=prompt or (),
             seed=seed,
             device=place,
             progress=sys.stderr.isatty(),
         )
+        results = score(inputs, options)
     if out is not None:
         results_file.write(results, out)
-    if as_json:
-        typer.echo(results.model_dump_json(indent=2))
-        return
-    tables.render(results, console.wide_console())
+    console.print_results(results, as_json=as_json)
 
 
 app = console.build(evaluate)

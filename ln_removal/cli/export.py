@@ -1,7 +1,8 @@
-"""`ln-export`: an LN-free model in another format."""
+"""`ln-export`: write an LN-free model in another format, or publish it."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,45 +11,52 @@ import typer
 from ln_removal.cli import console
 from ln_removal.errors import UserError
 
+SourceArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN|MODEL",
+        help="A run of ln-remove, the directory of an LN-free model, or a published LN-free model (disarmed LayerNorms): "
+        "its directory or Hub id.",
+        show_default=False,
+    ),
+]
+OutOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Directory to write; must not exist yet. Not needed to publish a run as it is.", show_default=False
+    ),
+]
+FormOption = Annotated[
+    Literal["normfree", "stock"],
+    typer.Option(
+        "--format", help="normfree: no norm module at all. stock: plain GPT2LMHeadModel for any transformers."
+    ),
+]
+DtypeOption = Annotated[
+    Literal["float32", "bfloat16", "float16"], typer.Option(help="Precision of the weights written.")
+]
+WithCodeOption = Annotated[
+    bool,
+    typer.Option(
+        "--with-code",
+        help="Also save the modelling file, for users who pass trust_remote_code instead of installing ln-removal.",
+    ),
+]
+TokenizerOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL", help="Take the tokenizer of this model, where the source has none.", show_default=False
+    ),
+]
+
 
 def export(
-    source: Annotated[
-        str,
-        typer.Argument(
-            metavar="RUN|MODEL",
-            help="A run of ln-remove, the directory of an LN-free model, or a published LN-free model (disarmed LayerNorms): "
-            "its directory or Hub id.",
-            show_default=False,
-        ),
-    ],
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="Directory to write; must not exist yet. Not needed to publish a run as it is.", show_default=False
-        ),
-    ] = None,
-    form: Annotated[
-        Literal["normfree", "stock"],
-        typer.Option(
-            "--format", help="normfree: no norm module at all. stock: plain GPT2LMHeadModel for any transformers."
-        ),
-    ] = "normfree",
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"], typer.Option(help="Precision of the weights written.")
-    ] = "float32",
-    with_code: Annotated[
-        bool,
-        typer.Option(
-            "--with-code",
-            help="Also save the modelling file, for users who pass trust_remote_code instead of installing us.",
-        ),
-    ] = False,
-    tokenizer: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODEL", help="Take the tokenizer of this model, where the source has none.", show_default=False
-        ),
-    ] = None,
+    source: SourceArgument,
+    out: OutOption = None,
+    form: FormOption = "normfree",
+    dtype: DtypeOption = "float32",
+    with_code: WithCodeOption = False,
+    tokenizer: TokenizerOption = None,
     push_to_hub: console.PushOption = None,
     private: console.PrivateOption = False,
     tag: console.TagOption = None,
@@ -65,8 +73,6 @@ def export(
       ln-export apollo-research/gpt2_noLN --tokenizer gpt2 --with-code --out exports/gpt2-noln
       ln-export checkpoints/gpt2 --push-to-hub alice/gpt2-without-layernorm --tag v1.0
     """
-    import sys
-
     from ln_removal.export.hub import check_target, named_target
 
     target = named_target(push_to_hub, private=private, tag=tag)
@@ -76,21 +82,19 @@ def export(
         raise UserError("a run is published as it was exported; for another form, give --out DIR too")
     if target is not None:
         check_target(target)
-    if target is not None and out is None:
-        from ln_removal.pipelines.publishing import publish_run
+    if out is not None:
+        from ln_removal.export.write import export_model
 
-        typer.echo(publish_run(Path(source), target, progress=sys.stderr.isatty()).line)
-        return
-    assert out is not None
-
-    from ln_removal.export.write import export_model
-
-    report = export_model(source, out, form=form, dtype=dtype, tokenizer=tokenizer, with_code=with_code)
-    typer.echo(f"{form} model: {out}   largest relative difference of the logits: {report:.1e}")
+        difference = export_model(source, out, form=form, dtype=dtype, tokenizer=tokenizer, with_code=with_code)
+        typer.echo(f"{form} model: {out}   largest relative difference of the logits: {difference:.1e}")
     if target is not None:
-        from ln_removal.pipelines.publishing import publish_export
+        from ln_removal.pipelines.publishing import publish_export, publish_run
 
-        typer.echo(publish_export(out, source, target, form=form, progress=sys.stderr.isatty()).line)
+        if out is None:
+            published = publish_run(Path(source), target, progress=sys.stderr.isatty())
+        else:
+            published = publish_export(out, source, target, form=form, progress=sys.stderr.isatty())
+        typer.echo(published.line)
 
 
 app = console.build(export)

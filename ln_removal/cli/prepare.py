@@ -1,45 +1,57 @@
-"""`ln-prepare`: a corpus into token shards."""
+"""`ln-prepare`: turn a corpus into token shards."""
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ln_removal.cli import console
+from ln_removal.errors import UserError
+
+if TYPE_CHECKING:
+    from ln_removal.data.tokens import TokenDataset
+
+CorpusArgument = Annotated[
+    str,
+    typer.Argument(
+        help="A named corpus (--list shows them), hub:OWNER/NAME[:CONFIG], or a file or directory.", show_default=False
+    ),
+]
+OutOption = Annotated[
+    Path | None, typer.Option(help="Directory for the tokens. Default: data/CORPUS.", show_default=False)
+]
+TokenizerOption = Annotated[
+    str, typer.Option(help="The model whose tokenizer to use: tiny, gpt2, a directory, a Hub id.")
+]
+MaxTokensOption = Annotated[
+    int | None, typer.Option(min=1, help="Stop after this many training tokens.", show_default=False)
+]
+MaxBytesOption = Annotated[
+    int | None, typer.Option(min=1, help="Read about this much training text.", show_default=False)
+]
+FieldOption = Annotated[
+    str | None, typer.Option(help="Name of the text field in jsonl, parquet or the Hub data set.", show_default=False)
+]
+ListOption = Annotated[bool, typer.Option("--list", help="List the named corpora and stop.")]
 
 
 def prepare(
-    corpus: Annotated[
-        str,
-        typer.Argument(
-            help="A named corpus (--list shows them), hub:OWNER/NAME[:CONFIG], or a file or directory.",
-            show_default=False,
-        ),
-    ] = "",
-    out: Annotated[
-        Path | None, typer.Option(help="Directory for the tokens. Default: data/CORPUS.", show_default=False)
-    ] = None,
-    tokenizer: Annotated[
-        str, typer.Option(help="The model whose tokenizer to use: tiny, gpt2, a directory, a Hub id.")
-    ] = "gpt2",
-    max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Stop after this many training tokens.", show_default=False)
-    ] = None,
-    max_bytes: Annotated[
-        int | None, typer.Option(min=1, help="Read about this much training text.", show_default=False)
-    ] = None,
-    field: Annotated[
-        str | None,
-        typer.Option(help="Name of the text field in jsonl, parquet or the Hub data set.", show_default=False),
-    ] = None,
-    list_corpora: Annotated[bool, typer.Option("--list", help="List the named corpora and stop.")] = False,
+    corpus: CorpusArgument = "",
+    out: OutOption = None,
+    tokenizer: TokenizerOption = "gpt2",
+    max_tokens: MaxTokensOption = None,
+    max_bytes: MaxBytesOption = None,
+    field: FieldOption = None,
+    list_corpora: ListOption = False,
     as_json: console.JsonOption = False,
     debug: console.DebugOption = False,
     version: console.VersionOption = False,
 ) -> None:
-    """Tokenize a corpus into memory-mapped shards. Interrupted, the same command goes on where it stopped.
+    """Tokenize a corpus into memory-mapped shards. After an interruption, the same command goes on where it stopped.
 
     \b
     Examples:
@@ -48,41 +60,17 @@ def prepare(
       ln-prepare openwebtext --max-tokens 600000000 --out data/openwebtext
       ln-prepare texts/ --tokenizer gpt2 --out data/texts
     """
-    from ln_removal.data.open_corpus import known_corpora, open_corpus
-    from ln_removal.errors import UserError
-
     if list_corpora:
+        from ln_removal.data.open_corpus import known_corpora
+
         for name, summary in known_corpora().items():
             typer.echo(f"{name:24} {summary}")
         return
     if not corpus:
         raise UserError("name a corpus, a file or a directory; `ln-prepare --list` shows the named ones")
-    import json
-    import sys
-
-    from ln_removal.data.prepare import prepare as run_prepare
-    from ln_removal.data.prepare import prepare_bar
-    from ln_removal.files.run_directory import remove_unfinished_tokens
-    from ln_removal.models.loading import load_tokenizer, tokenizer_fingerprint
-
-    source = open_corpus(corpus, max_bytes=max_bytes, field=field)
-    loaded = load_tokenizer(tokenizer)
     safe = "".join(character if character.isalnum() or character in "-_." else "-" for character in corpus).strip("-.")
     place = out or Path("data") / (safe or "corpus")
-    try:
-        with prepare_bar(source.name, total=max_tokens, enabled=sys.stderr.isatty()) as show:
-            data = run_prepare(
-                source,
-                loaded,
-                place,
-                tokenizer_name=tokenizer,
-                tokenizer_sha256=tokenizer_fingerprint(loaded),
-                max_tokens=max_tokens,
-                progress=show,
-            )
-    except UserError:
-        remove_unfinished_tokens(place)
-        raise
+    data = _prepared(corpus, place, tokenizer, max_tokens=max_tokens, max_bytes=max_bytes, field=field)
     splits = {
         name: {"tokens": split.tokens, "documents": split.documents, "bytes": split.bytes}
         for name in ("train", "validation")
@@ -98,6 +86,34 @@ def prepare(
             f"{name:10} {counts['tokens']:>14,} tokens  {counts['documents']:>10,} documents  {counts['bytes']:>14,} bytes"
         )
     typer.echo(f"tokens: {place}   train on them with --tokens {place}")
+
+
+def _prepared(
+    corpus: str, place: Path, tokenizer: str, *, max_tokens: int | None, max_bytes: int | None, field: str | None
+) -> TokenDataset:
+    """Prepare the corpus in `place`; after a mistake of the user nothing unfinished is left there."""
+    from ln_removal.data.open_corpus import open_corpus
+    from ln_removal.data.prepare import prepare as run_prepare
+    from ln_removal.data.prepare import prepare_bar
+    from ln_removal.files.run_directory import remove_unfinished_tokens
+    from ln_removal.models.loading import load_tokenizer, tokenizer_fingerprint
+
+    source = open_corpus(corpus, max_bytes=max_bytes, field=field)
+    loaded = load_tokenizer(tokenizer)
+    try:
+        with prepare_bar(source.name, total=max_tokens, enabled=sys.stderr.isatty()) as show:
+            return run_prepare(
+                source,
+                loaded,
+                place,
+                tokenizer_name=tokenizer,
+                tokenizer_sha256=tokenizer_fingerprint(loaded),
+                max_tokens=max_tokens,
+                progress=show,
+            )
+    except UserError:
+        remove_unfinished_tokens(place)
+        raise
 
 
 app = console.build(prepare)

@@ -1,53 +1,64 @@
-"""`ln-pretrain`: a model from scratch, or a grid of them and the table that compares them."""
+"""`ln-pretrain`: train a model from scratch, or a grid of models and the table that compares them."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ln_removal.cli import console
+from ln_removal.errors import UserError
 
 if TYPE_CHECKING:
     from ln_removal.config.sweep import Grid
+    from ln_removal.pipelines.pretraining import PretrainResult
+    from ln_removal.report.sweep_table import GridTable
 
 DEFAULT_RECIPE = "tiny-gpt2"
 
+RecipeOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME|FILE",
+        help=f"A built-in pretraining recipe or a TOML file. Default: {DEFAULT_RECIPE}.",
+        show_default=False,
+    ),
+]
+GridOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME|FILE",
+        help="Instead of a recipe: train the arms of a grid file, such as normfree/table, and print the table of "
+        "their perplexities.",
+        show_default=False,
+    ),
+]
+StepsOption = Annotated[
+    int | None, typer.Option(help="Shorten or lengthen the run with its warm-up.", show_default=False)
+]
+OutOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Directory of the run. Default: checkpoints/RECIPE-run, or checkpoints/GRID-grid.", show_default=False
+    ),
+]
+ResumeOption = Annotated[
+    bool, typer.Option("--resume", help="Continue the run or grid in --out from its newest checkpoint.")
+]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print recipe and estimates; do nothing.")]
+
 
 def pretrain(
-    recipe: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME|FILE",
-            help=f"A built-in pretraining recipe or a TOML file. Default: {DEFAULT_RECIPE}.",
-            show_default=False,
-        ),
-    ] = None,
-    grid: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME|FILE",
-            help="Instead of a recipe: train the arms of a grid file, such as normfree/table, and print the table of "
-            "their perplexities.",
-            show_default=False,
-        ),
-    ] = None,
+    recipe: RecipeOption = None,
+    grid: GridOption = None,
     settings: console.SettingsOption = None,
-    steps: Annotated[
-        int | None, typer.Option(help="Shorten or lengthen the run with its warm-up.", show_default=False)
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="Directory of the run. Default: checkpoints/RECIPE-run, or checkpoints/GRID-grid.", show_default=False
-        ),
-    ] = None,
+    steps: StepsOption = None,
+    out: OutOption = None,
     tokens: console.TokensOption = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the run or grid in --out from its newest checkpoint.")
-    ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print recipe and estimates; do nothing.")] = False,
+    resume: ResumeOption = False,
+    dry_run: DryRunOption = False,
     wandb: console.WandbOption = None,
     device: console.DeviceOption = "auto",
     as_json: console.JsonOption = False,
@@ -62,14 +73,11 @@ def pretrain(
       ln-pretrain --recipe tiny-gpt2 --steps 50 --set architecture.n_layer=2 --out checkpoints/trial
       ln-pretrain --grid normfree/table --out checkpoints/normfree-table
     """
-    import json
-    import sys
-
     from ln_removal.config.presets import resolve_pretraining
     from ln_removal.config.recipe import parse_overrides
-    from ln_removal.errors import UserError
 
     overrides = parse_overrides(settings or [])
+    common: dict[str, Any] = {"tokens": tokens, "resume": resume, "device": device, "wandb_project": wandb}
     if grid is not None:
         if recipe is not None:
             raise UserError("--grid names its base recipe itself; leave --recipe out, or --grid")
@@ -80,23 +88,9 @@ def pretrain(
             _print_grid_plan(found, device=device, as_json=as_json)
             return
         from ln_removal.pipelines.sweep import run_grid
-        from ln_removal.report.sweep_table import TABLE_MARKDOWN, render_table
 
         place = out or Path("checkpoints") / f"{found.name}-grid"
-        table = run_grid(
-            found,
-            place,
-            tokens=tokens,
-            resume=resume,
-            device=device,
-            wandb_project=wandb,
-            progress=True if sys.stderr.isatty() else "lines",
-        )
-        if as_json:
-            typer.echo(json.dumps(table.to_json(), indent=2))
-            return
-        render_table(table, console.wide_console())
-        typer.echo(f"table: {place / TABLE_MARKDOWN}")
+        _print_table(run_grid(found, place, progress=console.progress(), **common), place, as_json=as_json)
         return
     resolved = resolve_pretraining(recipe or DEFAULT_RECIPE, overrides=overrides, steps=steps)
     if dry_run:
@@ -105,17 +99,12 @@ def pretrain(
     from ln_removal.pipelines.pretraining import pretrain as run_pretrain
 
     place = out or Path("checkpoints") / f"{resolved.name}-run"
-    result = run_pretrain(
-        resolved,
-        place,
-        tokens=tokens,
-        resume=resume,
-        device=device,
-        wandb_project=wandb,
-        progress=True if sys.stderr.isatty() else "lines",
-    )
+    _print_scores(run_pretrain(resolved, place, progress=console.progress(), **common), as_json=as_json)
+
+
+def _print_scores(result: PretrainResult, *, as_json: bool) -> None:
     if as_json:
-        figures = {
+        scores = {
             "model": str(result.model),
             "cross_entropy": result.cross_entropy,
             "bits_per_byte": result.bits_per_byte,
@@ -123,16 +112,24 @@ def pretrain(
             "seconds": result.training.seconds,
             "skipped_steps": result.training.skipped_steps,
         }
-        typer.echo(json.dumps(figures, indent=2))
+        typer.echo(json.dumps(scores, indent=2))
         return
     per_byte = "" if result.bits_per_byte is None else f", {result.bits_per_byte:.4f} bits per byte"
     typer.echo(f"model: {result.model}   validation cross-entropy {result.cross_entropy:.4f} nats per token{per_byte}")
 
 
+def _print_table(table: GridTable, place: Path, *, as_json: bool) -> None:
+    from ln_removal.report.sweep_table import TABLE_MARKDOWN, render_table
+
+    if as_json:
+        typer.echo(json.dumps(table.to_json(), indent=2))
+        return
+    render_table(table, console.wide_console())
+    typer.echo(f"table: {place / TABLE_MARKDOWN}")
+
+
 def _print_grid_plan(grid: Grid, *, device: console.Device, as_json: bool) -> None:
     """What --dry-run prints: every arm with tokens, parameters and estimates, and the total."""
-    import json
-
     from ln_removal.pipelines.plan import plan_grid
 
     found = plan_grid(grid, device=console.planned_device(device))

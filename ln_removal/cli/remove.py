@@ -1,56 +1,59 @@
-"""`ln-remove`: the main job."""
+"""`ln-remove`: take the LayerNorms out of a GPT-2."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ln_removal.cli import console
 from ln_removal.errors import UserError
 
+if TYPE_CHECKING:
+    from ln_removal.export.hub import HubTarget
+
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        help="tiny, gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2, a directory or a Hub id.", show_default=False
+    ),
+]
+RecipeOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME|FILE", help="A built-in recipe or a TOML file. Default: the model's own.", show_default=False
+    ),
+]
+StepsOption = Annotated[
+    int | None, typer.Option(help="Shorten or lengthen the run together with its schedule.", show_default=False)
+]
+OutOption = Annotated[
+    Path | None,
+    typer.Option(help="Directory of the run. Default: checkpoints/NAME of the recipe or model.", show_default=False),
+]
+ControlOption = Annotated[bool, typer.Option("--control", help="Also train the control that keeps its LayerNorms.")]
+QuestionsOption = Annotated[
+    str, typer.Option(metavar="auto|completions|hellaswag|none|FILE", help="What accuracy is measured on.")
+]
+ResumeOption = Annotated[
+    bool,
+    typer.Option("--resume", help="Continue the run in --out from its newest checkpoint; its recipe is the default."),
+]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print recipe, schedule and estimates; do nothing.")]
+
 
 def remove(
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="tiny, gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2, a directory or a Hub id.",
-            show_default=False,
-        ),
-    ] = None,
-    recipe: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME|FILE", help="A built-in recipe or a TOML file. Default: the model's own.", show_default=False
-        ),
-    ] = None,
+    model: ModelOption = None,
+    recipe: RecipeOption = None,
     settings: console.SettingsOption = None,
-    steps: Annotated[
-        int | None, typer.Option(help="Shorten or lengthen the run together with its schedule.", show_default=False)
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="Directory of the run. Default: checkpoints/NAME of the recipe or model.", show_default=False
-        ),
-    ] = None,
+    steps: StepsOption = None,
+    out: OutOption = None,
     tokens: console.TokensOption = None,
-    control: Annotated[
-        bool, typer.Option("--control", help="Also train the control that keeps its LayerNorms.")
-    ] = False,
-    questions: Annotated[
-        str, typer.Option(metavar="auto|completions|hellaswag|none|FILE", help="What accuracy is measured on.")
-    ] = "auto",
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume", help="Continue the run in --out from its newest checkpoint; its recipe is the default."
-        ),
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print recipe, schedule and estimates; do nothing.")
-    ] = False,
+    control: ControlOption = False,
+    questions: QuestionsOption = "auto",
+    resume: ResumeOption = False,
+    dry_run: DryRunOption = False,
     wandb: console.WandbOption = None,
     push_to_hub: console.PushOption = None,
     private: console.PrivateOption = False,
@@ -71,31 +74,21 @@ def remove(
       ln-remove --control --out checkpoints/gpt2 --resume
       ln-remove --model gpt2 --control --out checkpoints/gpt2 --push-to-hub alice/gpt2-without-layernorm
     """
-    import sys
-
     from ln_removal.config.recipe import parse_overrides
-    from ln_removal.export.hub import named_target
+    from ln_removal.export.hub import check_target, named_target
     from ln_removal.pipelines.plan import resolve_recipe
 
-    if resume and out is not None and model is None and recipe is None:
-        if not (out / "recipe.toml").is_file():
-            raise UserError(f"{out} holds no recipe.toml, so there is no run to resume; name the run's own directory")
-        recipe = str(out / "recipe.toml")
+    recipe = recipe or (_recipe_of_run(out) if resume and out is not None and model is None else None)
     resolved = resolve_recipe(model=model, recipe=recipe, overrides=parse_overrides(settings or []), steps=steps)
     target = named_target(push_to_hub, private=private, tag=tag)
     if dry_run:
         console.print_plan(resolved, control=control, device=device, as_json=as_json)
         return
-    # A model without a recipe of its own borrows one: the run is still named after the model.
-    own = Path(model).name if model is not None and recipe is None else ""
-    place = out or Path("checkpoints") / (own or resolved.name)
-
-    from ln_removal.export.hub import check_target
-    from ln_removal.pipelines.removal import remove as run_removal
-    from ln_removal.report.tables import render
-
     if target is not None:
         check_target(target)  # now, not after hours of training
+    from ln_removal.pipelines.removal import remove as run_removal
+
+    place = out or Path("checkpoints") / _run_name(model, recipe, resolved.name)
     results = run_removal(
         resolved,
         place,
@@ -105,21 +98,36 @@ def remove(
         resume=resume,
         device=device,
         wandb_project=wandb,
-        progress=True if sys.stderr.isatty() else "lines",
+        progress=console.progress(),
     )
-    if as_json:
-        typer.echo(results.model_dump_json(indent=2))
-    else:
-        render(results, console.wide_console())
-        typer.echo(f"LN-free model: {place / 'model'}   scores: {place / 'results.json'}")
-    if target is not None:
-        from accelerate import PartialState
+    note = f"LN-free model: {place / 'model'}   scores: {place / 'results.json'}"
+    console.print_results(results, as_json=as_json, note=note)
+    _publish(place, target, as_json=as_json)
 
-        from ln_removal.pipelines.publishing import publish_run
 
-        if PartialState().is_main_process:
-            published = publish_run(place, target, progress=sys.stderr.isatty())
-            typer.echo(published.line, err=as_json)
+def _run_name(model: str | None, recipe: str | None, resolved: str) -> str:
+    """The recipe's name, or the model's: a model without a recipe of its own borrows one."""
+    return (Path(model).name if model is not None and recipe is None else "") or resolved
+
+
+def _recipe_of_run(out: Path) -> str:
+    """The recipe of the run that is resumed, as a path."""
+    if not (out / "recipe.toml").is_file():
+        raise UserError(f"{out} holds no recipe.toml, so there is no run to resume; name the run's own directory")
+    return str(out / "recipe.toml")
+
+
+def _publish(run: Path, target: HubTarget | None, *, as_json: bool) -> None:
+    if target is None:
+        return
+    import sys
+
+    from accelerate import PartialState
+
+    from ln_removal.pipelines.publishing import publish_run
+
+    if PartialState().is_main_process:
+        typer.echo(publish_run(run, target, progress=sys.stderr.isatty()).line, err=as_json)
 
 
 app = console.build(remove)

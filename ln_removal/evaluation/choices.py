@@ -1,7 +1,7 @@
-"""Log-probabilities of several endings of one context, computed with the context read once.
+"""Log-probabilities of several endings of one context, computed in one forward pass that reads the context once.
 
-A row holds context + ending 1 + ending 2 + ...; an attention mask lets each ending see the context and itself, and its
-position ids continue from the context, so every ending is scored as if it stood there alone:
+A row holds context + ending 1 + ending 2 + ... An attention mask lets each ending attend to the context and to itself, and
+its position ids continue from the context, so every ending is scored as if it were the only one:
 
     tokens     c0 c1 c2 a0 a1 b0 b1 b2
     positions   0  1  2  3  4  3  4  5
@@ -31,7 +31,7 @@ CONTEXT, PADDING = 0, -1  # segments of a row; ending e is segment e + 1
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Token ids of a context and of its endings; `name` stands in error messages."""
+    """Token ids of a context and of its endings; error messages use `name`."""
 
     name: str
     context: list[int]
@@ -40,7 +40,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What is computed in one row: a context, distinct endings, and for each the (prompt, ending) pairs it answers."""
+    """What is computed in one row: a context, different endings, and for each ending the (prompt, ending) pairs it answers."""
 
     context: list[int]
     endings: list[list[int]]
@@ -48,7 +48,7 @@ class Row:
 
     @property
     def length(self) -> int:
-        """Positions in the row. The last token of an ending is predicted, never read."""
+        """Positions in the row. The last token of an ending is only predicted, so it takes none."""
         return len(self.context) + sum(len(ending) - 1 for ending in self.endings)
 
 
@@ -64,24 +64,24 @@ def ending_log_probs(
 ) -> list[npt.NDArray[np.float64]]:
     """Summed log-probability, in nats, of every ending after its context.
 
-    A context that does not fit is cut at its left end, for each ending by just as much as that ending needs (lm-eval's
-    rule: the last n_positions + 1 tokens of context and ending count, of which the last is only predicted).
+    A context that does not fit is cut at its left end, for each ending by as much as that ending needs. This is lm-eval's
+    rule: it keeps the last n_positions + 1 tokens of context and ending, of which the last is only predicted.
 
     Args:
-        model: a Hugging Face causal language model; GPT-2 with norms, with freezable norms, or without.
+        model: a Hugging Face causal language model; with norms, with freezable norms, or without.
         prompts: contexts and endings; none of them empty.
-        batch_tokens: positions in one forward, padding included, or "auto".
-        packed: all endings of a prompt in one row, or each in its own; default: packed where model and attention
-            implementation take a mask of their own (GPT-2 with sdpa or eager attention).
-        device: where to compute; default: where the model is.
-        precision: "bfloat16" runs the forward under autocast.
-        progress: a progress bar on standard error, with this label when a string.
+        batch_tokens: positions in one forward pass, padding included, or "auto".
+        packed: whether all endings of a prompt share a row. Default: they do where model and attention implementation
+            accept a mask (GPT-2 with sdpa or eager attention).
+        device: where to compute. Default: where the model is.
+        precision: "bfloat16" runs the forward pass under autocast.
+        progress: show a progress bar on standard error; a string is its label.
 
     Returns:
         For each prompt an array (E,).
 
     Raises:
-        UserError: an ending longer than the model's context, or a score that is not finite.
+        UserError: an ending is longer than the model's context, or a score is not finite.
     """
     device = torch.device(device) if device is not None else next(model.parameters()).device
     budget = BATCH_TOKENS.get(device.type, BATCH_TOKENS["cpu"]) if batch_tokens == "auto" else batch_tokens
@@ -107,16 +107,16 @@ def ending_log_probs(
 
 
 def takes_tree_mask(model: Any) -> bool:
-    """Whether `model` follows a mask (B, 1, T, T) and the position ids that go with it."""
+    """Whether `model` accepts an attention mask (B, 1, T, T) and position ids."""
     learned_positions = hasattr(getattr(model, "transformer", None), "wpe")
     return learned_positions and getattr(model.config, "_attn_implementation", None) in ("sdpa", "eager")
 
 
 def pack(prompts: Sequence[Prompt], n_positions: int, *, together: bool) -> list[Row]:
-    """Rows that answer all prompts, longest first (so that memory runs out at once or not at all).
+    """Rows that answer all prompts. The longest come first, so that a lack of memory shows in the first batch.
 
-    Equal endings of a prompt are computed once, which also keeps their scores exactly equal. Endings share a row where
-    they leave equally much of the context.
+    Equal endings of a prompt are computed once, which also makes their scores exactly equal. With `together`, endings
+    share a row where the same part of the context fits in front of them.
     """
     rows: list[Row] = []
     for number, prompt in enumerate(prompts):
@@ -137,7 +137,7 @@ def pack(prompts: Sequence[Prompt], n_positions: int, *, together: bool) -> list
 
 
 def batches(rows: list[Row], budget: int) -> Iterator[list[Row]]:
-    """Neighbouring rows whose padded size stays within `budget` positions (one row at least)."""
+    """Batches of successive rows whose padded size is at most `budget` positions; one row at least."""
     start = 0
     while start < len(rows):
         count = max(1, budget // rows[start].length)
@@ -146,7 +146,7 @@ def batches(rows: list[Row], budget: int) -> Iterator[list[Row]]:
 
 
 def _batch_log_probs(model: nn.Module, rows: list[Row], device: torch.device) -> npt.NDArray[np.float64]:
-    """Summed log-probabilities of the endings of `rows`, in order; what does not fit in memory is done in halves."""
+    """Summed log-probabilities of the endings of `rows`, in order; rows that do not fit into memory are computed in halves."""
     try:
         inputs, positions, targets = _tensors(model, rows, device)
         losses = position_losses(model, targets=targets, positions=positions, **inputs).double().cpu().numpy()
@@ -186,15 +186,15 @@ def _tensors(model: Any, rows: list[Row], device: torch.device) -> tuple[dict[st
     if any(len(row.endings) > 1 for row in rows):
         inputs["position_ids"] = torch.from_numpy(position_ids).to(device)
         inputs["attention_mask"] = _tree_mask(model, torch.from_numpy(segments).to(device))
-    # Otherwise rows are plain text padded on the right: the model's own causal mask and positions are the right ones.
+    # Rows with one ending are plain text padded on the right, for which the model's own mask and positions are right.
     return inputs, torch.tensor(predicting, device=device), torch.tensor(targets, device=device)
 
 
 def _tree_mask(model: Any, segments: Tensor) -> Tensor:
-    """(B, 1, T, T): a position sees what stands before it in its own segment and in the context.
+    """(B, 1, T, T): a position attends to the positions before it in its own segment and in the context.
 
-    Boolean for sdpa; additive for eager attention, which adds whatever it is given. Padding sees the context too, so no
-    row of the softmax is empty.
+    The mask is boolean for sdpa and additive for eager attention. Padding attends to the context too, so no row of the
+    softmax is empty.
     """
     width = segments.shape[1]
     causal = torch.ones(width, width, dtype=torch.bool, device=segments.device).tril()

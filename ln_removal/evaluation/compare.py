@@ -1,6 +1,4 @@
-"""Compare models on the same text: one data set or one set of stress texts, read by several models in turn.
-
-The result has their figures, the differences with bootstrap intervals, and the worst samples.
+"""Compare models on the same input: the tokens of a data set, stress texts, and prompts that they continue.
 
 Shape legend: M scored tokens, N windows or sequences, T positions, U units of the bootstrap.
 """
@@ -13,24 +11,27 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from ln_removal.data.sampler import Window
 from ln_removal.data.tokens import Tokens
-from ln_removal.evaluation.bootstrap import CONFIDENCE, bootstrap_means
-from ln_removal.evaluation.loss import LossResult
+from ln_removal.errors import UserError
+from ln_removal.evaluation.bootstrap import CONFIDENCE, Units, bootstrap_means, units_of
+from ln_removal.evaluation.loss import BATCH_TOKENS, LossResult, position_losses, scoring
 from ln_removal.evaluation.results import (
     ROLES,
+    ByRole,
     Calibration,
     DataScores,
     Difference,
     LossSpread,
-    OddText,
     PositionLoss,
-    Trio,
+    StressText,
     WorstSample,
     spread_of,
 )
-from ln_removal.evaluation.statistics import Units, by_position, token_statistics, units_of
+from ln_removal.evaluation.statistics import by_position, token_statistics
 from ln_removal.models.precision import Precision
 
 if TYPE_CHECKING:
@@ -39,32 +40,37 @@ if TYPE_CHECKING:
 
     from ln_removal.data.tokens import TokenDataset
 
+Array = npt.NDArray[Any]
+
 WORST_SAMPLES = 6
 TOKENS_BEFORE, TOKENS_AFTER = 120, 40
 PAIRS = (("ln_free", "control"), ("ln_free", "original"), ("control", "original"))
 
-SAMPLE_TOKENS = 60
-"""Tokens of the worst sequence that are shown."""
+STRESS_TOKENS_SHOWN = 60
+"""Tokens of the worst sequence of a kind of stress text that the results keep."""
+
+TEMPERATURE = 0.8
 
 
 @dataclass(frozen=True)
-class _Read:
-    """What is kept of one model's reading: nothing of size M."""
+class _Reading:
+    """What is kept of one model on a data set. Nothing in it has size M."""
 
     summary: LossResult
     calibration: Calibration
     by_position: tuple[PositionLoss, ...]
-    unit_sums: npt.NDArray[Any]  # (U,)
-    window_means: npt.NDArray[Any]  # (N,)
-    costliest: list[tuple[int, float]]  # for each window: the input before its costliest token, and that token's loss
+    unit_sums: Array  # (U,)
+    window_means: Array  # (N,)
+    costliest: list[
+        tuple[int, float]
+    ]  # for each window: the position before its costliest token, and that token's loss
 
 
-class SideBySide:
-    """Collects what models say of the same validation tokens.
+class Comparison:
+    """Losses of several models on the same validation tokens, collected one model at a time.
 
     Args:
         name: of the data set, for the results.
-        data: prepared tokens.
         context, stride, max_tokens: as in `statistics.token_statistics`.
     """
 
@@ -83,19 +89,19 @@ class SideBySide:
         self.stride = stride
         self.max_tokens = max_tokens
         self._split = data.split("validation")
-        self._read: dict[str, _Read] = {}
+        self._readings: dict[str, _Reading] = {}
         self._windows: list[Window] = []
         self._units: Units | None = None
 
     def add(
         self, role: str, model: nn.Module, *, precision: Precision = "float32", progress: bool | str = False
     ) -> LossResult:
-        """Let a model read the tokens; each role once.
+        """Score a model on the tokens; each role once.
 
         Raises:
             UserError: as `statistics.token_statistics`.
         """
-        assert role in ROLES and role not in self._read, role
+        assert role in ROLES and role not in self._readings, role
         found = token_statistics(
             model,
             self._split,
@@ -109,7 +115,7 @@ class SideBySide:
             self._windows = list(found.windows)
             self._units = units_of(found.windows, self._split, eot_token_id=self.data.eot_token_id)
         sizes = np.array([window.scored for window in found.windows])
-        self._read[role] = _Read(
+        self._readings[role] = _Reading(
             summary=found.summary(self._split),
             calibration=found.calibration(),
             by_position=by_position(found),
@@ -120,17 +126,18 @@ class SideBySide:
                 for window, place in found.window_slices()
             ],
         )
-        return self._read[role].summary
+        return self._readings[role].summary
 
     def scores(self, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0) -> DataScores:
-        """The figures of all models that have read.
+        """The scores of all models that were added.
 
         Args:
-            tokenizer: that made the tokens, to show samples.
+            tokenizer: the one that made the tokens; it decodes the worst samples.
             seed: of the bootstrap.
         """
-        assert self._units is not None, "no model has read anything"
-        summaries = {role: read.summary for role, read in self._read.items()}
+        assert self._units is not None, "no model was added"
+        readings = self._readings
+        summaries = {role: reading.summary for role, reading in readings.items()}
         any_summary = next(iter(summaries.values()))
         intervals, differences = self._bootstrap(self._units, seed)
         return DataScores(
@@ -139,13 +146,15 @@ class SideBySide:
             windows=any_summary.windows,
             context=self.context,
             stride=self.stride or self.context,
-            cross_entropy=Trio[float](**{role: loss.cross_entropy for role, loss in summaries.items()}),
-            bits_per_byte=Trio[float](**{role: loss.bits_per_byte for role, loss in summaries.items()}),
-            loss_spread=Trio[LossSpread](**{role: spread_of(loss) for role, loss in summaries.items()}),
-            interval=Trio[tuple[float, float]](**intervals),
+            cross_entropy=ByRole[float](**{role: loss.cross_entropy for role, loss in summaries.items()}),
+            bits_per_byte=ByRole[float](**{role: loss.bits_per_byte for role, loss in summaries.items()}),
+            loss_spread=ByRole[LossSpread](**{role: spread_of(loss) for role, loss in summaries.items()}),
+            interval=ByRole[tuple[float, float]](**intervals),
             differences=differences,
-            calibration=Trio[Calibration](**{role: read.calibration for role, read in self._read.items()}),
-            by_position=Trio[tuple[PositionLoss, ...]](**{role: read.by_position for role, read in self._read.items()}),
+            calibration=ByRole[Calibration](**{role: reading.calibration for role, reading in readings.items()}),
+            by_position=ByRole[tuple[PositionLoss, ...]](
+                **{role: reading.by_position for role, reading in readings.items()}
+            ),
             worst=self._worst(tokenizer),
         )
 
@@ -153,10 +162,11 @@ class SideBySide:
         """The interval of each mean and of each paired difference; none from a single unit."""
         if len(units.counts) < 2:
             return {}, ()
-        roles = list(self._read)
-        pairs = [(model, than) for model, than in PAIRS if model in self._read and than in self._read]
-        rows = [self._read[role].unit_sums for role in roles]
-        rows += [self._read[model].unit_sums - self._read[than].unit_sums for model, than in pairs]
+        readings = self._readings
+        roles = list(readings)
+        pairs = [(model, than) for model, than in PAIRS if model in readings and than in readings]
+        rows = [readings[role].unit_sums for role in roles]
+        rows += [readings[model].unit_sums - readings[than].unit_sums for model, than in pairs]
         found = bootstrap_means(np.stack(rows), units.counts, seed=seed)
         intervals = {role: (interval.low, interval.high) for role, interval in zip(roles, found, strict=False)}
         return intervals, tuple(
@@ -174,19 +184,19 @@ class SideBySide:
         )
 
     def _worst(self, tokenizer: PreTrainedTokenizerBase) -> tuple[WorstSample, ...]:
-        """The windows with the highest mean loss of the LN-free model, or of the one that there is."""
-        ranked_by = next(role for role in reversed(ROLES) if role in self._read)
-        read = self._read[ranked_by]
-        order = np.argsort(read.window_means, kind="stable")[::-1]  # a loss that is not a number comes first
+        """The windows with the highest mean loss under the model of `_last_role`."""
+        ranked_by = _last_role(self._readings)
+        reading = self._readings[ranked_by]
+        order = np.argsort(reading.window_means, kind="stable")[::-1]  # a loss that is NaN comes first
         samples = []
         for number in order[:WORST_SAMPLES]:
             window = self._windows[number]
-            position, token_loss = read.costliest[number]
+            position, token_loss = reading.costliest[number]
             tokens = self._split.read(window.shard, window.start, window.count + 1).tolist()
             samples.append(
                 WorstSample(
                     ranked_by=ranked_by,
-                    loss=Trio[float](**{role: float(r.window_means[number]) for role, r in self._read.items()}),
+                    loss=ByRole[float](**{role: float(r.window_means[number]) for role, r in self._readings.items()}),
                     tokens=window.scored,
                     shard=window.shard,
                     start=window.start,
@@ -200,25 +210,22 @@ class SideBySide:
         return tuple(samples)
 
 
-def odd_losses(
-    model: nn.Module,
-    sequences: Mapping[str, Tokens],
-    *,
-    precision: Precision = "float32",
-) -> dict[str, npt.NDArray[Any]]:
-    """Loss of every token but the first of each sequence, nats: for each kind an array (N, T - 1).
+def _last_role(found: Mapping[str, object]) -> str:
+    """The LN-free model's role if it is among `found`, else the control's, else the original's."""
+    return next(role for role in reversed(ROLES) if role in found)
+
+
+def stress_losses(
+    model: nn.Module, sequences: Mapping[str, Tokens], *, precision: Precision = "float32"
+) -> dict[str, Array]:
+    """Loss in nats of every token but the first of each sequence: an array (N, T - 1) for each kind.
 
     Args:
-        model: a language model, where it is to run.
-        sequences: from `odd_sequences`; T is at least 2 and at most the model's positions.
-        precision: of the forward passes.
+        model: a language model, on the device where it is to run.
+        sequences: (N, T) tokens by kind, from `stress_text`; T is at least 2 and at most the model's positions.
     """
-    import torch
-
-    from ln_removal.evaluation.loss import BATCH_TOKENS, position_losses, scoring
-
     device = next(model.parameters()).device
-    losses: dict[str, npt.NDArray[Any]] = {}
+    losses: dict[str, Array] = {}
     with scoring(model, device, precision):
         for kind, rows in sequences.items():
             assert rows.shape[1] > 1, "a single token predicts nothing"
@@ -232,32 +239,95 @@ def odd_losses(
     return losses
 
 
-def compare_odd_text(
-    tokenizer: PreTrainedTokenizerBase,
-    sequences: Mapping[str, Tokens],
-    losses: Mapping[str, Mapping[str, npt.NDArray[Any]]],
-) -> tuple[OddText, ...]:
-    """Models side by side on odd text, one entry a kind.
+def compare_stress_texts(
+    tokenizer: PreTrainedTokenizerBase, sequences: Mapping[str, Tokens], losses: Mapping[str, Mapping[str, Array]]
+) -> tuple[StressText, ...]:
+    """The losses of several models on stress texts, one entry for each kind.
 
     Args:
-        tokenizer: that made the sequences.
-        sequences: from `odd_sequences`. losses: by role, from `odd_losses`.
+        tokenizer: the one that made the sequences; it decodes the worst of each kind.
+        sequences: (N, T) tokens by kind, from `stress_text`.
+        losses: by role, from `stress_losses`.
     """
-    ranked_by = next(role for role in reversed(ROLES) if role in losses)
+    ranked_by = _last_role(losses)
     found = []
     for kind, rows in sequences.items():
         means = {role: by_kind[kind].mean(axis=1, dtype=np.float64) for role, by_kind in losses.items()}
         worst = int(np.argmax(means[ranked_by]))
         found.append(
-            OddText(
+            StressText(
                 kind=kind,
                 sequences=len(rows),
                 context=rows.shape[1],
-                loss=Trio[float](**{role: float(values.mean()) for role, values in means.items()}),
-                median=Trio[float](**{role: float(np.median(by_kind[kind])) for role, by_kind in losses.items()}),
-                worst=Trio[float](**{role: float(values.max()) for role, values in means.items()}),
+                loss=ByRole[float](**{role: float(values.mean()) for role, values in means.items()}),
+                median=ByRole[float](**{role: float(np.median(by_kind[kind])) for role, by_kind in losses.items()}),
+                worst=ByRole[float](**{role: float(values.max()) for role, values in means.items()}),
                 ranked_by=ranked_by,
-                sample=str(tokenizer.decode(rows[worst][:SAMPLE_TOKENS].tolist())),
+                sample=str(tokenizer.decode(rows[worst][:STRESS_TOKENS_SHOWN].tolist())),
             )
         )
     return tuple(found)
+
+
+@torch.inference_mode()
+def sample_text(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    *,
+    max_new_tokens: int = 80,
+    temperature: float = TEMPERATURE,
+    top_k: int = 40,
+    seed: int = 0,
+) -> str:
+    """Continue `prompt` token by token, up to an end-of-text token, `max_new_tokens` or the end of the context.
+
+    Each token is drawn with its own uniform number, by inverse transform over the `top_k` tokens in order of their
+    probability. The numbers depend on the seed alone, so models with similar predictions write similar texts.
+
+    Args:
+        model: a language model in evaluation mode, on the device where it is to run.
+        temperature: 0 takes the likeliest token every time.
+
+    Raises:
+        UserError: the prompt gives no token, or leaves no room in the model's context.
+    """
+    positions = int(model.config.max_position_embeddings)
+    ids = encode_prompt(tokenizer, prompt, positions)
+    device = next(model.parameters()).device
+    uniform = torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).tolist()
+    written: list[int] = []
+    cache = None
+    step = torch.tensor([ids], device=device)
+    for number in range(min(max_new_tokens, positions - len(ids))):
+        output = model(input_ids=step, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        chosen = _draw(output.logits[0, -1], uniform[number], temperature, top_k)
+        if chosen == tokenizer.eos_token_id:
+            break
+        written.append(chosen)
+        step = torch.tensor([[chosen]], device=device)
+    return str(tokenizer.decode(written))
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, positions: int) -> list[int]:
+    """The tokens of a prompt that a model with so many positions can continue.
+
+    Raises:
+        UserError: the prompt gives no token, or leaves no room in the model's context.
+    """
+    ids: list[int] = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+    if not ids:
+        raise UserError("the prompt is empty; give --prompt some text")
+    if len(ids) >= positions:
+        raise UserError(f"the prompt has {len(ids)} tokens, the model {positions} positions; shorten it")
+    return ids
+
+
+def _draw(logits: Tensor, uniform: float, temperature: float, top_k: int) -> int:
+    """A token from logits (V,): the likeliest at temperature 0, else the one at `uniform` of the cumulative probability."""
+    values, tokens = logits.double().cpu().topk(min(top_k, logits.numel()))
+    if temperature == 0:
+        return int(tokens[0])
+    cumulative = (values / temperature).softmax(dim=-1).cumsum(dim=-1)
+    return int(tokens[min(int((cumulative < uniform).sum()), len(tokens) - 1)])

@@ -1,9 +1,9 @@
 """A completion test for models of Python: HellaSwag's format, built from modules that the model was never trained on.
 
 A question shows consecutive lines of a real module and offers four continuations: the next one to three lines, and
-three runs of lines from other modules that begin at the same indentation, have as many lines where such are to be
-found, and differ by at most 15 % in length. So neither length nor layout gives the answer away. Only endings that a
-reader has a chance to foresee are asked for: at least half of the names in the right one have occurred in the context.
+three runs of lines from other modules. These begin at the same indentation, have the same number of lines if such runs
+exist, and differ by at most 15 % in length, so neither length nor layout gives the answer away. At least half of the names
+in the right ending occur in the context, so that it can be foreseen.
 
 Questions depend on the modules and the seed alone: same modules, same questions. Score them with the protocol `code`.
 """
@@ -28,10 +28,10 @@ ENDING_LINES = 3
 LENGTH_TOLERANCE = 0.15
 
 STRIDE_BYTES = 240
-"""Distance between two questions of a module. Their contexts may overlap, their right endings never do."""
+"""Distance between two questions of a module. Their contexts may overlap; their right endings do not."""
 
 KNOWN_NAMES = 0.5
-"""Share of a right ending's names that the context has shown. Without it a quarter of the questions is guesswork."""
+"""Share of the right ending's names that must occur in the context. Without this rule, a quarter of the questions are guesses."""
 
 LONG_LINE = 20  # characters from which a line that stands in several places counts as boilerplate
 COMMON_LINE = 3  # places
@@ -56,7 +56,7 @@ class _Module:
 
 @dataclass
 class _Pool:
-    """Runs by indentation and number of lines, ordered by size, so that those of a given size are a slice."""
+    """Runs by indentation and number of lines, ordered by size, so that the runs of a range of sizes are a slice."""
 
     runs: dict[tuple[str, int], list[_Run]] = field(default_factory=lambda: defaultdict(list))
     sizes: dict[tuple[str, int], list[int]] = field(default_factory=dict)
@@ -70,14 +70,14 @@ class _Pool:
             self.sizes[key] = [run.size for run in runs]
 
     def draw(self, random: Random, indent: str, count: int, size: int, fits: Callable[[_Run], bool]) -> _Run | None:
-        """A run of about `size` bytes that fits, with `count` lines where there is one, else with another number."""
+        """A run of about `size` bytes that fits, with `count` lines if there is one, else with another number of lines."""
         room = int(size * LENGTH_TOLERANCE)
         for lines in (count, *(other for other in range(1, ENDING_LINES + 1) if other != count)):
             sizes = self.sizes.get((indent, lines), [])
             low, high = bisect_left(sizes, size - room), bisect_right(sizes, size + room)
             if low == high:
                 continue
-            # From a drawn place on, round once: every run of the slice gets its chance and the search always ends.
+            # The search goes once around the slice from a drawn place, so every run is tried and the search ends.
             start = _below(random, high - low)
             for step in range(high - low):
                 run = self.runs[indent, lines][low + (start + step) % (high - low)]
@@ -93,15 +93,14 @@ def build_completions(
 
     Args:
         modules: (name, text) of modules that no model under test was trained on, in any order.
-        count: how many questions; fewer come back when the modules hold fewer.
-        seed: of every random choice.
+        count: how many questions; there may be fewer when the modules are small.
 
     Returns:
         Questions in random order, so that the first n are a fair sample of all; `activity_label` is the module's name,
         `ctx` ends with a line break, an ending is whole lines with their indentation and without the last line break.
 
     Raises:
-        UserError: when the modules are too few or too small for a single question.
+        UserError: the modules are too few or too small for a single question.
     """
     parsed = [_parse(name, text) for name, text in sorted(modules)]
     common = Counter(line.strip() for module in parsed for line in set(module.lines) if len(line.strip()) >= LONG_LINE)
@@ -178,7 +177,7 @@ def _question(
 
 
 def _parse(name: str, text: str) -> _Module:
-    # Not splitlines: source may hold form feeds, which are no line ends to Python.
+    # splitlines would also break at form feeds, which are no line ends in Python source.
     lines = text.replace("\r\n", "\n").split("\n")
     return _Module(name, lines, [len(line.encode()) + 1 for line in lines])
 
@@ -254,5 +253,5 @@ def _opening(text: str) -> str:
 
 
 def _below(random: Random, bound: int) -> int:
-    """A draw from range(bound), by the one method whose sequence Python keeps the same in all versions."""
+    """A draw from range(bound). Python guarantees the sequence of random() in all versions, but not that of randrange()."""
     return int(random.random() * bound)

@@ -1,6 +1,6 @@
 """Four-way multiple choice under the protocols in use for HellaSwag, and one for source code.
 
-The same model scores differently under different protocols, so a figure means nothing without its protocol:
+A model scores differently under different protocols, so a score is always quoted with its protocol:
 
 - `lm-eval` (lm-evaluation-harness 0.4, task hellaswag 1.0): the query is the cleaned `activity_label: ctx_a Ctx_b`, the
   endings are cleaned too; query + " " + ending is tokenised as a whole and cut after the query's number of tokens.
@@ -18,6 +18,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
@@ -28,7 +29,7 @@ from torch import nn
 from ln_removal.errors import UserError
 from ln_removal.evaluation.bootstrap import compare_accuracies
 from ln_removal.evaluation.choices import Prompt, ending_log_probs
-from ln_removal.evaluation.questions import Question
+from ln_removal.evaluation.questions import Question, load_from_hub, load_questions
 from ln_removal.models.precision import Precision
 
 if TYPE_CHECKING:
@@ -40,10 +41,52 @@ PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
 Texts = tuple[str, tuple[str, ...]]
 """A context and its endings, as they are tokenised."""
 
+COMPLETIONS = "completions"
+HELLASWAG = "hellaswag"
+
+
+@dataclass(frozen=True)
+class QuestionSet:
+    """Questions, their name, and the protocol that suits them."""
+
+    name: str
+    protocol: Protocol
+    questions: list[Question]
+
+
+def load_question_set(name: str, *, protocol: Protocol | None = None) -> QuestionSet:
+    """The questions that `name` stands for.
+
+    Args:
+        name: `completions` (Python, built from this machine's held-out modules), `hellaswag` (from the Hub), or a file.
+        protocol: default: `code` for completions, else `lm-eval`.
+
+    Raises:
+        UserError: the Hub is out of reach, or the file does not hold questions.
+    """
+    if name == COMPLETIONS:
+        from ln_removal.data.open_corpus import held_out_modules
+        from ln_removal.evaluation.completions import build_completions
+
+        return QuestionSet(question_set_name(name), protocol or "code", build_completions(held_out_modules()))
+    questions = load_from_hub() if name == HELLASWAG else load_questions(name)
+    return QuestionSet(question_set_name(name), protocol or "lm-eval", questions)
+
+
+def question_set_name(name: str) -> str:
+    """The name in the results of the questions that `load_question_set(name)` gives, without loading them."""
+    return {COMPLETIONS: "Python completions", HELLASWAG: "HellaSwag validation"}.get(name, Path(name).name)
+
 
 @dataclass(frozen=True, slots=True)
 class QuestionScore:
-    """One question: the right ending, the choices by acc's and acc_norm's rule, and the figures they compare (nats)."""
+    """One question: the right ending, the choices under the rules of acc and acc_norm, and the values that the rules compare.
+
+    Attributes:
+        choice, choice_norm: index of the ending chosen under acc and under acc_norm.
+        log_probs: of the four endings, nats.
+        normalised: the same divided as the protocol says.
+    """
 
     ind: int
     label: int
@@ -66,7 +109,7 @@ class ChoiceResult:
     per_question: tuple[QuestionScore, ...]
 
     def summary(self) -> dict[str, Any]:
-        """All but the single questions, ready for JSON."""
+        """Everything but the single questions, ready for JSON."""
         return {
             "protocol": self.protocol,
             "questions": self.questions,
@@ -83,7 +126,7 @@ class ChoiceResult:
         )
 
     def per_question_json(self) -> list[dict[str, Any]]:
-        """One JSON object a question; a figure that is not finite (an ending that cleaning left empty) is null."""
+        """One JSON object for each question. A value that is not finite (of an ending that cleaning left empty) is null."""
         return [
             {**asdict(score), "normalised": [value if math.isfinite(value) else None for value in score.normalised]}
             for score in self.per_question
@@ -136,10 +179,9 @@ def evaluate_choices(
     """Answer questions with a model.
 
     Args:
-        model, tokenizer: they must belong together.
-        questions: what to answer.
+        tokenizer: the model's own.
         protocol: see the module's docstring.
-        limit: the first this many questions only.
+        limit: answer only the first this many questions.
         batch_tokens, packed, device, precision, progress: as in `choices.ending_log_probs`.
 
     Raises:
@@ -164,7 +206,7 @@ def evaluate_choices(
     )
     scores: list[QuestionScore] = []
     for question, (_, endings), prompt, sums in zip(chosen, texts, prompts, log_probs, strict=True):
-        with np.errstate(divide="ignore"):  # an ending that is empty once cleaned: minus infinity, never chosen
+        with np.errstate(divide="ignore"):  # an ending that cleaning left empty gets minus infinity and is never chosen
             normalised = sums / np.asarray(_lengths(endings, prompt, protocol), dtype=np.float64)
         scores.append(
             QuestionScore(
@@ -181,8 +223,76 @@ def evaluate_choices(
     return ChoiceResult(protocol, len(scores), acc, acc_error, acc_norm, acc_norm_error, tuple(scores))
 
 
+@dataclass(frozen=True)
+class ModelsOnQuestions:
+    """Several models on the same questions.
+
+    Attributes:
+        data: name of the questions.
+        device: "cpu" or "cuda".
+        results: by model, in the order in which they were named.
+        comparisons: of every model after the first with the first, see `compare_choices`.
+    """
+
+    data: str
+    device: str
+    results: dict[str, ChoiceResult]
+    comparisons: list[dict[str, Any]]
+
+    def to_json(self) -> dict[str, Any]:
+        """What `evaluate-hellaswag --json` prints."""
+        models = {name: result.summary() for name, result in self.results.items()}
+        return {"data": self.data, "device": self.device, "models": models, "comparisons": self.comparisons}
+
+    def per_question_json(self) -> list[dict[str, Any]]:
+        """One JSON object for each model and question."""
+        return [
+            {"model": name, **score} for name, result in self.results.items() for score in result.per_question_json()
+        ]
+
+
+def score_models(
+    models: Sequence[str],
+    questions: QuestionSet,
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    progress: bool = False,
+) -> ModelsOnQuestions:
+    """Ask several models, one after the other, the same questions, and compare each of them with the first.
+
+    Args:
+        models: names or directories; one that is repeated is asked once.
+        limit: ask only the first this many questions.
+        seed: of the bootstrap.
+
+    Raises:
+        UserError: a model does not load, or as `evaluate_choices`.
+    """
+    from ln_removal.models.loading import load_model
+
+    results: dict[str, ChoiceResult] = {}
+    for name in dict.fromkeys(models):
+        loaded = load_model(name, device=device)
+        results[name] = evaluate_choices(
+            loaded.model,
+            loaded.tokenizer,
+            questions.questions,
+            protocol=questions.protocol,
+            limit=limit,
+            progress=name if progress else False,
+        )
+        del loaded  # two models need not fit into memory
+    first, *others = results
+    comparisons = [
+        {"first": first, "second": name, **compare_choices(results[first], results[name], seed=seed)} for name in others
+    ]
+    return ModelsOnQuestions(questions.name, device, results, comparisons)
+
+
 def clean(text: str) -> str:
-    """lm-eval's cleaning: WikiHow's " [title]" becomes a full stop, other bracketed marks go, double spaces halve."""
+    """lm-eval's cleaning: " [title]" becomes a full stop, other bracketed marks are removed, double spaces become one."""
     text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
     return text.replace("  ", " ")
 

@@ -1,9 +1,9 @@
-"""Cross-entropy of a causal language model on a token split, with its spread and not only its mean.
+"""Cross-entropy of a causal language model on a token split: its mean, its standard error and percentiles of the tokens' losses.
 
-A mean alone hides the tokens on which a LayerNorm-free model can blow up (FACTS: three samples of 10,000 took GPT-2 XL
-from 2.5 to 130 nats), so percentiles of the per-token loss come with it.
+A mean alone does not show the few tokens on which an LN-free model can fail. Three samples of 10,000 took the mean of the
+published LN-free GPT-2 XL on the Pile from about 2.5 to 130 nats (Baroni et al. 2025).
 
-Shape legend: B batch, T positions, D width, V vocabulary, M scored positions.
+Shape legend: B batch, T positions, V vocabulary, M scored positions, F numbers kept of each position.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ if TYPE_CHECKING:
     from ln_removal.data.tokens import TokenSplit
 
 Measure = Callable[[Tensor, Tensor], Tensor]
-"""From logits (m, V) and targets (m,) to what is kept of each position: (m,), or (F, m) for F figures."""
+"""Takes logits (m, V) and targets (m,) of m positions and returns what is kept of each: (m,), or (F, m)."""
 
-# Logits held at once, in elements. On the CPU small chunks stay near the cache; on a GPU larger ones fill it.
 CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 28}
-# Tokens in one forward when the batch size is chosen here.
+"""Elements of the logits that exist at once. Small chunks stay in the cache of a CPU; a GPU needs larger ones to be busy."""
+
 BATCH_TOKENS = {"cpu": 1 << 12, "cuda": 1 << 16}
+"""Tokens in one forward pass when the batch size is "auto"."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +44,12 @@ class LossResult:
 
     Attributes:
         cross_entropy: mean over all scored tokens.
-        standard_error: of the mean, over windows (tokens within a window are not independent); None for one window.
+        standard_error: of the mean, taken over windows because tokens in a window are not independent; None for a single
+            window.
         bits_per_byte: cross_entropy / ln 2 * tokens / bytes, with the tokens and bytes of the whole split; None where
-            the text behind the tokens, hence its bytes, is not known.
+            the number of bytes is not known.
         median, percentile_95, percentile_99_9: of the per-token losses.
-        tokens: scored tokens. windows: windows they stand in.
+        tokens, windows: how many were scored.
     """
 
     cross_entropy: float
@@ -73,23 +75,22 @@ def cross_entropy(
 ) -> LossResult:
     """Score `model` on windows of `context` input tokens.
 
-    Windows follow one another with an overlap of one token, so every token but the first of a shard is predicted
-    exactly once, the shorter window at the end of a shard included. With `max_tokens` whole windows spread evenly over
-    the split are scored instead: the same ones for every model.
+    Successive windows overlap by one token, so every token but the first of a shard is predicted exactly once. The last
+    window of a shard may be shorter. With `max_tokens`, whole windows that are spread evenly over the split are scored;
+    they are the same for every model.
 
     Args:
         model: a Hugging Face causal language model; with norms, with freezable norms installed, or without.
-        split: tokens to score.
-        context: tokens in a window (at most the model's positions).
-        batch_size: windows in one forward, or "auto".
-        max_tokens: score about this many tokens at most; None for the whole split.
-        device: where to compute; default: where the model is. The model itself is not moved.
-        precision: "bfloat16" and "float16" run the forward under autocast; losses are taken in float32 either way (float64 for a
-            float64 model).
-        progress: a progress bar on standard error, with this label when a string.
+        context: input tokens in a window (at most the model's positions).
+        batch_size: windows in one forward pass, or "auto".
+        max_tokens: score about this many tokens at most; None scores the whole split.
+        device: where to compute. Default: where the model is. The model itself is not moved.
+        precision: "bfloat16" and "float16" run the forward pass under autocast. Losses are computed in float32, or in
+            float64 for a float64 model.
+        progress: show a progress bar on standard error; a string is its label.
 
     Raises:
-        UserError: when the split is too small to score, or the context longer than the model's.
+        UserError: the split is too small to score, or the context is longer than the model's.
     """
     windows = windows_to_score(model, split, context=context, max_tokens=max_tokens)
     losses = score_windows(
@@ -104,7 +105,8 @@ def windows_to_score(
     """`plan_windows` of a split, for a model that can read them.
 
     Raises:
-        UserError: when the split is too small to score, the context longer than the model's, or the stride than it.
+        UserError: the split is too small to score, the context is longer than the model's, or the stride longer than the
+            context.
     """
     positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if positions is not None and context > positions:
@@ -138,15 +140,12 @@ def score_windows(
     precision: Precision = "float32",
     progress: bool | str = False,
 ) -> np.ndarray[Any, Any]:
-    """What `measure` says of every scored target, window after window.
+    """What `measure` returns for every scored target, window after window.
 
-    Args:
-        model, split, batch_size, device, precision, progress: as in `cross_entropy`.
-        windows: what to score.
-        measure: of one chunk of positions.
+    Other arguments are those of `cross_entropy`.
 
     Returns:
-        (M,) or (F, M), float32 (float64 for a float64 model).
+        (M,) or (F, M), float32, or float64 for a float64 model.
     """
     device = torch.device(device) if device is not None else next(model.parameters()).device
     longest = max(window.count for window in windows)
@@ -155,7 +154,7 @@ def score_windows(
     found: list[np.ndarray[Any, Any]] = []
     label = progress if isinstance(progress, str) else "loss"
     with scoring(model, device, precision), tqdm(total=total, desc=label, unit="tok", disable=not progress) as bar:
-        # Only windows of one shape share a batch, so nothing is padded.
+        # A batch holds windows of one shape, so nothing is padded.
         for (count, skip), same in groupby(windows, key=lambda window: (window.count, window.skip)):
             for group in _chunks(list(same), batch):
                 tokens = np.stack([split.read(window.shard, window.start, count + 1) for window in group])
@@ -168,15 +167,16 @@ def score_windows(
 
 
 def summarise(losses: np.ndarray[Any, Any], counts: list[int], *, tokens: int, size: int) -> LossResult:
-    """Mean, spread and bits per byte of per-token losses.
+    """Mean, standard error, percentiles and bits per byte of per-token losses.
+
+    The standard error is that of a ratio estimate, in which a window weighs as much as it has tokens c_i:
+    se^2 = n / (n - 1) * sum_i (c_i / M)^2 (m_i - mean)^2 over the n window means m_i.
 
     Args:
         losses: (M,) nats, window after window.
         counts: tokens in each window; they sum to M.
-        tokens, size: tokens and UTF-8 bytes of the split the windows come from (size 0: unknown).
-
-    The standard error is that of a ratio estimate: windows weigh as much as they hold tokens,
-    se^2 = n / (n - 1) * sum_i (c_i / M)^2 (m_i - mean)^2 over the n window means m_i.
+        tokens: of the split that the windows come from.
+        size: UTF-8 bytes of that split; 0 where they are not known.
     """
     mean = float(losses.mean(dtype=np.float64))
     starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
@@ -200,14 +200,14 @@ def summarise(losses: np.ndarray[Any, Any], counts: list[int], *, tokens: int, s
 
 @contextmanager
 def scoring(model: nn.Module, device: torch.device, precision: Precision) -> Iterator[None]:
-    """Evaluation mode without gradients, under autocast when asked; the model's own mode comes back afterwards."""
+    """A block in evaluation mode and without gradients, under autocast unless `precision` is "float32".
+
+    Afterwards the model is in training mode again if it was before.
+    """
     was_training = model.training
     model.eval()
     try:
-        with (
-            torch.inference_mode(),
-            autocast(device, precision),
-        ):
+        with torch.inference_mode(), autocast(device, precision):
             yield
     finally:
         model.train(was_training)
@@ -222,21 +222,21 @@ def position_losses(
     measure: Measure | None = None,
     **inputs: Any,
 ) -> Tensor:
-    """Negative log-probability of a target at each chosen position, in nats, or what else `measure` makes of the logits.
+    """Negative log-probability in nats of a target at each chosen position, or what `measure` computes from the logits.
 
     The unembedding is applied to a chunk of positions at a time, so the logits of the whole batch never exist together.
-    A model that is no transformers model with a body and an `lm_head` is called as a whole, logits and all.
+    This needs a transformers model with a body and an `lm_head`; any other model is called as a whole.
 
     Args:
-        model: the language model, in evaluation mode.
+        model: a language model in evaluation mode.
         input_ids: (B, T) tokens.
         targets: (M,) tokens to predict.
-        positions: (M,) flat indices b * T + t of the positions that predict them; None for all B * T.
+        positions: (M,) flat indices b * T + t of the positions that predict the targets; None for all B * T.
         measure: default: `nll`.
         **inputs: further inputs of the model, such as `position_ids` or `attention_mask`.
 
     Returns:
-        (M,), or (F, M) for F figures: float32, or float64 for a float64 model.
+        (M,) or (F, M), float32, or float64 for a float64 model.
     """
     measure = measure or nll
     if not _has_body(model):
@@ -260,9 +260,9 @@ def _wide(logits: Tensor) -> Tensor:
 
 
 def _measured_halving(model: nn.Module, batch: Tensor, skip: int, measure: Measure) -> Tensor:
-    """Figures of windows (B, T + 1), all but the first `skip` targets of each; (B * (T - skip),) or (F, ...).
+    """What `measure` returns for all but the first `skip` targets of windows (B, T + 1): (B * (T - skip),) or (F, ...).
 
-    A batch that does not fit in the GPU's memory is done in two halves.
+    A batch that does not fit into the GPU's memory is computed in two halves.
     """
     inputs, targets = batch[:, :-1], batch[:, 1:]
     positions = None
@@ -273,7 +273,7 @@ def _measured_halving(model: nn.Module, batch: Tensor, skip: int, measure: Measu
     except torch.OutOfMemoryError:
         if len(batch) == 1:
             raise
-    # Outside the handler: the exception's frames, and with them the failed batch's tensors, are gone by now.
+    # Here, outside the handler, the frames of the exception and with them the tensors of the failed batch are freed.
     halves = [_measured_halving(model, half, skip, measure) for half in batch.tensor_split(2)]
     return torch.cat(halves, dim=-1)
 

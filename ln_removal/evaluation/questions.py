@@ -25,9 +25,10 @@ class Question:
     Attributes:
         ind: number in its set.
         activity_label: topic, such as "Roof shingle removal".
-        ctx_a, ctx_b: the whole sentences of the context, and the started one (may be empty).
-        ctx: the context as a reader sees it.
-        endings: four continuations. label: index of the right one.
+        ctx_a, ctx_b: the complete sentences of the context, and the unfinished last one (may be empty).
+        ctx: the whole context.
+        endings: four continuations of the context.
+        label: index of the right ending.
         split, source_id: where the question comes from.
     """
 
@@ -59,17 +60,17 @@ class Question:
 def load_questions(path: Path | str) -> list[Question]:
     """Read a file of questions: the official jsonl or the six-line text form, plain, .gz or .bz2.
 
-    The text form has six lines a question: `activity_label: ctx`, the index of the right ending, the four endings. It
-    does not keep ctx_a and ctx_b apart, so ctx_a is the whole context and ctx_b empty.
+    In the text form a question has six lines: `activity_label: ctx`, the index of the right ending, and the four endings.
+    It does not tell ctx_a from ctx_b, so ctx_a is the whole context and ctx_b is empty.
 
     Raises:
-        UserError: when the file cannot be read, is empty, or a question is malformed (with its line).
+        UserError: the file cannot be read, is empty, or has a malformed question (the message names its line).
     """
     path = Path(path)
     openers: dict[str, Any] = {".bz2": bz2.open, ".gz": gzip.open}
     try:
         with openers.get(path.suffix, open)(path, "rt", encoding="utf-8") as file:
-            # Not splitlines: a text may hold other characters that it would break at.
+            # splitlines would also break at other characters, which a text may contain.
             lines = file.read().split("\n")
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise UserError(f"cannot read questions from {path}: {error}; give a jsonl or six-line text file") from error
@@ -85,7 +86,7 @@ def load_from_hub(*, split: str = "validation") -> list[Question]:
     """HellaSwag from the Hugging Face Hub (10,042 validation questions).
 
     Raises:
-        UserError: when `datasets` is missing or the Hub cannot be reached.
+        UserError: `datasets` is not installed, or the Hub cannot be reached.
     """
     try:
         import datasets
@@ -103,7 +104,7 @@ def load_from_hub(*, split: str = "validation") -> list[Question]:
         "HF_HUB_OFFLINE=1"
     )
     try:
-        # One request with a short time-out first: `datasets` would try again and again for minutes.
+        # A request with a short time-out comes first, because `datasets` would retry for minutes.
         with suppress(OfflineModeIsEnabled):
             first_answer(lambda: HfApi().dataset_info(HUB_NAME))
         records = datasets.load_dataset(HUB_NAME, split=split)
@@ -116,7 +117,7 @@ def write_jsonl(questions: Iterable[Question], path: Path | str) -> None:
     """Write questions as the official jsonl.
 
     Raises:
-        UserError: when the file cannot be written.
+        UserError: the file cannot be written.
     """
     try:
         with Path(path).open("w", encoding="utf-8") as file:
@@ -154,7 +155,7 @@ def _parse_text(lines: list[str], path: Path) -> Iterator[Question]:
 
 
 def _question(record: Any, where: str, number: int) -> Question:
-    """A checked question from a record of the jsonl or of the Hub; `where` names it in an error."""
+    """Check a record of the jsonl or of the Hub and make it a question; `where` names it in an error."""
     if not isinstance(record, Mapping):
         raise UserError(f"{where}: expected a JSON object, found {type(record).__name__}")
     missing = [key for key in ("ctx", "endings", "label") if key not in record]
@@ -173,7 +174,7 @@ def _question(record: Any, where: str, number: int) -> Question:
         raise UserError(f"{where}: ind is {index!r}; expected a whole number")
     texts = [*endings, *(str(record.get(key, "")) for key in ("ctx", "ctx_a", "ctx_b", "activity_label"))]
     if any("\ud800" <= character <= "\udfff" for character in "".join(texts)):
-        raise UserError(f"{where}: the text holds half of a surrogate pair, which is no character; mend the file")
+        raise UserError(f"{where}: the text holds half of a surrogate pair, which is no character; correct the file")
     first, second, third, fourth = endings
     return Question(
         ind=index,

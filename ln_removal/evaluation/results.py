@@ -1,7 +1,7 @@
 """results.json: what a removal run, or an evaluation of its models, measured.
 
-Three models are told apart everywhere: `original` (before any training), `control` (the same fine-tuning with LayerNorm
-kept) and `ln_free`. A model that was not there, or not scored, is null.
+A model has one of three roles: `original` (before any training), `control` (the same fine-tuning with LayerNorm kept) or
+`ln_free`. Where a role has no model, or the model was not scored, the value is null.
 
     {
       "format": "ln-removal results 1",
@@ -23,13 +23,14 @@ kept) and `ln_free`. A model that was not there, or not scored, is null.
       "versions": {"ln_removal": ..., "torch": ..., "transformers": ..., "python": ...}
     }
 
-The figures at the top are those of the first data set. `by_data` says more of each one (`DataScores`), the
-first included; it and what follows it may be empty, as in files of earlier versions.
+The values at the top are those of the first data set. `by_data` has more about each data set (`DataScores`), the first
+one included. Files of earlier versions lack it and the keys after it. `odd_text` holds the losses on stress texts,
+`continuations` the samples that the models wrote.
 
 `accuracy` is acc_norm, the length-normalised choice that is usually quoted for HellaSwag; it is null when no questions
 were asked.
 
-Losses are in nats per token; positions count from 0; texts are as the tokenizer decodes them.
+Losses are in nats per token. Positions count from 0. Texts are as the tokenizer decodes them.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -73,16 +74,20 @@ class Schema(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Trio(Schema, Generic[T]):
-    """One value for each model; None for a model that was not there or not scored."""
+class ByRole(Schema, Generic[T]):
+    """One value for each role; None where there was no such model or it was not scored."""
 
     original: T | None = None
     control: T | None = None
     ln_free: T | None = None
 
+    def known(self) -> dict[str, T]:
+        """The values that are not None, by role, in the order of ROLES."""
+        return {role: value for role in ROLES if (value := getattr(self, role)) is not None}
+
 
 class LossSpread(Schema):
-    """How the per-token losses spread, in nats; `standard_error` is that of the mean, over windows."""
+    """Distribution of the per-token losses, in nats. `standard_error` is that of the mean, taken over windows."""
 
     standard_error: float | None
     median: float
@@ -91,7 +96,7 @@ class LossSpread(Schema):
 
 
 class PositionLoss(Schema):
-    """Mean loss of the targets after the inputs `first` to `last` of a window."""
+    """Mean loss over the `tokens` targets that the positions `first` to `last` of the windows predict."""
 
     first: NonNegativeInt
     last: NonNegativeInt
@@ -100,13 +105,14 @@ class PositionLoss(Schema):
 
 
 class Calibration(Schema):
-    """Whether the model knows what it knows.
+    """How well the probability of the likeliest token agrees with how often that token is the right one.
 
     Attributes:
         expected_calibration_error: sum over 15 equal bins of the top-1 probability of (tokens in the bin / tokens) *
             |share predicted rightly - mean top-1 probability| (Guo et al. 2017).
-        top_1_accuracy: share of tokens that the model held for the likeliest.
-        confidence: mean top-1 probability. entropy: mean entropy of the prediction, nats.
+        top_1_accuracy: share of tokens that were the likeliest one.
+        confidence: mean top-1 probability.
+        entropy: mean entropy of the predicted distribution, nats.
     """
 
     expected_calibration_error: float
@@ -116,11 +122,13 @@ class Calibration(Schema):
 
 
 class Difference(Schema):
-    """How much higher the loss of `model` is than that of `than`, with its paired bootstrap interval.
+    """How much higher the loss of the role `model` is than that of the role `than`, with its paired bootstrap interval.
 
     Attributes:
+        mean, low, high: nats per token.
         confidence: share of the resamples inside the interval.
-        unit: what was drawn; units: how many there are.
+        unit: what was drawn, "documents" or "windows".
+        units: how many of them there are.
     """
 
     model: str
@@ -134,19 +142,20 @@ class Difference(Schema):
 
 
 class WorstSample(Schema):
-    """A window with a high mean loss, and the token in it that cost most.
+    """A window with a high mean loss, and the token in it with the highest loss.
 
     Attributes:
-        ranked_by: the model whose losses chose it.
+        ranked_by: the role whose losses chose the window.
         loss: mean over the window's scored tokens, of every model.
         tokens: scored tokens in the window.
         shard, start: where the window begins.
-        position: of the costliest token's input in the window; token_loss: what that token cost the model `ranked_by`.
-        before, token, after: the text around it.
+        position: in the window, of the input that predicts the token with the highest loss.
+        token_loss: the loss of that token under the model `ranked_by`, nats.
+        before, token, after: that token and the text around it.
     """
 
     ranked_by: str
-    loss: Trio[float]
+    loss: ByRole[float]
     tokens: PositiveInt
     shard: NonNegativeInt
     start: NonNegativeInt
@@ -158,11 +167,13 @@ class WorstSample(Schema):
 
 
 class DataScores(Schema):
-    """The figures of one data set.
+    """The scores on one data set.
 
     Attributes:
-        data: its name. tokens, windows: scored. context: inputs in a window.
-        stride: tokens between the beginnings of two windows; the context where they do not overlap.
+        data: name of the data set.
+        tokens, windows: how many were scored.
+        context: inputs in a window.
+        stride: tokens between the beginnings of two windows; equal to the context where windows do not overlap.
         interval: bootstrap interval (low, high) of each mean, over the units that `differences` names.
     """
 
@@ -171,13 +182,13 @@ class DataScores(Schema):
     windows: NonNegativeInt
     context: PositiveInt
     stride: PositiveInt
-    cross_entropy: Trio[float]
-    bits_per_byte: Trio[float] = Trio[float]()
-    loss_spread: Trio[LossSpread] = Trio[LossSpread]()
-    interval: Trio[tuple[float, float]] = Trio[tuple[float, float]]()
+    cross_entropy: ByRole[float]
+    bits_per_byte: ByRole[float] = ByRole[float]()
+    loss_spread: ByRole[LossSpread] = ByRole[LossSpread]()
+    interval: ByRole[tuple[float, float]] = ByRole[tuple[float, float]]()
     differences: tuple[Difference, ...] = ()
-    calibration: Trio[Calibration] = Trio[Calibration]()
-    by_position: Trio[tuple[PositionLoss, ...]] = Trio[tuple[PositionLoss, ...]]()
+    calibration: ByRole[Calibration] = ByRole[Calibration]()
+    by_position: ByRole[tuple[PositionLoss, ...]] = ByRole[tuple[PositionLoss, ...]]()
     worst: tuple[WorstSample, ...] = ()
 
 
@@ -185,10 +196,11 @@ class ResidualStd(Schema):
     """Mean standard deviation of the residual stream over its width, layer by layer, on held-out text.
 
     Attributes:
-        ordinary_pre: what block 0, 1, ... reads, and last what ln_f reads; over positions that are neither position 0
-            nor end-of-text tokens. ordinary_mid: between attention and MLP of each block.
+        ordinary_pre: (L + 1,) at the input of each block and of ln_f, over positions that are neither position 0 nor
+            end-of-text tokens.
+        ordinary_mid: (L,) between attention and MLP of each block, over the same positions.
         first_pre, first_mid: the same at position 0.
-        tokens: read.
+        tokens: how many were read.
     """
 
     ordinary_pre: tuple[float, ...]
@@ -198,40 +210,47 @@ class ResidualStd(Schema):
     tokens: PositiveInt
 
 
-class OddText(Schema):
-    """Mean loss on token sequences unlike text, and the highest mean of a single sequence.
+class StressText(Schema):
+    """Losses on one kind of stress text: sequences of tokens that are unlike ordinary text.
 
     Attributes:
-        kind: see `stress_text.KINDS`. sequences: of `context` tokens each.
-        loss, median, worst: over tokens, over tokens, and of the worst sequence.
-        sample: the beginning of the sequence that was worst for the model `ranked_by`.
+        kind: one of `stress_text.KINDS`.
+        sequences: how many were scored.
+        context: tokens in a sequence.
+        loss, median: over all tokens, nats.
+        worst: the highest mean loss of a single sequence, nats per token.
+        ranked_by: the role whose worst sequence `sample` is.
+        sample: the beginning of that sequence.
     """
 
     kind: str
     sequences: PositiveInt
     context: PositiveInt
-    loss: Trio[float]
-    median: Trio[float]
-    worst: Trio[float]
+    loss: ByRole[float]
+    median: ByRole[float]
+    worst: ByRole[float]
     ranked_by: str
     sample: str
 
 
-class Continuation(Schema):
+class Samples(Schema):
     """What each model wrote after `prompt`, drawn with the same seed."""
 
     prompt: str
     temperature: float
     seed: NonNegativeInt
-    texts: Trio[str]
+    texts: ByRole[str]
 
 
 class Settings(Schema):
-    """How the figures were taken.
+    """How the models were scored.
 
     Attributes:
-        data: the validation set, in words. context: tokens in a window. precision: of the forward passes.
-        questions: how many were asked of each model; 0 for none. question_set, protocol: empty then.
+        data: name of the first data set.
+        context: tokens in a window.
+        precision: of the forward passes.
+        questions: how many were asked of each model.
+        question_set, protocol: empty when no questions were asked.
     """
 
     data: str
@@ -246,26 +265,26 @@ class Results(Schema):
     """The content of results.json; the module's docstring explains the fields."""
 
     format: Literal["ln-removal results 1"] = "ln-removal results 1"
-    models: Trio[str]
-    cross_entropy: Trio[float]
-    bits_per_byte: Trio[float] = Trio[float]()
-    accuracy: Trio[float] = Trio[float]()
-    accuracy_standard_error: Trio[float] = Trio[float]()
-    loss_spread: Trio[LossSpread] = Trio[LossSpread]()
+    models: ByRole[str]
+    cross_entropy: ByRole[float]
+    bits_per_byte: ByRole[float] = ByRole[float]()
+    accuracy: ByRole[float] = ByRole[float]()
+    accuracy_standard_error: ByRole[float] = ByRole[float]()
+    loss_spread: ByRole[LossSpread] = ByRole[LossSpread]()
     gap: float | None = None
     tokens: NonNegativeInt
     seconds: NonNegativeFloat
     device: str
     settings: Settings
     by_data: tuple[DataScores, ...] = ()
-    residual_std: Trio[ResidualStd] = Trio[ResidualStd]()
-    odd_text: tuple[OddText, ...] = ()
-    continuations: tuple[Continuation, ...] = ()
+    residual_std: ByRole[ResidualStd] = ByRole[ResidualStd]()
+    odd_text: tuple[StressText, ...] = ()
+    continuations: tuple[Samples, ...] = ()
     versions: dict[str, str] = Field(default_factory=lambda: versions())
 
     @property
     def stride_note(self) -> str:
-        """`, stride 512` where windows overlapped, which lowers the loss; empty where they did not."""
+        """`, stride 512` where windows overlapped, which lowers the loss; else empty."""
         first = self.by_data[0] if self.by_data else None
         return f", stride {first.stride:,}" if first is not None and first.stride < first.context else ""
 
@@ -292,47 +311,43 @@ def collect(
     device: str,
     by_data: Sequence[DataScores] = (),
     residual_std: Mapping[str, ResidualStd] | None = None,
-    odd_text: Sequence[OddText] = (),
-    continuations: Sequence[Continuation] = (),
+    stress_texts: Sequence[StressText] = (),
+    samples: Sequence[Samples] = (),
 ) -> Results:
-    """Put measurements together.
+    """Put measurements together. All mappings are by role, and any role may be missing.
 
     Args:
-        losses, choices: by role: `original`, `control`, `ln_free`; any may be missing.
-        models: the name or directory of each model, by role.
-        settings: how the figures were taken.
+        models: the name or directory of each model.
         seconds: wall-clock time of the whole run or evaluation.
-        device: where it ran, such as "cpu" or "NVIDIA H100".
-        by_data, residual_std, odd_text, continuations: as in `Results`, residual_std by role.
+        device: "cpu" or the name of the GPU.
     """
-
     choices = choices or {}
     assert {*losses, *choices, *models} <= {*ROLES}, "roles are original, control and ln_free"
 
     cross_entropy = {role: loss.cross_entropy for role, loss in losses.items()}
     return Results(
-        models=Trio[str](**models),
-        cross_entropy=Trio[float](**cross_entropy),
-        bits_per_byte=Trio[float](**{role: loss.bits_per_byte for role, loss in losses.items()}),
-        accuracy=Trio[float](**{role: choice.acc_norm for role, choice in choices.items()}),
-        accuracy_standard_error=Trio[float](
+        models=ByRole[str](**models),
+        cross_entropy=ByRole[float](**cross_entropy),
+        bits_per_byte=ByRole[float](**{role: loss.bits_per_byte for role, loss in losses.items()}),
+        accuracy=ByRole[float](**{role: choice.acc_norm for role, choice in choices.items()}),
+        accuracy_standard_error=ByRole[float](
             **{role: choice.acc_norm_standard_error for role, choice in choices.items()}
         ),
-        loss_spread=Trio[LossSpread](**{role: spread_of(loss) for role, loss in losses.items()}),
+        loss_spread=ByRole[LossSpread](**{role: spread_of(loss) for role, loss in losses.items()}),
         gap=difference_of(cross_entropy.get("ln_free"), cross_entropy.get("control")),
         tokens=max((loss.tokens for loss in losses.values()), default=0),
         seconds=seconds,
         device=device,
         settings=settings,
         by_data=tuple(by_data),
-        residual_std=Trio[ResidualStd](**(residual_std or {})),
-        odd_text=tuple(odd_text),
-        continuations=tuple(continuations),
+        residual_std=ByRole[ResidualStd](**(residual_std or {})),
+        odd_text=tuple(stress_texts),
+        continuations=tuple(samples),
     )
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the figures depend on."""
+    """Versions of the packages that the results depend on."""
     found = {"ln_removal": package_version(), "python": platform.python_version()}
     return {**found, **{name: metadata.version(name) for name in ("torch", "transformers")}}
 
@@ -368,12 +383,13 @@ def read(path: Path | str) -> Results:
         ) from error
 
 
-def difference_of(first: Any, second: Any) -> float | None:
-    return None if first is None or second is None else float(first - second)
+def difference_of(first: float | None, second: float | None) -> float | None:
+    """`first - second`, or None where one of them is missing."""
+    return None if first is None or second is None else first - second
 
 
 def spread_of(loss: LossResult) -> LossSpread:
-    """The part of a LossResult that says how the losses spread."""
+    """The part of a LossResult that describes the distribution of the losses."""
     return LossSpread(
         standard_error=loss.standard_error,
         median=loss.median,

@@ -1,7 +1,8 @@
-"""What a model says of every token of a split, and how large its residual stream is, layer by layer.
+"""Statistics of a model's predictions on a split, token by token, and of its residual stream, layer by layer.
 
-One pass over the data gives four figures a token, from which calibration, loss by position and the worst windows follow; the
-logits are dropped chunk by chunk. The size of the residual stream is what LayerNorm divided by before, and nothing does after.
+One pass over the tokens keeps four numbers of each token: loss, entropy, top-1 probability and whether the top-1 token was
+right. Calibration, loss by position and the worst windows follow from them. The standard deviation of the residual stream
+is what LayerNorm divides by; an LN-free model divides by a constant in its place.
 
 Shape legend: B batch, T positions, D width, L layers, V vocabulary, M scored tokens, N windows, m positions of a chunk.
 """
@@ -29,21 +30,20 @@ if TYPE_CHECKING:
 Array = npt.NDArray[Any]
 
 CALIBRATION_BINS = 15
-FEW_DOCUMENTS = 20
-"""With fewer documents than this, a bootstrap over them would say more about the few than about chance."""
-
 MAX_TOKENS = 16_384
-"""Read at most: a mean over positions needs no more."""
+"""Tokens that `residual_std` reads at most. A mean over positions needs no more."""
 
 
 @dataclass(frozen=True)
 class TokenStatistics:
-    """Figures of every scored token, window after window.
+    """Four numbers of every scored token, window after window.
 
     Attributes:
-        windows: N, what was read.
-        loss: (M,) negative log-probability of the token, nats. entropy: (M,) of the prediction, nats.
-        confidence: (M,) probability of the likeliest token. right: (M,) whether that was the token.
+        windows: the N windows that were scored.
+        loss: (M,) negative log-probability of the token, nats.
+        entropy: (M,) of the predicted distribution, nats.
+        confidence: (M,) probability of the likeliest token.
+        right: (M,) whether the likeliest token was the right one.
     """
 
     windows: Sequence[Window]
@@ -53,11 +53,11 @@ class TokenStatistics:
     right: Array
 
     def summary(self, split: TokenSplit) -> LossResult:
-        """Mean, spread and bits per byte; `split` is the one that was read."""
+        """Mean, percentiles and bits per byte of the losses; `split` is the one that was scored."""
         return summarise(self.loss, [window.scored for window in self.windows], tokens=split.tokens, size=split.bytes)
 
     def calibration(self) -> Calibration:
-        """Expected calibration error of the top-1 prediction, and the means that it compares."""
+        """Expected calibration error of the top-1 prediction, mean top-1 probability, top-1 accuracy and mean entropy."""
         return Calibration(
             expected_calibration_error=expected_calibration_error(self.confidence, self.right),
             top_1_accuracy=float(self.right.mean(dtype=np.float64)),
@@ -66,7 +66,7 @@ class TokenStatistics:
         )
 
     def window_slices(self) -> Iterator[tuple[Window, slice]]:
-        """Each window with its place in the figures."""
+        """Each window with the slice of its tokens in `loss` and the other arrays."""
         start = 0
         for window in self.windows:
             yield window, slice(start, start + window.scored)
@@ -90,11 +90,11 @@ def token_statistics(
     precision: Precision = "float32",
     progress: bool | str = False,
 ) -> TokenStatistics:
-    """Read a split once and keep four figures of every scored token.
+    """Score a split once and keep four numbers of every scored token.
 
     Args:
-        stride: tokens between the beginnings of two windows; below the context, every token but those at the beginning of a
-            shard has at least context - stride tokens before it. None: the context, windows side by side.
+        stride: tokens between the beginnings of two windows. With a stride below the context, every token but those at the
+            beginning of a shard has at least context - stride tokens before it. None: the context, windows do not overlap.
         model, split, context, max_tokens, device, precision, progress: as in `loss.cross_entropy`.
 
     Raises:
@@ -102,35 +102,36 @@ def token_statistics(
     """
     windows = windows_to_score(model, split, context=context, max_tokens=max_tokens, stride=stride)
     loss, entropy, confidence, right = score_windows(
-        model, split, windows, _figures, device=device, precision=precision, progress=progress
+        model, split, windows, _four_numbers, device=device, precision=precision, progress=progress
     )
     return TokenStatistics(windows, loss, entropy, confidence, right > 0)
 
 
-def _figures(logits: Tensor, targets: Tensor) -> Tensor:
-    """(4, m): loss, entropy, top-1 probability and whether it was right, of logits (m, V) and targets (m,)."""
+def _four_numbers(logits: Tensor, targets: Tensor) -> Tensor:
+    """(4, m): loss, entropy, top-1 probability and whether the top-1 token was right, of logits (m, V) and targets (m,)."""
     log_probs = logits.log_softmax(dim=-1)
     loss = -log_probs.gather(-1, targets[:, None]).squeeze(-1)
     highest, top = log_probs.max(dim=-1)
-    # A probability of 0 adds nothing, but its logarithm is minus infinity: 0 * -inf would be NaN.
+    # A probability of 0 adds nothing, but 0 * log(0) would be NaN.
     entropy = -(log_probs.exp() * log_probs.clamp(min=torch.finfo(log_probs.dtype).min)).sum(dim=-1)
     return torch.stack([loss, entropy, highest.exp(), (top == targets).to(loss.dtype)])
 
 
 def expected_calibration_error(confidence: Array, right: Array, bins: int = CALIBRATION_BINS) -> float:
-    """Mean distance of confidence and accuracy over equal bins of the confidence, weighted by tokens (Guo et al. 2017).
+    """Mean distance between confidence and accuracy over equal bins of the confidence, weighted by tokens (Guo et al. 2017).
 
     Args:
-        confidence: (M,) in [0, 1]. right: (M,) booleans.
+        confidence: (M,) between 0 and 1.
+        right: (M,) booleans.
     """
-    # A model whose logits are not finite gets an error that is not one either, not an exception.
+    # The error of a model whose logits are not finite is not finite; it is no exception.
     bin_of = np.clip((np.nan_to_num(confidence) * bins).astype(np.int64), 0, bins - 1)
     surplus = confidence.astype(np.float64) - right
     return float(np.abs(np.bincount(bin_of, weights=surplus, minlength=bins)).sum() / len(confidence))
 
 
 def by_position(statistics: TokenStatistics) -> tuple[PositionLoss, ...]:
-    """Mean loss by the position of the input that predicts, in bins that widen by half octaves."""
+    """Mean loss by the position that predicts, in the bins of `position_edges`."""
     longest = max(window.count for window in statistics.windows)
     sums, counts = np.zeros(longest), np.zeros(longest, dtype=np.int64)
     for window, place in statistics.window_slices():
@@ -138,7 +139,7 @@ def by_position(statistics: TokenStatistics) -> tuple[PositionLoss, ...]:
         counts[window.skip : window.count] += 1
     edges = position_edges(longest)
     if len(edges) > 2 and 2 * (longest - edges[-1]) < edges[-1] - edges[-2]:
-        edges.pop()  # a short last bin would be noise beside its neighbour
+        edges.pop()  # the mean over a short last bin would be noisy
     found = []
     for first, end in zip(edges, [*edges[1:], longest], strict=True):
         if tokens := int(counts[first:end].sum()):
@@ -148,47 +149,9 @@ def by_position(statistics: TokenStatistics) -> tuple[PositionLoss, ...]:
 
 
 def position_edges(length: int) -> list[int]:
-    """First positions of the bins below `length`: 0, 1, 2, 3, 5, 7, 10, 15, 22, ..., one less than powers of sqrt(2)."""
+    """First positions of the bins below `length`: 0, 1, 2, 3, 5, 7, 10, 15, 22, ..., the powers of sqrt(2) less one."""
     edges = {round(2 ** (half / 2)) - 1 for half in range(2 * max(1, length).bit_length() + 2)}
     return sorted(edge for edge in edges if edge < length)
-
-
-@dataclass(frozen=True)
-class Units:
-    """What a bootstrap draws: documents, or windows where there are few documents.
-
-    Attributes:
-        name: "documents" or "windows". of_token: (M,) the unit of every scored token, from 0. counts: tokens in each.
-    """
-
-    name: str
-    of_token: Array
-    counts: Array
-
-    def sums(self, losses: Array) -> Array:
-        """(units,) summed loss, nats, of (M,) losses."""
-        return np.bincount(self.of_token, weights=losses, minlength=len(self.counts))
-
-
-def units_of(windows: Sequence[Window], split: TokenSplit, *, eot_token_id: int) -> Units:
-    """Group the scored tokens of `windows` by document, or by window where the documents are few.
-
-    A document ends with its end-of-text token, which counts to it.
-    """
-    ends = [np.flatnonzero(shard == eot_token_id) for shard in split.maps]
-    first = np.cumsum([0, *(len(places) + 1 for places in ends)])
-    documents = np.concatenate(
-        [
-            first[window.shard]
-            + np.searchsorted(ends[window.shard], window.start + 1 + np.arange(window.skip, window.count))
-            for window in windows
-        ]
-    )
-    _, of_token, counts = np.unique(documents, return_inverse=True, return_counts=True)
-    if len(counts) >= FEW_DOCUMENTS:
-        return Units("documents", of_token.ravel(), counts)
-    sizes = np.array([window.scored for window in windows])
-    return Units("windows", np.repeat(np.arange(len(sizes)), sizes), sizes)
 
 
 def residual_std(
@@ -200,14 +163,14 @@ def residual_std(
     max_tokens: int = MAX_TOKENS,
     precision: Precision = "float32",
 ) -> ResidualStd | None:
-    """Mean over positions of the residual stream's standard deviation over its width, in front of every reader.
-
-    Works on GPT-2 and GPT-NeoX with norms, with freezable norms and with identities in their places, where the model is.
+    """Standard deviation of the residual stream over its width, at the input of every block, between attention and MLP, and
+    at the input of the final norm; mean over positions.
 
     Args:
-        model: of one of these.
-        split: held-out tokens. context: tokens in a window. max_tokens: read about this many at most.
-        eot_token_id: left out of the means over ordinary positions, as position 0 is.
+        model: a GPT-2 or GPT-NeoX with norms, with freezable norms, or with identities in place of its norms.
+        context: tokens in a window.
+        eot_token_id: such tokens, and position 0, are no ordinary positions.
+        max_tokens: read about this many at most.
 
     Returns:
         None for a split without a whole window, or without an ordinary position.
@@ -253,7 +216,7 @@ def residual_std(
 
 
 def _std(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """(B, T) of the residual stream (B, T, D) that a module was given."""
+    """(B, T) standard deviation over the width of the residual stream (B, T, D) that a module was called with."""
     x: Tensor = args[0] if args else kwargs["hidden_states"]
     wide = x if x.dtype == torch.float64 else x.float()
     return wide.std(dim=-1, correction=0)

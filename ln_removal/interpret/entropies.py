@@ -1,6 +1,6 @@
-"""The attention entropy of every head of one model at one moment, from a run's observations or measured on the spot.
+"""The attention entropy of every head of a model, from the observations of its training or measured on some text.
 
-`runs_of` and `heads_of` find what `ln-analyze` was asked to look at: runs with their observations, or models.
+`runs_of` and `heads_of` go from what the user names to runs with their observations, or to models that are measured.
 
 Shape legend: B sequences, T positions, L layers, H heads.
 """
@@ -21,27 +21,26 @@ from ln_removal.models.attention import OVERLOAD_SHARE, largest_entropy
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from ln_removal.data.tokens import TokenSplit
-
-if TYPE_CHECKING:
-    Tokens = npt.NDArray[np.int64]
+    from ln_removal.data.tokens import Tokens, TokenSplit
 
 SEQUENCES = 32
-"""Sequences that a model is measured on."""
+"""At most so many sequences are measured."""
 
 LARGEST_CONTEXT = 1024
-"""Context that is measured when none is asked for, or the model's when that is shorter."""
+"""Without --context, the context is that of the models, but at most this."""
 
 TOKENS_IN_A_PASS = 4096
 
 
 @dataclass(frozen=True)
 class HeadEntropies:
-    """Entropy of each head, mean over sequences and queries.
+    """Attention entropy of each head, mean over sequences and queries.
 
     Attributes:
-        name: of the run or model. step: of the run; None for a model as it lies there.
-        queries: T. entropy: (L, H), nats; NaN where a head's attention was NaN.
+        name: of the run or model.
+        step: of the run's observation; None for a model that was measured.
+        queries: positions in a sequence, T.
+        entropy: (L, H), nats; NaN where a head's attention was NaN.
     """
 
     name: str
@@ -56,7 +55,7 @@ class HeadEntropies:
 
     @property
     def largest(self) -> float:
-        """The entropy of a causal head that looks at all of its keys alike, nats."""
+        """The entropy of a causal head that attends uniformly to all of its keys, nats."""
         return largest_entropy(self.queries)
 
     @property
@@ -70,7 +69,7 @@ class HeadEntropies:
         return np.asarray(self.overloaded.mean(axis=1), dtype=np.float64)
 
     def to_json(self) -> dict[str, Any]:
-        """For --json: NaN becomes null."""
+        """A dictionary of plain values in which NaN is null."""
         return {
             "name": self.name,
             "step": self.step,
@@ -84,10 +83,10 @@ class HeadEntropies:
 
 
 def observed(run: Observations, step: int | None) -> HeadEntropies:
-    """What a run observed at `step`, or last.
+    """What a run observed at `step`, or at its last observation.
 
     Raises:
-        UserError: it was not observed at that step.
+        UserError: the run was not observed at that step.
     """
     index = run.at(step)
     return HeadEntropies(run.name, int(run.steps[index]), run.queries, run.entropy[index])
@@ -106,15 +105,16 @@ def measure(
     """Load each model in turn and measure its heads, all on sequences of the same length.
 
     Args:
-        models: `tiny`, directories, Hub ids. names: what to call them.
-        tokens: a directory of prepared tokens, of which the validation split is read, or None
+        models: `tiny`, directories or Hub ids.
+        names: what the results call them.
+        tokens: a directory of prepared tokens, whose validation split is read, or None.
         text: a text file, which each model's own tokenizer encodes, or None.
-        context: positions in a sequence; default: the smallest of the models' contexts, at most LARGEST_CONTEXT.
+        context: positions in a sequence. Default: the smallest of the models' contexts, at most LARGEST_CONTEXT.
         sequences: read at most so many, spread evenly over the tokens.
-        device: "cpu" or "cuda".
 
     Raises:
-        UserError: a model or the text does not load, is too short for one sequence, or the tokens are another tokenizer's.
+        UserError: a model or the text does not load, the text is too short for one sequence, or another tokenizer made the
+            tokens.
     """
     from ln_removal.data.tokens import TokenDataset
     from ln_removal.evaluation.scoring import check_same_tokenizer
@@ -145,7 +145,7 @@ def measure(
 
 
 def nullable(values: Array) -> Any:
-    """Nested lists of an array, with None where a value is not finite (JSON has no NaN)."""
+    """Nested lists of an array, with None for values that are not finite, because JSON has no NaN."""
     if values.ndim == 0:
         return float(values) if np.isfinite(values) else None
     return [nullable(row) for row in values]
@@ -191,7 +191,7 @@ def _encode(tokenizer: Any, path: str, length: int, sequences: int) -> Tokens:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8"
         raise UserError(f"cannot read the text in {path}: {reason}; give a text file in UTF-8") from error
-    with quiet_transformers():  # it warns of a text longer than the context
+    with quiet_transformers():  # they warn when a text is longer than the context
         ids = np.asarray(tokenizer(text, verbose=False)["input_ids"], dtype=np.int64)
     count = len(ids) // length
     if not count:
@@ -210,7 +210,7 @@ def _evenly(available: int, wanted: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Found:
-    """Heads of each model, and the runs that they come from (none for models that were measured)."""
+    """Heads of each model, and the runs that they come from; no runs where models were measured."""
 
     heads: list[HeadEntropies]
     runs: list[Observations] = field(default_factory=list)
@@ -228,7 +228,8 @@ def heads_of(
     """Observed heads of runs, or with `tokens` or `text` measured heads of models and of runs' finished models.
 
     Raises:
-        UserError: a source is neither, a model comes without text to measure it on, or as `measure` and `read_observations`.
+        UserError: a source is neither a run nor a model, or a model is given without text; else as `measure` and
+            `read_observations`.
     """
     if tokens is not None and text is not None:
         raise UserError("--tokens and --text both say what to measure on; give one of them")
@@ -273,7 +274,7 @@ def runs_of(sources: Sequence[str]) -> list[Observations]:
 
 
 def output_directory(out: Path | None, sources: Sequence[str]) -> Path:
-    """Where figures go: --out, or RUN/analysis for a single run, or ./analysis."""
+    """The directory of the figures: --out, else RUN/analysis for a single run, else ./analysis."""
     if out is not None:
         return out
     if len(sources) == 1 and is_run(Path(sources[0])):

@@ -1,4 +1,4 @@
-"""What a run observed of itself while it trained: the "observation" rows of its metrics.jsonl as arrays.
+"""What was observed during a training: the "observation" rows of a run's metrics.jsonl as arrays.
 
 Shape legend: S observations, L layers, H heads, N slopes.
 """
@@ -20,21 +20,24 @@ from ln_removal.files.metrics_log import METRICS_FILE, rows_of_run
 Array = npt.NDArray[np.float64]
 
 _DEPTH = 3
-"""How far below a directory of runs a run may lie: ARM/seed-0, and a table above it."""
+"""How many levels below a named directory a run may be, such as TABLE/ARM/seed-0."""
 
 
 @dataclass(frozen=True)
 class Observations:
-    """A run's observations, in the order of their steps. NaN stands where the run had no finite number.
+    """A run's observations, in the order of their steps. A number that was not finite is NaN.
 
     Attributes:
-        name: what tells the run from those beside it.
+        name: as much of the run's path as tells it from the other runs.
         directory: of the run.
-        queries: positions in the probe sequences, from which the largest possible entropy follows.
-        steps: (S,) optimizer steps, from 0, before whose update the run was observed.
-        entropy: (S, L, H), nats. nan_counts: (S, L), of the `attention_entries` entries of a layer's attention.
-        nonfinite_residual, residual_norm: (S, L + 1), in front of each block and behind the last.
-        gradient_norm: (S, L). slopes: (S, N), N = 0 for an activation without a learnable slope.
+        queries: positions in the probe sequences; the largest possible entropy follows from it.
+        attention_entries: entries of the attention matrices of one layer.
+        steps: (S,) optimizer steps, counted from 0; the model was observed before the update of the step.
+        entropy: (S, L, H) attention entropy, nats.
+        nan_counts: (S, L) entries of a layer's attention that are NaN.
+        nonfinite_residual, residual_norm: (S, L + 1), at the input of each block and after the last.
+        gradient_norm: (S, L), of the parameters of each block.
+        slopes: (S, N); N is 0 for an activation without a learnable slope.
     """
 
     name: str
@@ -51,11 +54,11 @@ class Observations:
 
     @property
     def counted(self) -> str:
-        """How many observations there are, in words."""
+        """The number of observations, such as "3 observations"."""
         return f"{len(self.steps)} observation{'s' if len(self.steps) > 1 else ''}"
 
     def at(self, step: int | None) -> int:
-        """Index of the observation at `step`, or of the last.
+        """Index of the observation at `step`, or of the last one.
 
         Raises:
             UserError: the run was not observed at that step.
@@ -69,10 +72,10 @@ class Observations:
 
 
 def find_runs(directories: Sequence[Path]) -> list[Path]:
-    """The runs among and below `directories`, in their order: a directory that is none stands for those inside it.
+    """The runs among and below `directories`, in their order. A directory that is no run stands for the runs inside it.
 
     Raises:
-        UserError: a directory does not exist, or neither is a run nor holds one.
+        UserError: a directory does not exist, or is no run and holds none.
     """
     runs: list[Path] = []
     for directory in directories:
@@ -92,12 +95,12 @@ def find_runs(directories: Sequence[Path]) -> list[Path]:
 
 
 def is_run(directory: Path) -> bool:
-    """Whether a training wrote its metrics there."""
+    """Whether a training wrote its metrics into the directory."""
     return (directory / METRICS_FILE).is_file()
 
 
 def runs_below(directory: Path, depth: int = _DEPTH) -> list[Path]:
-    """The runs inside a directory that is none itself, sorted; what lies inside a run (its control) is not one."""
+    """The runs inside a directory that is no run itself, sorted. The control inside a run is not listed."""
     if depth == 0:
         return []
     found: list[Path] = []
@@ -107,7 +110,7 @@ def runs_below(directory: Path, depth: int = _DEPTH) -> list[Path]:
 
 
 def read_observations(runs: Sequence[Path]) -> list[Observations]:
-    """Read several runs and name each by as much of the end of its path as tells them apart.
+    """Read several runs. Each is named by as much of the end of its path as tells it from the others.
 
     Raises:
         UserError: a run has no observations, or they cannot be read.
@@ -116,7 +119,7 @@ def read_observations(runs: Sequence[Path]) -> list[Observations]:
 
 
 def distinct_names(paths: Sequence[Path]) -> list[str]:
-    """The last parts of each path, as many as it takes to tell all of them apart."""
+    """The end of each path, with as many parts as are needed to tell all paths apart."""
     parts = [path.resolve().parts for path in paths]
     names = ["/".join(part[-1:]) for part in parts]
     for length in range(2, max(map(len, parts)) + 1):
@@ -127,7 +130,7 @@ def distinct_names(paths: Sequence[Path]) -> list[str]:
 
 
 def shortened(numbers: Sequence[int]) -> str:
-    """A list of numbers in words, its middle left out when it is long."""
+    """A list of numbers as text; the middle of a long list is left out."""
     if len(numbers) <= 8:
         return ", ".join(map(str, numbers))
     return f"{', '.join(map(str, numbers[:5]))} ... {numbers[-1]} ({len(numbers)} in all)"
@@ -173,5 +176,5 @@ def _array(rows: Sequence[dict[str, Any]], key: str, dimensions: int) -> Array:
 def layer_means(entropy: Array) -> Array:
     """(S, L, H) to (S, L): mean over the heads that have a number; NaN where none has."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of a mean over nothing, which is NaN as it should be
+        warnings.simplefilter("ignore", RuntimeWarning)  # the mean over no head is NaN, as it should be
         return np.asarray(np.nanmean(entropy, axis=2), dtype=np.float64)

@@ -24,6 +24,8 @@ from ln_removal.data.tokens import TokenDataset
 from ln_removal.errors import UserError
 from ln_removal.evaluation import results as results_file
 from ln_removal.evaluation import scoring
+from ln_removal.evaluation.hellaswag import COMPLETIONS, HELLASWAG, load_question_set, question_set_name
+from ln_removal.evaluation.scoring import ScoringInputs, ScoringOptions
 from ln_removal.export.write import DIRECTORIES, save_model, write_exports
 from ln_removal.files.atomic import write_json_atomically
 from ln_removal.files.metrics_log import METRICS_FILE, last_logged
@@ -44,8 +46,8 @@ if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
     from ln_removal.config.recipe import DataSpec, ExportSpec, Recipe
+    from ln_removal.evaluation.hellaswag import QuestionSet
     from ln_removal.evaluation.results import Results
-    from ln_removal.evaluation.scoring import QuestionSet
     from ln_removal.norms.schedule import RemovalSchedule
     from ln_removal.training.metrics import Progress
 
@@ -87,7 +89,7 @@ def remove(
         out: the run's directory; new or empty, unless `resume`.
         tokens: a directory prepared by `ln-prepare`; default: prepare the recipe's corpus into `out/tokens`.
         control: also train the vanilla control on the same batches, for the gap.
-        questions: as of `scoring.load_question_set`, or None for no questions; "auto" takes completions for a corpus of
+        questions: as of `hellaswag.load_question_set`, or None for no questions; "auto" takes completions for a corpus of
             Python source, else HellaSwag from the Hub if it can be reached.
         resume: continue the run in `out`; one that is complete returns its results at once.
         device: "auto", "cpu" or "cuda".
@@ -138,7 +140,7 @@ def _finished(spec: ExportSpec, out: Path, *, control: bool, questions: str | No
         return None
     if (results.models.control is not None) != has_control:
         return None
-    if questions not in (None, "auto") and results.settings.question_set != scoring.question_set_name(questions):
+    if questions not in (None, "auto") and results.settings.question_set != question_set_name(questions):
         return None
     return results
 
@@ -156,11 +158,11 @@ def _question_set(questions: str | None, corpus: str) -> QuestionSet | None:
     if questions is None:
         return None
     if questions != "auto":
-        return scoring.load_question_set(questions)
+        return load_question_set(questions)
     if corpus == "python-source":
-        return scoring.load_question_set(scoring.COMPLETIONS)
+        return load_question_set(COMPLETIONS)
     try:
-        return scoring.load_question_set(scoring.HELLASWAG)
+        return load_question_set(HELLASWAG)
     except UserError as error:
         logger.warning("HellaSwag is left out: %s", error)
         return None
@@ -311,15 +313,10 @@ def score(
     if _is_model(out / "control" / "model"):
         models["control"] = str(out / "control" / "model")
     models["ln_free"] = str(out / "model")
+    data_sets = {f"{spec.corpus}, validation split": data}
     results = scoring.score(
-        models,
-        data,
-        data_name=f"{spec.corpus}, validation split",
-        context=spec.context,
-        max_tokens=spec.validation_tokens,
-        questions=questions,
-        device=context.accelerator.device.type,
-        progress=context.progress is True,
+        ScoringInputs(models, data_sets, spec.context, spec.validation_tokens),
+        ScoringOptions(questions=questions, device=context.accelerator.device.type, progress=context.progress is True),
         seconds_before=seconds_before,
     )
     results_file.write(results, out / "results.json")

@@ -12,9 +12,10 @@ from ln_removal.report.model_card import (
     hub_datasets,
     metric_entries,
     slug,
-    table_of,
+    snippet,
     write_card,
 )
+from ln_removal.report.tables import markdown_table
 
 if TYPE_CHECKING:
     from ln_removal.config.recipe import ArchitectureSpec, Recipe
@@ -28,11 +29,9 @@ def write_base_model_card(
     bits_per_byte: float | None,
     validation_tokens: int,
 ) -> None:
-    """Write README.md for a model that was pretrained from scratch, such as tiny-gpt2.
+    """Write README.md into the directory of a model that was pretrained from scratch, such as tiny-gpt2.
 
     Args:
-        directory: of the saved model.
-        recipe: the pretraining recipe.
         cross_entropy: on the validation split, nats per token.
         bits_per_byte: the same over the bytes of the text; None where the bytes are not known.
         validation_tokens: tokens of that split.
@@ -40,9 +39,6 @@ def write_base_model_card(
     Raises:
         UserError: the file cannot be written.
     """
-    from ln_removal.config.estimate import count_parameters
-    from ln_removal.config.recipe import dump_toml
-
     shape = recipe.architecture
     assert shape is not None, "a pretraining recipe has an [architecture]"
     measured = metric_entries(
@@ -61,48 +57,53 @@ def write_base_model_card(
         measured=measured,
     )
     perplexity = exp(min(cross_entropy, 700.0))  # of a model that diverged it would overflow
-    rows = [
+    scores = (
+        f"{cross_entropy:.4f} nats per token on {validation_tokens:,} held-out tokens (perplexity {perplexity:.2f})"
+    )
+    rows = [*_facts(recipe, shape), ("cross-entropy", scores)]
+    if bits_per_byte is not None:
+        rows.append(("bits per byte", f"{bits_per_byte:.4f}"))
+    sections = [
+        "\n\n".join(part for part in (f"# {recipe.name}", recipe.description, _kind(shape)) if part),
+        markdown_table(("", ""), rows),
+        f"## Use\n\n{_loading(shape)}",
+        f"## How it was made\n\n{_making(recipe)}",
+        "## Limits\n\nA model of this size writes code that looks like code and seldom works. It is for experiments on "
+        "normalization, not for writing programs.",
+    ]
+    write_card(directory, assemble(front, sections))
+
+
+def _facts(recipe: Recipe, shape: ArchitectureSpec) -> list[tuple[str, str]]:
+    """The rows of the table that say what the model is."""
+    from ln_removal.config.estimate import count_parameters
+
+    return [
         ("parameters", f"{count_parameters(shape):,}"),
         ("layers, heads, width", f"{shape.n_layer}, {shape.n_head}, {shape.n_embd}"),
         ("context", f"{shape.n_positions} tokens"),
         ("vocabulary", f"{shape.vocab_size:,} entries"),
         ("trained on", f"{recipe.tokens:,} tokens"),
         ("weights", recipe.export.dtype),
-        (
-            "cross-entropy",
-            f"{cross_entropy:.4f} nats per token on {validation_tokens:,} held-out tokens (perplexity {perplexity:.2f})",
-        ),
     ]
-    if bits_per_byte is not None:
-        rows.append(("bits per byte", f"{bits_per_byte:.4f}"))
-    about = [
-        f"# {recipe.name}",
-        recipe.description,
-        _kind(shape),
-    ]
-    loading = """\
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("THIS-DIRECTORY")
-tokenizer = AutoTokenizer.from_pretrained("THIS-DIRECTORY")
-```"""
+
+def _loading(shape: ArchitectureSpec) -> str:
+    imports = "from transformers import AutoModelForCausalLM, AutoTokenizer"
     if not shape.is_plain:
-        loading = loading.replace("\nfrom", "\nimport ln_removal  # makes transformers know the class\nfrom", 1)
-    # By its file: the name may be that of one run of a grid, and values may have been set on the command line.
-    own = Path(recipe.data.tokenizer)
-    data = recipe.data.model_copy(update={"tokenizer": own.name if own.is_absolute() else recipe.data.tokenizer})
+        imports = f"import ln_removal  # makes transformers know the class\n{imports}"
+    return snippet(imports, "AutoModelForCausalLM", "THIS-DIRECTORY")
+
+
+def _making(recipe: Recipe) -> str:
+    """The recipe in full, because a run of a sweep or with --set has no recipe file of its own."""
+    from ln_removal.config.recipe import dump_toml
+
+    tokenizer = Path(recipe.data.tokenizer)
+    shown = tokenizer.name if tokenizer.is_absolute() else recipe.data.tokenizer
+    data = recipe.data.model_copy(update={"tokenizer": shown})
     written = dump_toml(recipe.model_copy(update={"data": data})).strip()
-    command = "Save this as recipe.toml and run `ln-pretrain --recipe recipe.toml`:"
-    sections = [
-        "\n\n".join(part for part in about if part),
-        table_of(("", ""), rows),
-        f"## Use\n\n{loading}",
-        f"## How it was made\n\n{command}\n\n```toml\n{written}\n```",
-        "## Limits\n\nA model of this size writes code that looks like code and seldom works. It is for experiments on "
-        "normalization, not for writing programs.",
-    ]
-    write_card(directory, assemble(front, sections))
+    return f"Save this as recipe.toml and run `ln-pretrain --recipe recipe.toml`:\n\n```toml\n{written}\n```"
 
 
 def _kind(shape: ArchitectureSpec) -> str:

@@ -1,7 +1,7 @@
-"""The report's figures: which series, on which axes, with which words below them, drawn as inline SVG.
+"""The report's charts as inline SVG: which series they show, on which axes, with which caption.
 
-The charts have real axes and take their colours from the page's style sheet; they are readable in light, dark and print.
-Coordinates of a chart are pixels of its viewBox; x grows to the right, y downwards.
+Their colours come from the page's style sheet, so they can be read in light mode, in dark mode and in print. Coordinates
+are pixels of a chart's viewBox; x grows to the right, y downwards.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Point = tuple[float, float]
 Scale = Callable[[float], float]
 
 WIDE, NARROW = 760, 350
-"""Widths in pixels: for a page, and for a phone. Text keeps its size in both."""
+"""Widths in pixels, for a page and for a phone. Text has the same size in both."""
 
 TRACK_HEIGHT = 15
 LEFT, RIGHT, TOP, BOTTOM = 58, 12, 10, 40
@@ -33,7 +33,7 @@ TRACK_NAMES = {"ln_2": "ln_2", "ln_1_qk": "qk", "ln_1_v": "v", "ln_f": "ln_f", "
 
 @dataclass(frozen=True)
 class Series:
-    """One line: `role` picks the colour, `style` how it is drawn. A point that is not finite interrupts it."""
+    """One line of a chart. `role` is a class of the style sheet that sets the colour. A point that is not finite is a gap."""
 
     name: str
     points: Sequence[Point]
@@ -43,7 +43,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Track:
-    """A row below the plot: spans of x in which something happens, such as one kind of site freezing."""
+    """A row below the plot with spans of x, such as those in which one kind of site freezes."""
 
     name: str
     spans: Sequence[tuple[float, float]]
@@ -54,9 +54,9 @@ class Chart:
     """What to draw.
 
     Attributes:
-        description: one sentence, read to those who do not see the chart.
-        log_x, log_y: logarithmic axes; what is not above 0 is left out.
-        integers: ticks of x at whole numbers only.
+        description: one sentence for screen readers.
+        log_x, log_y: logarithmic axes; points that are not above 0 are left out.
+        integers: put ticks of x at whole numbers only.
         y_limit: higher values are drawn at the upper edge.
     """
 
@@ -72,7 +72,7 @@ class Chart:
 
 
 def figure(chart: Chart, caption: str) -> str:
-    """A <figure> with legend, the chart for a page and the same for a phone, and its caption (HTML)."""
+    """A <figure> with a legend, the chart in two widths, and its caption (HTML); empty when there is nothing to draw."""
     drawn = replace(chart, series=[_drawable(chart, series) for series in chart.series])
     if not any(series.points for series in drawn.series):
         return ""
@@ -84,7 +84,7 @@ def figure(chart: Chart, caption: str) -> str:
 
 
 def robust_limit(values: Sequence[float]) -> float | None:
-    """An upper limit that a few values far above all others do not stretch; None when there are none such."""
+    """An upper limit for an axis when a few values are far above all others; None when there are no such values."""
     found = sorted(value for value in values if math.isfinite(value))
     if len(found) < 20:
         return None
@@ -94,7 +94,7 @@ def robust_limit(values: Sequence[float]) -> float | None:
 
 
 def _drawable(chart: Chart, series: Series) -> Series:
-    """The points that the axes can show; one that is not finite stays, as a gap."""
+    """The series with only those points that the axes can show; points that are not finite stay, as gaps."""
     kept = [
         (x, y)
         for x, y in series.points

@@ -1,20 +1,20 @@
-"""README.md beside a saved model: what it is, how to load it, what was measured, how it was made, where it ends.
+"""README.md of an LN-free model: what it is, how to load it, its scores, how it was made and its limits.
 
-The front matter is what the Hugging Face Hub reads: base model, data sets, license, and the measured figures as a model index.
-So a directory can be uploaded as it is. A card that is published names its repository where the one on disk says
-THIS-DIRECTORY.
+The Hugging Face Hub reads the front matter: base model, data sets, license, and the scores as a model index. So a
+directory can be uploaded as it is. A card on disk says THIS-DIRECTORY where a published one names its repository.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ln_removal.errors import UserError
+from ln_removal.evaluation.results import TITLES
 from ln_removal.files.hub import is_hub_id
+from ln_removal.report.tables import Score, markdown_table, score_rows, shown_roles
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -43,11 +43,17 @@ TAGS = ["gpt2", "layernorm-free", "mechanistic-interpretability"]
 
 Form = Literal["normfree", "stock"]
 
-_TITLES = {"original": "original", "control": "control", "ln_free": "LN-free"}
+_LABELS: dict[Score, str] = {
+    "cross_entropy": "cross-entropy (nats per token)",
+    "median": "median token",
+    "percentile_99_9": "99.9 % of tokens below",
+    "bits_per_byte": "bits per byte",
+    "accuracy": "accuracy (%)",
+}
 
 
 def metric_entries(metrics: dict[str, tuple[str, float | None]], *, dataset: tuple[str, str]) -> list[EvalResult]:
-    """Model index entries of metrics (type: name, value) on a data set (type, name); without those not measured."""
+    """Model index entries of metrics (type: name, value) on a data set (type, name); values that are missing are left out."""
     from huggingface_hub import EvalResult
 
     kind, name = dataset
@@ -74,7 +80,7 @@ def front_matter(
     license_id: str,
     measured: list[EvalResult],
 ) -> str:
-    """The block between the two lines of hyphens; what is None or empty is left out."""
+    """The YAML between two lines of hyphens; keys whose value is None or empty are left out."""
     from huggingface_hub import ModelCardData
 
     optional: dict[str, Any] = {"base_model": base_model, "datasets": datasets, "eval_results": measured}
@@ -92,7 +98,7 @@ def front_matter(
 
 
 def license_of(model: str) -> str:
-    """The license of a model: of a published size, or as the card in its directory says; else "unknown"."""
+    """The license of a published GPT-2, or the one that the card in the model's directory names; else "unknown"."""
     if model in LICENSES:
         return LICENSES[model]
     known = {repository: LICENSES[name] for name, repository in REPOSITORIES.items()}
@@ -129,29 +135,24 @@ def slug(text: str) -> str:
 
 
 def is_public_corpus(corpus: str) -> bool:
-    """Whether a recipe's corpus is sure to be one that anybody can read. Other data sets of the Hub may be private."""
+    """Whether anybody can read a recipe's corpus for certain. Data sets of the Hub that are not listed may be private."""
     from ln_removal.data.hub_corpora import KNOWN_CORPORA
 
     return corpus in KNOWN_CORPORA
 
 
 def is_public_data(name: str) -> bool:
-    """Whether a data set in results.json is sure to be one that anybody can read: a known corpus, and not a path."""
+    """Whether anybody can read a data set in results.json for certain: it is a known corpus, not a path."""
     return is_public_corpus(corpus_of(name))
 
 
 def corpus_of(data_name: str) -> str:
-    """The corpus that a data set in results.json comes from: what its name says before the split."""
+    """The corpus that a data set in results.json comes from: its name without the split."""
     return data_name.removesuffix(", validation split").removesuffix(", held out")
 
 
 def write_model_card(directory: Path, recipe: Recipe, results: Results) -> None:
-    """Write README.md for an LN-free model, as it lies in its run.
-
-    Args:
-        directory: of the saved model.
-        recipe: the removal that made it.
-        results: its scores, beside those of the original and of the control where there are any.
+    """Write README.md into the directory of the LN-free model of a run.
 
     Raises:
         UserError: the file cannot be written.
@@ -172,14 +173,12 @@ def model_card(
     """The card of an LN-free model that a run has made.
 
     Args:
-        recipe: the removal that made it.
-        results: its scores, beside those of the original and of the control; None when it was not scored.
-        repo_id: the Hub repository it is written for; None for a directory.
-        form: what the model itself is: without norms, or the stock form.
-        has_stock: whether the stock form lies beside it (in a repository: in the folder `stock`). Default: as the
-            recipe's export.formats say.
-        has_code: whether the modelling file lies beside it.
-        license_id: of the model it was made from; default: `license_of`.
+        results: the scores of the model, the original and the control; None when it was not scored.
+        repo_id: the Hub repository that the card is written for; None for a directory.
+        form: without norms, or the stock form.
+        has_stock: whether the stock form is there too, in the folder `stock`. Default: what export.formats says.
+        has_code: whether the modelling file is in the model's directory.
+        license_id: of the model that it was made from. Default: `license_of`.
     """
     title = f"{_base_name(recipe.model)} without LayerNorm"
     front = front_matter(
@@ -209,10 +208,10 @@ def converted_model_card(
     has_code: bool = False,
     license_id: str | None = None,
 ) -> str:
-    """The card of an LN-free model that was converted to another form, with no run of ours to tell how it was made.
+    """The card of an LN-free model that was converted to another form and comes from no run.
 
     Args:
-        source: the model it was converted from: a Hub id or a directory.
+        source: the model that it was converted from: a Hub id or a directory.
         repo_id, form, has_code, license_id: as for `model_card`.
     """
     name, base = _base_name(source), hub_id(source)
@@ -245,13 +244,13 @@ def _loading(repo_id: str | None, *, form: Form, has_stock: bool, has_code: bool
         return "\n\n".join(
             (
                 "A plain `GPT2LMHeadModel`, whose norms are still there and do nothing. It needs transformers alone:",
-                _snippet("from transformers import AutoTokenizer, GPT2LMHeadModel", "GPT2LMHeadModel", place),
+                snippet("from transformers import AutoTokenizer, GPT2LMHeadModel", "GPT2LMHeadModel", place),
             )
         )
     imports = "import ln_removal  # makes transformers know the class\nfrom transformers import AutoModelForCausalLM, AutoTokenizer"
     parts = [
         "The model class comes with the Python package ln-removal; no remote code is run.",
-        _snippet(imports, "AutoModelForCausalLM", place),
+        snippet(imports, "AutoModelForCausalLM", place),
     ]
     if has_code:
         parts += [
@@ -280,7 +279,7 @@ model = GPT2LMHeadModel.from_pretrained({stock})
     return "\n\n".join(parts)
 
 
-def _snippet(imports: str, model_class: str, place: str) -> str:
+def snippet(imports: str, model_class: str, place: str) -> str:
     return f"""\
 ```python
 {imports}
@@ -291,27 +290,9 @@ tokenizer = AutoTokenizer.from_pretrained("{place}")
 
 
 def _scores(results: Results) -> str:
-    shown = [role for role in _TITLES if getattr(results.models, role) is not None]
-    rows = []
-
-    def row(name: str, values: dict[str, float | None], form: str) -> None:
-        if any(value is not None for value in values.values()):
-            cells = ["-" if (value := values[role]) is None else format(value, form) for role in shown]
-            rows.append((name, *cells))
-
-    def of(field: str, factor: float = 1.0) -> dict[str, float | None]:
-        values = {role: getattr(getattr(results, field), role) for role in shown}
-        return {role: None if value is None else factor * value for role, value in values.items()}
-
-    def spread(name: str) -> dict[str, float | None]:
-        spreads = {role: getattr(results.loss_spread, role) for role in shown}
-        return {role: None if found is None else getattr(found, name) for role, found in spreads.items()}
-
-    row("cross-entropy (nats per token)", of("cross_entropy"), ".4f")
-    row("median token", spread("median"), ".4f")
-    row("99.9 % of tokens below", spread("percentile_99_9"), ".2f")
-    row("bits per byte", of("bits_per_byte"), ".4f")
-    row("accuracy (%)", of("accuracy", 100), ".2f")
+    """The table of scores and how they were taken."""
+    roles = shown_roles(results)
+    rows = [(row.label, *map(row.value, roles)) for row in score_rows(results, _LABELS)]
     settings = results.settings
     window = f"windows of {settings.context}{results.stride_note}"
     notes = [f"{results.tokens:,} tokens of {settings.data}, {window}, {settings.precision}."]
@@ -325,7 +306,7 @@ def _scores(results: Results) -> str:
             "The control was fine-tuned on the same batches and kept its LayerNorms; the gap, LN-free minus control, "
             f"is {results.gap:+.4f} nats per token."
         )
-    return table_of(("", *(_TITLES[role] for role in shown)), rows) + "\n\n" + " ".join(notes)
+    return markdown_table(("", *(TITLES[role] for role in roles)), rows) + "\n\n" + " ".join(notes)
 
 
 def _making(recipe: Recipe) -> str:
@@ -352,7 +333,7 @@ def _limits(recipe: Recipe) -> str:
 
 
 def _measured(results: Results) -> list[EvalResult]:
-    """The LN-free model's figures for the model index."""
+    """The LN-free model's scores for the model index."""
     settings = results.settings
     hellaswag = "hellaswag" in settings.question_set.lower()
     return metric_entries(
@@ -369,11 +350,6 @@ def _measured(results: Results) -> list[EvalResult]:
 
 def _base_name(model: str) -> str:
     return "tiny-gpt2" if model == "tiny" else Path(model).name
-
-
-def table_of(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    align = ("---", *("---:" for _ in header[1:]))
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, align, *rows))
 
 
 def assemble(front: str, sections: list[str]) -> str:

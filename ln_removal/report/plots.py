@@ -1,8 +1,8 @@
 """The figures of `ln-analyze`: attention entropy of heads and layers, and the stability of a training over its steps.
 
-The first show the heads of each layer, layers over training and heads in the overload band; the others NaN in the attention,
-residual and gradient norms and learnable slopes. All have the report's colours and one grid of panels, and are saved as PNG
-or PDF. They are made without pyplot: no window, no state, safe in a server.
+The entropy figures show the heads of each layer, the layers over training, and the heads in the overload band. The others
+show NaN in the attention, residual and gradient norms, and learnable slopes. All use the report's colours and one grid of
+panels, and are saved as PNG and PDF. They do without pyplot, which keeps global state.
 
 Shape legend: S observations, L layers, H heads, N slopes.
 """
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TEXT, SOFT, RULE, GRID, ACCENT, ALARM = "#1b1f24", "#5b6570", "#d5dae0", "#e9edf1", "#0b62b0", "#c4540a"
-"""The report's, on white: a figure goes into a paper as well as onto a page."""
+"""The report's colours in light mode."""
 
 LETTER = 0.075
-"""Width in inches of a letter of a title, about."""
+"""Approximate width in inches of a letter in a title."""
 
 FORMATS = ("png", "pdf")
 
@@ -64,7 +64,7 @@ _STYLE: Any = {
 
 @contextmanager
 def house_style() -> Iterator[None]:
-    """Draw and save inside it."""
+    """A block in which figures are drawn and saved in the report's style."""
     import matplotlib
 
     with matplotlib.rc_context(_STYLE):
@@ -92,7 +92,7 @@ def panels(names: Sequence[str], size: tuple[float, float], *, share: bool) -> t
     for panel, name in zip(grid, names, strict=False):
         panel.set_title(_wrapped(name, size[0]), loc="left")
     if share and rows > 1:
-        for panel in grid[max(0, count - columns) : count]:  # also above an empty place
+        for panel in grid[max(0, count - columns) : count]:  # also those above an empty place
             panel.tick_params(labelbottom=True)
     return figure, list(grid[:count])
 
@@ -109,7 +109,7 @@ def label_edges(axes: Sequence[Axes], x_label: str, y_label: str) -> None:
 
 
 def curve(panel: Axes, steps: Any, values: Any, colour: Any) -> None:
-    """Values over steps, interrupted where they are NaN; with points when there are too few for a line."""
+    """A line of values over steps, with gaps where they are NaN, and with points when there are too few for a line."""
     panel.plot(steps, values, color=colour, marker="o" if np.isfinite(values).sum() < 3 else None, markersize=3)
 
 
@@ -133,7 +133,7 @@ def layer_bar(figure: Figure, axes: Sequence[Axes], layers: int) -> None:
 def colour_bar(
     figure: Figure, axes: Sequence[Axes], mappable: ScalarMappable, label: str, *, gap: float = 0.08, ticks: Any = None
 ) -> Colorbar:
-    """A bar at the right of all panels, `gap` inches away from them."""
+    """A colour bar at the right of all panels, `gap` inches away from them."""
     width, _ = figure.get_size_inches()
     bar = figure.colorbar(
         mappable, ax=list(axes), ticks=ticks, aspect=22, pad=gap / width, fraction=0.3 / width, panchor=False
@@ -144,18 +144,18 @@ def colour_bar(
 
 
 def whole_ticks(count: int, wanted: int = 12) -> list[int]:
-    """Whole numbers below `count`, about `wanted` of them, from 0."""
+    """About `wanted` whole numbers below `count`, beginning with 0."""
     return list(range(0, count, max(1, -(-count // wanted))))
 
 
 def cell_size(rows: int, columns: int) -> tuple[float, float]:
-    """Width and height in inches of a panel whose cells are squares, neither tiny nor a page wide."""
+    """Width and height in inches of a panel whose cells are squares of a readable size."""
     side = min(0.26, 4.2 / max(rows, columns))
     return max(1.9, side * columns + 0.55), max(1.5, side * rows + 0.9)
 
 
 def colour_map(missing: str = "#ffffff") -> Colormap:
-    """For values from low to high, and a colour for what is masked or NaN."""
+    """A colour map for values from low to high, with a colour for values that are masked or NaN."""
     return _sequence().with_extremes(bad=missing)
 
 

@@ -1,8 +1,9 @@
-"""What the report of a run is made from: its results, metrics, recipe, frozen constants and incidents, and published results.
+"""What the report of a run shows: its results, metrics, recipe, frozen constants and incidents, and published results.
 
-What is missing in a run is None or empty. Incidents (skipped steps, loss spikes, waiting, going back) come from metrics.jsonl.
-The published results are those of the two earlier removals of LayerNorm from GPT-2, to set a run beside. Losses are in nats per
-token. The gap is the LN-free model minus a control fine-tuned on the same tokens with its LayerNorm kept.
+Parts that a run does not have are None or empty. Incidents (skipped steps, loss spikes, waiting, rollbacks) come from
+metrics.jsonl. The published results are those of the two earlier removals of LayerNorm from GPT-2. Losses are in nats per
+token. The gap is the LN-free model's loss minus that of a control, which was fine-tuned on the same tokens and kept its
+LayerNorms.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from ln_removal.evaluation.results import Results
 
 SHOWN = 20
-"""Steps that are named in one line, and lines that are shown."""
+"""At most so many steps are named in a line of incidents, and so many lines are shown."""
 
 HEIMERSHEIM = "Heimersheim 2024"
 BARONI = "Baroni et al. 2025"
@@ -51,8 +52,8 @@ class Curve:
 
     Attributes:
         steps, losses: of the optimizer steps; NaN where the loss was not finite.
-        evaluations: (steps done, cross-entropy on held-out tokens).
-        freezes: for each kind of site, and for the special constants, the steps (first, last) of each change.
+        evaluations: steps done, and cross-entropy on held-out tokens.
+        freezes: the first and the last step of each change, by kind of site; "special" are the special constants.
     """
 
     steps: list[int] = field(default_factory=list)
@@ -63,7 +64,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class FrozenConstant:
-    """A site's constant in place of the standard deviation, and what the special positions had before their drop."""
+    """The constant of a site, and the constants that the special positions had until theirs were dropped."""
 
     site: str
     ordinary: float
@@ -85,7 +86,7 @@ class RunRecord:
 
 
 def read_run(directory: Path | str) -> RunRecord:
-    """Read a run. It needs results.json; anything else may be missing.
+    """Read a run. It needs results.json; everything else may be missing.
 
     Raises:
         UserError: there is no such directory, or its results cannot be read.
@@ -141,7 +142,7 @@ def read_curve(path: Path) -> Curve:
 
 
 def read_constants(state: Path) -> list[FrozenConstant]:
-    """The frozen standard deviations in the newest checkpoint that can be read, site by site; empty without one."""
+    """The frozen constants in the newest checkpoint that can be read, site by site; empty when there is none."""
     from safetensors import SafetensorError, safe_open
 
     from ln_removal.training.checkpoint import checkpoints
@@ -158,7 +159,7 @@ def read_constants(state: Path) -> list[FrozenConstant]:
 
 
 def _constants(tensors: dict[str, tuple[Any, Any]]) -> Iterable[FrozenConstant]:
-    """Site by site from (captured, frozen), each (R, K): see `freezable.FreezableNorm`."""
+    """One entry for each site, from the buffers (captured, frozen) of its norm, each (R, K): see `freezable.FreezableNorm`."""
     for name, (captured, frozen) in tensors.items():
         parts = name.split(".")
         layer = next((part for part in parts if part.isdigit()), None)
@@ -187,7 +188,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def incident_lines(metrics: Path) -> list[str]:
-    """One sentence for each, in the order in which they happened; skipped steps first, by cause. Plain text, not HTML."""
+    """The incidents of a run as sentences: skipped steps by cause, then the others in the order in which they happened."""
     skipped: dict[str, list[int]] = {}
     lines: list[str] = []
     for row in metrics_rows(metrics):
@@ -196,7 +197,7 @@ def incident_lines(metrics: Path) -> list[str]:
                 skipped.setdefault(str(row["cause"]), []).append(int(row["step"]))
             elif (line := _line(row)) is not None:
                 lines.append(line)
-        except (KeyError, TypeError, ValueError):  # not one of ours
+        except (KeyError, TypeError, ValueError):  # a row of another version
             continue
     more = [f"and {len(lines) - SHOWN} more, see {metrics.name}"] if len(lines) > SHOWN else []
     return [_skipped(cause, steps) for cause, steps in skipped.items()] + lines[:SHOWN] + more
@@ -246,10 +247,15 @@ class PublishedLoss:
         """LN-free minus control."""
         return self.ln_free - self.control
 
+    def shown(self, role: str) -> str:
+        """The loss of one role, with as many digits as the paper gives."""
+        loss = float(getattr(self, role))
+        return f"{loss:.{2 if loss >= 100 else 3 if self.source == HEIMERSHEIM else 4}f}"
+
 
 @dataclass(frozen=True, slots=True)
 class PublishedAccuracy:
-    """HellaSwag in per cent; None where the source gives no figure."""
+    """HellaSwag accuracy in per cent; None where the source gives none."""
 
     model: str
     measure: str

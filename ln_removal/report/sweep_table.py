@@ -1,13 +1,13 @@
-"""The table of a grid: perplexity of every arm and its change against the baseline, with the spread over seeds.
+"""The table of a sweep: the perplexity of every arm and its change against the baseline, with the spread over seeds.
 
-Perplexity is exp(cross-entropy) of the whole validation split, cross-entropy in nats per token. An arm's perplexity is the
-mean over its finished seeds. Its change is paired by seed: the mean over the seeds that the arm and the baseline have both
-finished of
+Perplexity is exp(cross-entropy) on the whole validation split, with the cross-entropy in nats per token. The perplexity of
+an arm is the mean over its finished seeds. The change is
 
     100 (perplexity of the arm / perplexity of the baseline - 1)      [%]
 
-so that what a seed does to both cancels. The spread, of either, is half the range for two seeds and the standard deviation
-(with n - 1) for more. A run that diverged has no perplexity and counts in neither.
+averaged over the seeds that both the arm and the baseline have finished. It is paired by seed, so an effect that a seed has
+on both of them cancels. The spread of either is half the range for two seeds and the standard deviation (with n - 1) for
+more. A run that diverged has no perplexity and is in neither mean.
 """
 
 from __future__ import annotations
@@ -21,27 +21,29 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from ln_removal.config.estimate import readable_duration
 from ln_removal.config.sweep import Grid
 from ln_removal.errors import UserError
 from ln_removal.files.atomic import write_json_atomically
+from ln_removal.report.tables import markdown_table, text_table
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 RESULT_FILE = "result.json"
-"""In the directory of a run of the grid; there once the run is over."""
+"""In the directory of every run of the sweep that is finished or has diverged."""
 
 TABLE_JSON = "table.json"
 TABLE_MARKDOWN = "table.md"
 
 
 class RunResult(BaseModel):
-    """What is kept of one run that is over.
+    """What is kept of a run that is finished or has diverged.
 
     Attributes:
-        cross_entropy: of the validation split, nats per token; None for a run that diverged.
-        seconds: of training, evaluation and checkpoints left out. tokens_per_second: over all of it.
-        tokens_sha256: of the tokens it was trained and measured on, see `sweep.fingerprint`.
+        cross_entropy: on the validation split, nats per token; None for a run that diverged.
+        seconds: of training, without evaluations and checkpoints.
+        tokens_sha256: of the tokens that it was trained and scored on, see `sweep.fingerprint`.
         message: why it diverged.
     """
 
@@ -66,7 +68,7 @@ class RunResult(BaseModel):
 
     @property
     def tokens_per_second(self) -> float:
-        """Of training; 0 where nothing was timed."""
+        """Speed of the training; 0 where nothing was timed."""
         return self.tokens / self.seconds if self.seconds else 0.0
 
 
@@ -74,7 +76,7 @@ def read_result(directory: Path) -> RunResult | None:
     """The result of a run, or None while it is not over.
 
     Raises:
-        UserError: the file is there and does not hold one.
+        UserError: the file does not hold a result.
     """
     path = directory / RESULT_FILE
     if not path.is_file():
@@ -86,18 +88,18 @@ def read_result(directory: Path) -> RunResult | None:
 
 
 def write_result(directory: Path, result: RunResult) -> None:
-    """Write a run's result, whole or not at all: from then on the run is over."""
+    """Write a run's result, whole or not at all. A run with a result is over."""
     directory.mkdir(parents=True, exist_ok=True)
     write_json_atomically(directory / RESULT_FILE, result.model_dump())
 
 
 @dataclass(frozen=True)
 class ArmRow:
-    """One arm over all seeds; every mean is over the seeds it has finished, and None before the first.
+    """One arm over all seeds. Every mean is over the seeds that it has finished, and None where there are none.
 
     Attributes:
         change_percent: against the baseline, paired by seed; None where no seed is finished in both.
-        tokens: of one run. seconds: of one run.
+        tokens, seconds: of one run.
         perplexities, changes: by seed.
     """
 
@@ -117,7 +119,7 @@ class ArmRow:
 
 @dataclass(frozen=True)
 class GridTable:
-    """The results of a grid as far as it is finished."""
+    """The results of a sweep so far."""
 
     grid: Grid
     rows: tuple[ArmRow, ...]
@@ -164,11 +166,11 @@ class GridTable:
         return result.model_dump(exclude={"arm"}) | figures
 
     def header(self) -> list[str]:
-        """Of the table's columns."""
+        """The names of the table's columns."""
         return ["arm", f"perplexity, T={self.grid.arms[0].recipe.data.context}", *_FURTHER]
 
     def cells(self) -> list[list[str]]:
-        """The table in words, a list for each arm."""
+        """The cells of the table as text, a row for each arm."""
         return [
             [
                 row.name,
@@ -177,18 +179,18 @@ class GridTable:
                 "" if row.name == self.grid.baseline else _spread(row.change_percent_spread, ".2f", " %"),
                 self._seeds(row),
                 f"{row.tokens:,}",
-                "" if row.seconds is None else _minutes(row.seconds),
+                "" if row.seconds is None else readable_duration(row.seconds),
                 "" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}",
             ]
             for row in self.rows
         ]
 
     def cells_by_seed(self) -> list[list[str]]:
-        """Perplexity (change) of every run, a list for each arm."""
+        """Perplexity and change of every run, a row for each arm."""
         return [[row.name, *(self._run_figure(row, seed) for seed in self.grid.seeds)] for row in self.rows]
 
     def notes(self) -> list[str]:
-        """What a reader of the table has to know, a line each."""
+        """What a reader of the table has to know, one line for each note."""
         several = len(self.grid.seeds) > 1
         paired = ", paired by seed" if several else ""
         found = [f"In brackets: change against {self.grid.baseline}{paired}."]
@@ -226,11 +228,10 @@ _FURTHER = ["±", "± of change", "seeds", "tokens", "time", "tokens/s"]
 
 
 def build_table(grid: Grid, results: Mapping[tuple[str, int], RunResult]) -> GridTable:
-    """Put the results of a grid's runs together.
+    """Put the results of a sweep's runs together: a row for each arm.
 
     Args:
-        grid: its arms give the rows, its seeds the runs.
-        results: by (arm name, seed); those of runs that are over.
+        results: of the runs that are over, by (arm name, seed).
     """
     results = {(arm.name, seed): results[arm.name, seed] for arm, seed in grid.order() if (arm.name, seed) in results}
     perplexities = {arm.name: _perplexities(arm.name, grid.seeds, results) for arm in grid.arms}
@@ -262,7 +263,7 @@ def build_table(grid: Grid, results: Mapping[tuple[str, int], RunResult]) -> Gri
 
 
 def spread_over_seeds(values: Sequence[float]) -> float | None:
-    """Half the range of two values, the standard deviation (n - 1) of more, None for fewer."""
+    """Half the range of two values, or the standard deviation (with n - 1) of more; None for fewer than two."""
     if len(values) < 2:
         return None
     return abs(values[0] - values[1]) / 2 if len(values) == 2 else statistics.stdev(values)
@@ -277,35 +278,24 @@ def write_table(table: GridTable, out: Path) -> None:
 
 
 def to_markdown(table: GridTable) -> str:
-    """The table as Markdown, the figures by seed and the notes below it."""
+    """The table in Markdown; below it the perplexities by seed and the notes."""
     parts = [
         f"# {table.grid.name}",
         *filter(None, [table.grid.description]),
-        _markdown_table(table.header(), table.cells()),
+        markdown_table(table.header(), table.cells()),
     ]
     if len(table.grid.seeds) > 1:
-        parts.append(_markdown_table(["arm", *(f"seed {seed}" for seed in table.grid.seeds)], table.cells_by_seed()))
+        parts.append(markdown_table(["arm", *(f"seed {seed}" for seed in table.grid.seeds)], table.cells_by_seed()))
     parts += table.notes()
     return "\n\n".join(parts) + "\n"
 
 
 def render_table(table: GridTable, console: Console) -> None:
-    """Print the table, the figures by seed and the notes."""
-    from rich.table import Table
-    from rich.text import Text
-
-    def show(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        shown = Table(title=title, title_justify="left")
-        shown.add_column("")
-        for name in header[1:]:
-            shown.add_column(name, justify="right")
-        for cells in rows:
-            shown.add_row(*map(Text, cells))  # a name may hold what rich takes for markup
-        console.print(shown)
-
-    show(f"{table.grid.name}: validation perplexity", table.header(), table.cells())
+    """Print the table, the perplexities by seed and the notes."""
+    console.print(text_table(f"{table.grid.name}: validation perplexity", ["", *table.header()[1:]], table.cells()))
     if len(table.grid.seeds) > 1:
-        show("By seed", ["arm", *(f"seed {seed}" for seed in table.grid.seeds)], table.cells_by_seed())
+        seeds = [f"seed {seed}" for seed in table.grid.seeds]
+        console.print(text_table("By seed", ["", *seeds], table.cells_by_seed()))
     for note in table.notes():
         console.print(note, markup=False, highlight=False, soft_wrap=True)
 
@@ -328,14 +318,3 @@ def _with_change(perplexity: float, change: float | None) -> str:
 
 def _spread(value: float | None, form: str, unit: str = "") -> str:
     return "" if value is None else f"{value:{form}}{unit}"
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
-
-
-def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-    return "\n".join([line(header), line(["---", *("---:" for _ in header[1:])]), *map(line, rows)])

@@ -1,75 +1,196 @@
-"""Tables for the terminal: the scores of original, control and LN-free, and what `ln-analyze` found, also as JSON."""
+"""Tables of scores for the terminal, and what they share with the model card and the report.
+
+`score_rows` builds the table original / control / LN-free. The terminal, the model card and the report each choose rows of
+it and label them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
-from ln_removal.errors import UserError
-from ln_removal.evaluation.results import ROLES, TITLES, Results, Trio, difference_of
-from ln_removal.interpret.entropies import HeadEntropies, nullable
-from ln_removal.interpret.observations import Array, Observations, layer_means
-from ln_removal.models.attention import OVERLOAD_SHARE
+from ln_removal.evaluation.results import TITLES, ByRole, DataScores, Results, difference_of
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from ln_removal.evaluation.hellaswag import ModelsOnQuestions
+
 WORST_SHOWN = 2
 """Worst windows of a data set that the printed table shows; results.json and the report have more."""
 
-MODELS_A_TABLE = 6
+Score = Literal[
+    "cross_entropy",
+    "difference",
+    "median",
+    "percentile_95",
+    "percentile_99_9",
+    "bits_per_byte",
+    "accuracy",
+    "top_1",
+    "calibration",
+    "entropy",
+]
+
+_LABELS: dict[Score, str] = {
+    "cross_entropy": "cross-entropy (nats per token)",
+    "median": "  median token",
+    "percentile_95": "  95 % of tokens below",
+    "percentile_99_9": "  99.9 % of tokens below",
+    "calibration": "calibration error",
+    "entropy": "entropy of the prediction",
+    "bits_per_byte": "bits per byte",
+    "accuracy": "accuracy (%)",
+}
+
+
+@dataclass(frozen=True)
+class ScoreRow:
+    """One score of every model.
+
+    Attributes:
+        form: how its numbers are written, such as ".4f".
+        values, errors: by role, shares in per cent; a role without one is left out. Errors are standard errors.
+    """
+
+    score: Score
+    label: str
+    form: str
+    values: dict[str, float]
+    errors: dict[str, float]
+
+    def value(self, role: str, *, missing: str = "-") -> str:
+        """The number of one model, as it is shown."""
+        return format(self.values[role], self.form) if role in self.values else missing
+
+    def error(self, role: str) -> str:
+        """Its standard error after a plus-minus sign, or nothing."""
+        return f"± {format(self.errors[role], self.form)}" if role in self.errors else ""
+
+
+def shown_roles(results: Results) -> list[str]:
+    """The roles that have a model, which are the columns of every table of scores."""
+    return list(results.models.known())
+
+
+def score_rows(results: Results, labels: Mapping[Score, str]) -> list[ScoreRow]:
+    """The rows of the table original / control / LN-free; those that no model has are left out.
+
+    Args:
+        labels: the scores to show, in this order, and what each row is called.
+    """
+    spreads = results.loss_spread.known()
+    calibrations = results.by_data[0].calibration.known() if results.by_data else {}
+    cross_entropy = results.cross_entropy.known()
+    control = results.cross_entropy.control
+    to_control = {role: loss - control for role, loss in cross_entropy.items() if control is not None}
+
+    def part(found: Mapping[str, Any], name: str, factor: float = 1) -> dict[str, float]:
+        values = {role: getattr(one, name) for role, one in found.items()}
+        return {role: factor * value for role, value in values.items() if value is not None}
+
+    def percent(values: ByRole[float]) -> dict[str, float]:
+        return {role: 100 * share for role, share in values.known().items()}
+
+    measured: dict[Score, tuple[str, dict[str, float]]] = {
+        "cross_entropy": (".4f", cross_entropy),
+        "difference": ("+.4f", {role: value for role, value in to_control.items() if role != "control"}),
+        "median": (".4f", part(spreads, "median")),
+        "percentile_95": (".2f", part(spreads, "percentile_95")),
+        "percentile_99_9": (".2f", part(spreads, "percentile_99_9")),
+        "bits_per_byte": (".4f", results.bits_per_byte.known()),
+        "accuracy": (".2f", percent(results.accuracy)),
+        "top_1": (".2f", part(calibrations, "top_1_accuracy", 100)),
+        "calibration": (".4f", part(calibrations, "expected_calibration_error")),
+        "entropy": (".4f", part(calibrations, "entropy")),
+    }
+    errors: dict[str, dict[str, float]] = {
+        "cross_entropy": part(spreads, "standard_error"),
+        "accuracy": percent(results.accuracy_standard_error),
+    }
+    shown = set(shown_roles(results))
+    rows = (ScoreRow(key, label, *measured[key], errors.get(key, {})) for key, label in labels.items())
+    return [row for row in rows if shown & row.values.keys()]
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown, its first column to the left and the others to the right."""
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    return "\n".join([line(header), line(["---", *("---:" for _ in header[1:])]), *map(line, rows)])
+
+
+def text_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """A table for the terminal, its first column to the left and the others to the right; nothing in it is markup."""
+    from rich.markup import escape
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=escape(title), title_justify="left")
+    table.add_column(header[0], overflow="fold")
+    for name in header[1:]:
+        table.add_column(escape(name), justify="right")
+    for cells in rows:
+        table.add_row(*map(Text, cells))
+    return table
 
 
 def render(results: Results, console: Console) -> None:
-    """Print the table original / control / LN-free, with the differences that matter."""
-    from rich.table import Table
+    """Print the table original / control / LN-free with the differences, further tables, notes, and what the models wrote."""
+    console.print(_score_table(results))
+    for table in _further_tables(results):
+        console.print(table)
+    lines = _notes(results)
+    for data in results.by_data:
+        lines += _data_lines(data)
+    for one in results.continuations:
+        lines += [f"--- {TITLES[role]}\n{one.prompt}{text}" for role, text in one.texts.known().items()]
+    for line in lines:
+        console.print(line, markup=False, highlight=False)
 
-    shown = [role for role in ROLES if getattr(results.models, role) is not None]
-    table = Table(title="LayerNorm removal: scores", title_justify="left")
-    table.add_column("")
-    for role in shown:
-        table.add_column(TITLES[role], justify="right")
-    differences = [role for role in ("control", "original") if role in shown and "ln_free" in shown]
-    for role in differences:
-        table.add_column(f"LN-free - {TITLES[role]}", justify="right")
 
-    def row(name: str, values: Trio[float], form: str, errors: Trio[float] | None = None) -> None:
-        cells = []
-        for role in shown:
-            value, error = getattr(values, role), getattr(errors, role, None)
-            cells.append(
-                ("-" if value is None else format(value, form)) + (f" ± {error:{form}}" if error is not None else "")
-            )
-        for role in differences:
-            difference = difference_of(values.ln_free, getattr(values, role))
-            cells.append("-" if difference is None else format(difference, "+" + form))
-        if any(getattr(values, role) is not None for role in shown):
-            table.add_row(name, *cells)
+def _score_table(results: Results) -> Table:
+    """The rows of `_LABELS`, and the differences of the LN-free model to the control and to the original."""
+    shown = shown_roles(results)
+    others = [role for role in ("control", "original") if role in shown and "ln_free" in shown]
+    header = ["", *(TITLES[role] for role in shown), *(f"LN-free - {TITLES[role]}" for role in others)]
+    rows = []
+    for row in score_rows(results, _LABELS):
+        values = [f"{row.value(role)} {row.error(role)}".rstrip() for role in shown]
+        differences = [difference_of(row.values.get("ln_free"), row.values.get(role)) for role in others]
+        rows.append([row.label, *values, *("-" if one is None else format(one, "+" + row.form) for one in differences)])
+    return text_table("LayerNorm removal: scores", header, rows)
 
-    def part(name: str) -> Trio[float]:
-        spreads = {role: getattr(results.loss_spread, role) for role in ROLES}
-        return Trio[float](**{role: getattr(spread, name) for role, spread in spreads.items() if spread is not None})
 
-    row("cross-entropy (nats per token)", results.cross_entropy, ".4f", part("standard_error"))
-    row("  median token", part("median"), ".4f")
-    row("  95 % of tokens below", part("percentile_95"), ".2f")
-    row("  99.9 % of tokens below", part("percentile_99_9"), ".2f")
-    if results.by_data:
-        calibrations = {role: getattr(results.by_data[0].calibration, role) for role in ROLES}
+def _further_tables(results: Results) -> Iterator[Table]:
+    """Scores by data set where there are several, and on stress texts."""
+    shown = shown_roles(results)
+    header = ["", *(TITLES[role] for role in shown)]
 
-        def calibration(name: str) -> Trio[float]:
-            return Trio[float](**{role: getattr(c, name) for role, c in calibrations.items() if c is not None})
+    def cells(values: Mapping[str, float], form: str) -> list[str]:
+        return [format(values[role], form) if role in values else "-" for role in shown]
 
-        row("calibration error", calibration("expected_calibration_error"), ".4f")
-        row("entropy of the prediction", calibration("entropy"), ".4f")
-    row("bits per byte", results.bits_per_byte, ".4f")
-    row("accuracy (%)", _percent(results.accuracy), ".2f", _percent(results.accuracy_standard_error))
-    console.print(table)
-    for more in _further_tables(results, shown):
-        console.print(more)
+    if len(results.by_data) > 1:
+        rows = []
+        for data in results.by_data:
+            highest = {role: spread.percentile_99_9 for role, spread in data.loss_spread.known().items()}
+            rows.append([data.data, *cells(data.cross_entropy.known(), ".4f")])
+            rows.append(["  99.9 % of tokens below", *cells(highest, ".2f")])
+        yield text_table("Cross-entropy by data set", header, rows)
+    if results.odd_text:
+        rows = []
+        for one in results.odd_text:
+            pairs = zip(cells(one.loss.known(), ".3f"), cells(one.worst.known(), ".3f"), strict=True)
+            rows.append([one.kind, *(f"{mean} / {worst}" for mean, worst in pairs)])
+        yield text_table(f"Odd text: mean loss and worst of {results.odd_text[0].sequences} sequences", header, rows)
+
+
+def _notes(results: Results) -> list[str]:
+    """How the models were scored, and the gap."""
     settings = results.settings
     window = f"context {settings.context}{results.stride_note}"
     notes = [f"{results.tokens:,} tokens of {settings.data}, {window}, {settings.precision}"]
@@ -78,214 +199,50 @@ def render(results: Results, console: Console) -> None:
     notes.append(f"{results.seconds:.0f} s on {results.device}")
     if results.gap is not None:
         notes.append(f"gap (LN-free - control): {results.gap:+.4f} nats per token")
-    for note in notes:
-        console.print(note, markup=False, highlight=False)
-    for data in results.by_data:
-        for one in data.differences:
-            console.print(
-                f"{data.data}: {TITLES[one.model]} - {TITLES[one.than]} {one.mean:+.4f}, {100 * one.confidence:.0f} % "
-                f"interval {one.low:+.4f} to {one.high:+.4f} ({one.units} {one.unit})",
-                markup=False,
-                highlight=False,
-            )
-        for sample in data.worst[:WORST_SHOWN]:
-            losses = ", ".join(
-                f"{TITLES[role]} {value:.2f}" for role in shown if (value := getattr(sample.loss, role)) is not None
-            )
-            text = (
-                repr(sample.before[-60:])[1:-1]
-                + " >>"
-                + repr(sample.token)[1:-1]
-                + "<< "
-                + repr(sample.after[:20])[1:-1]
-            )
-            console.print(f"{data.data}: worst window, {losses}: {text}", markup=False, highlight=False)
-    for written in results.continuations:
-        for role in shown:
-            if (text := getattr(written.texts, role)) is not None:
-                console.print(f"--- {TITLES[role]}\n{written.prompt}{text}", markup=False, highlight=False)
+    return notes
 
 
-def _further_tables(results: Results, shown: Sequence[str]) -> Iterator[Table]:
-    """By data set where there are several, and on odd text."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    def cells(values: Trio[float], form: str) -> list[str]:
-        return ["-" if (value := getattr(values, role)) is None else format(value, form) for role in shown]
-
-    def begun(title: str) -> Table:
-        table = Table(title=title, title_justify="left")
-        table.add_column("")
-        for role in shown:
-            table.add_column(TITLES[role], justify="right")
-        return table
-
-    if len(results.by_data) > 1:
-        table = begun("Cross-entropy by data set")
-        for data in results.by_data:
-            table.add_row(escape(data.data), *cells(data.cross_entropy, ".4f"))
-            highest = {role: spread.percentile_99_9 for role in shown if (spread := getattr(data.loss_spread, role))}
-            table.add_row("  99.9 % of tokens below", *cells(Trio[float](**highest), ".2f"))
-        yield table
-    if results.odd_text:
-        table = begun(f"Odd text: mean loss and worst of {results.odd_text[0].sequences} sequences")
-        for odd in results.odd_text:
-            pairs = zip(cells(odd.loss, ".3f"), cells(odd.worst, ".3f"), strict=True)
-            table.add_row(odd.kind, *(f"{mean} / {worst}" for mean, worst in pairs))
-        yield table
-
-
-def _percent(values: Trio[float]) -> Trio[float]:
-    return Trio[float](**{role: 100 * share for role in ROLES if (share := getattr(values, role)) is not None})
-
-
-def entropy_tables(heads: Sequence[HeadEntropies]) -> list[Table]:
-    """Mean entropy of each layer and the share of its heads in the overload band, a column a model."""
-    from rich.table import Table
-
-    title = f"attention entropy in nats (and heads above {OVERLOAD_SHARE:g} of the largest possible)"
-    tables = []
-    for start in range(0, len(heads), MODELS_A_TABLE):
-        part = heads[start : start + MODELS_A_TABLE]
-        table = Table(title=title, title_justify="left")
-        table.add_column("layer", justify="right")
-        for one in part:
-            table.add_column(one.title, justify="right", overflow="fold")
-        for layer in range(max(len(one.entropy) for one in part)):
-            table.add_row(str(layer), *(_layer_cell(one, layer) for one in part))
-        table.add_section()
-        table.add_row("all", *(_cell(one.entropy, one.overloaded) for one in part))
-        table.add_row("largest", *(f"{one.largest:.3f}" for one in part))
-        tables.append(table)
-    return tables
-
-
-def entropy_json(heads: Sequence[HeadEntropies], runs: Sequence[Observations]) -> list[dict[str, Any]]:
-    """Every model's heads; for runs also the layers' means over the steps."""
-    rows = [one.to_json() for one in heads]
-    for row, run in zip(rows, runs, strict=False):
-        row["directory"] = str(run.directory)
-        row["observed_steps"] = run.steps.tolist()
-        row["layer_entropy_over_steps"] = nullable(layer_means(run.entropy))
-    return rows
-
-
-def nan_lines(runs: Sequence[Observations]) -> list[str]:
-    """A line a run: whether, when and where NaN or infinity appeared."""
-    lines = []
-    for run in runs:
-        steps = f"{run.counted}, from step {run.steps[0]:,} to {run.steps[-1]:,}"
-        attention, residual = run.nan_counts > 0, run.nonfinite_residual > 0
-        if not attention.any() and not residual.any():
-            lines.append(f"{run.name}: no NaN in any layer's attention, residual stream finite, in {steps}")
-            continue
-        parts = []
-        if attention.any():
-            worst = int(run.nan_counts.max())
-            parts.append(
-                f"NaN in the attention of {_layers(attention)} from step {_first(run, attention):,} on, at most {worst:,} of "
-                f"{run.attention_entries:,} entries of a layer"
-            )
-        if residual.any():
-            parts.append(f"residual stream not finite from step {_first(run, residual):,} on, {_places(residual)}")
-        lines.append(f"{run.name}: {'; '.join(parts)}; {steps}")
+def _data_lines(data: DataScores) -> list[str]:
+    """The differences on a data set with their intervals, and its worst windows."""
+    lines = [
+        f"{data.data}: {TITLES[one.model]} - {TITLES[one.than]} {one.mean:+.4f}, {100 * one.confidence:.0f} % "
+        f"interval {one.low:+.4f} to {one.high:+.4f} ({one.units} {one.unit})"
+        for one in data.differences
+    ]
+    for sample in data.worst[:WORST_SHOWN]:
+        losses = ", ".join(f"{TITLES[role]} {value:.2f}" for role, value in sample.loss.known().items())
+        before, token, after = (repr(text)[1:-1] for text in (sample.before[-60:], sample.token, sample.after[:20]))
+        lines.append(f"{data.data}: worst window, {losses}: {before} >>{token}<< {after}")
     return lines
 
 
-def nan_json(runs: Sequence[Observations]) -> list[dict[str, Any]]:
-    """Counts and norms at every observation, and the first step with NaN of each layer."""
-    return [
-        {
-            "name": run.name,
-            "directory": str(run.directory),
-            "steps": run.steps.tolist(),
-            "attention_entries": run.attention_entries,
-            "nan_counts": run.nan_counts.astype(int).tolist(),
-            "first_nan_step": [
-                int(run.steps[column.argmax()]) if column.any() else None for column in (run.nan_counts > 0).T
-            ],
-            "nonfinite_residual": run.nonfinite_residual.astype(int).tolist(),
-            "residual_norm": nullable(run.residual_norm),
-            "gradient_norm": nullable(run.gradient_norm),
-        }
-        for run in runs
-    ]
-
-
-def with_slopes(runs: Sequence[Observations]) -> list[Observations]:
-    """The runs that have learnable slopes.
-
-    Raises:
-        UserError: none has.
-    """
-    found = [run for run in runs if run.slopes.shape[1]]
-    if not found:
-        names = ", ".join(run.name for run in runs)
-        raise UserError(
-            f"no learnable slopes in {names}; train with --set architecture.activation=learnable_leaky_relu to have some"
+def question_tables(found: ModelsOnQuestions) -> list[Table]:
+    """What `evaluate-hellaswag` prints: the accuracies, and the comparisons with the first model if there are any."""
+    first = next(iter(found.results.values()))
+    rows = []
+    for name, result in found.results.items():
+        pairs = ((result.acc, result.acc_standard_error), (result.acc_norm, result.acc_norm_standard_error))
+        cells = (
+            f"{100 * share:.2f}" + (f" ± {100 * error:.2f}" if error is not None else "") for share, error in pairs
         )
-    return found
-
-
-def slope_table(runs: Sequence[Observations]) -> Table:
-    """First, last, smallest and largest value of every slope."""
-    from rich.table import Table
-
-    table = Table(title="negative slopes", title_justify="left")
-    table.add_column("run", overflow="fold")
-    for column in ("slope of", "first", "last", "smallest", "largest"):
-        table.add_column(column, justify="right")
-    for run in runs:
-        for number, values in enumerate(run.slopes.T):
-            known = values[np.isfinite(values)]
-            figures = (known[0], known[-1], known.min(), known.max()) if len(known) else ()
-            table.add_row(
-                run.name if number == 0 else "", slope_name(run, number), *(f"{value:+.4f}" for value in figures)
-            )
-    return table
-
-
-def slope_json(runs: Sequence[Observations]) -> list[dict[str, Any]]:
-    """Every slope at every observation."""
-    return [
-        {
-            "name": run.name,
-            "directory": str(run.directory),
-            "steps": run.steps.tolist(),
-            "slopes": {slope_name(run, number): nullable(values) for number, values in enumerate(run.slopes.T)},
-        }
-        for run in runs
-    ]
-
-
-def slope_name(run: Observations, number: int) -> str:
-    """Whose slope it is."""
-    return "network" if run.slopes.shape[1] == 1 else f"layer {number}"
-
-
-def _layer_cell(one: HeadEntropies, layer: int) -> str:
-    return _cell(one.entropy[layer], one.overloaded[layer]) if layer < len(one.entropy) else ""
-
-
-def _cell(entropy: Array, overloaded: Any) -> str:
-    """ "2.314 ( 17 %)": mean over the heads that are not NaN, share of all in the band."""
-    known = entropy[np.isfinite(entropy)]
-    mean = f"{known.mean():.3f}" if len(known) else "NaN"
-    return f"{mean} ({100 * overloaded.mean():3.0f} %)"
-
-
-def _first(run: Observations, found: Any) -> int:
-    return int(run.steps[found.any(axis=1).argmax()])
-
-
-def _layers(found: Any) -> str:
-    layers = np.flatnonzero(found.any(axis=0)).tolist()
-    if len(layers) > 2 and layers == list(range(layers[0], layers[-1] + 1)):
-        return f"layers {layers[0]} to {layers[-1]}"
-    return f"layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
-
-
-def _places(found: Any) -> str:
-    first = int(np.flatnonzero(found.any(axis=0))[0])
-    return f"behind block {first - 1} and later" if first else "already in front of the first block"
+        rows.append([name, *cells])
+    title = f"{found.data}: {first.questions:,} questions, protocol {first.protocol}"
+    tables = [text_table(title, ["model", "acc (%)", "acc_norm (%)"], rows)]
+    if found.comparisons:
+        header = ["model", "rule", "difference", "95 % interval", "only it right", "only the first right", "McNemar p"]
+        rows = [
+            [
+                comparison["second"],
+                rule,
+                f"{100 * one['difference']:+.2f}",
+                f"{100 * one['low']:+.2f} to {100 * one['high']:+.2f}",
+                f"{one['only_second']:,}",
+                f"{one['only_first']:,}",
+                f"{one['p_value']:.3g}",
+            ]
+            for comparison in found.comparisons
+            for rule in ("acc", "acc_norm")
+            for one in [comparison[rule]]
+        ]
+        tables.append(text_table(f"difference to {found.comparisons[0]['first']}, in points", header, rows))
+    return tables
