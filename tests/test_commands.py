@@ -233,7 +233,7 @@ MISTAKES = {
     "no questions": (f"{REMOVE} --questions none.jsonl --out new", "cannot read questions from none.jsonl"),
     "output is a file": (f"{REMOVE} --out file", "cannot write file"),
     "output below a file": (f"{REMOVE} --out file/below", "cannot write file/below"),
-    "output is used": (f"{REMOVE} --out texts", "not a run of ours; choose another --out"),
+    "output is used": (f"{REMOVE} --out texts", "not a run of ln-removal; choose another --out"),
     "output is a run": (f"{REMOVE} --out run", "continue it with --resume"),
     "nothing to resume": (f"{REMOVE} --out texts --resume", "there is no run to resume"),
     "another recipe to resume": (
@@ -246,7 +246,7 @@ MISTAKES = {
     "removal recipe, planned": ("ln-pretrain --recipe tiny --dry-run", "run it with ln-remove"),
     "pretraining on nothing": ("ln-pretrain --set data.corpus=empty --out new", "holds 0 documents"),
     "pretraining negative steps": ("ln-pretrain --steps -1 --out new", "too short"),
-    "pretraining in a used place": ("ln-pretrain --out texts", "not a run of ours"),
+    "pretraining in a used place": ("ln-pretrain --out texts", "not a run of ln-removal"),
     "export with LayerNorms": ("ln-export model --out new", "with its LayerNorms"),
     "export nothing": ("ln-export nonsense --out new", "no such directory: nonsense"),
     "export into a used place": ("ln-export run --out texts", "texts is already in use"),

@@ -408,7 +408,7 @@ def test_a_grid_that_fails_before_training_leaves_nothing(tmp_path: Path) -> Non
 
 def test_a_directory_with_other_things_is_left_alone(file: str, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
-    assert "not a run of ours" in refused("--grid", file, "--out", tmp_path)
+    assert "not a run of ln-removal" in refused("--grid", file, "--out", tmp_path)
     assert "holds no grid.toml" in refused("--grid", file, "--out", tmp_path, "--resume")
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 

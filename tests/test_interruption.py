@@ -57,7 +57,7 @@ def test_the_first_signal_asks_and_the_second_stops(number: int, capfd: pytest.C
     with pytest.raises(Interrupted) as caught:
         work()
     assert caught.value.exit_code == 128 + number
-    assert capfd.readouterr().err == f"{caught.value.cause}: stopping after this step; once more stops at once\n"
+    assert capfd.readouterr().err == f"{caught.value.cause}: stopping after this step; a second signal stops at once\n"
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
@@ -176,7 +176,7 @@ def last_line(said: str, *, asks: bool) -> str:
     """The line about the stop; above it only the one that says what comes first, and progress."""
     lines = said.splitlines()
     assert "Traceback" not in said and "Exception" not in said, said
-    assert ("once more stops at once" in said) == asks, said
+    assert ("a second signal stops at once" in said) == asks, said
     assert said.endswith("\n") and lines[-1].startswith("stopped by "), said
     return lines[-1]
 
@@ -377,8 +377,8 @@ def test_the_terminal_is_left_clean(place: Path, forked: Commands) -> None:
     *before, line, after = text.split("\r\n")
     assert after == ""
     assert line.startswith("stopped by Ctrl-C: step "), "it stands at the beginning of a line of its own"
-    (asked,) = [each for each in before if "once more stops at once" in each]
-    assert asked.rpartition("\x1b[K")[2] == "Ctrl-C: stopping after this step; once more stops at once"
+    (asked,) = [each for each in before if "a second signal stops at once" in each]
+    assert asked.rpartition("\x1b[K")[2] == "Ctrl-C: stopping after this step; a second signal stops at once"
 
 
 # --------------------------------------------------------------------------------------------------------- several ranks

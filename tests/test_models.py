@@ -225,7 +225,7 @@ def test_damage_is_named_in_one_line(folder: Path, damage: Callable[[Path], obje
 def test_a_run_in_place_of_a_model_is_told_where_its_model_is(folder: Path) -> None:
     (folder.parent / "recipe.toml").write_text("")
     message = message_of(lambda: load_config(str(folder.parent)))
-    assert message == f"{folder.parent} is a run, not a model; its model is {folder}"
+    assert message == f"{folder.parent} is a run, not a model; give its model, {folder}"
 
 
 def test_code_in_a_model_directory_is_never_run(folder: Path) -> None:

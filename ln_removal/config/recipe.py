@@ -201,7 +201,7 @@ def load_recipe(name_or_path: str, overrides: Mapping[str, object] | None = None
     except OSError as error:
         raise UserError(f"cannot read the recipe {path}: {error.strerror}; give a readable TOML file") from error
     except (ValueError, RecursionError) as error:  # TOMLDecodeError, UnicodeDecodeError, brackets by the thousand
-        raise UserError(f"the recipe {path} is not TOML: {error}; mend that line") from error
+        raise UserError(f"the recipe {path} is not TOML: {error}; correct that line") from error
     if "arms" in document:
         raise UserError(f"{path} is a grid, not a recipe; train it with ln-pretrain --grid {name_or_path}")
     document.setdefault("name", path.stem)

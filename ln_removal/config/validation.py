@@ -1,4 +1,4 @@
-"""What can be wrong with a recipe, said in the recipe's own words: one line a fault, with what to do about it."""
+"""The faults of a recipe: one line for each, with its key, what was found and what to do about it."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ ONLY_IN_REMOVALS = (
 
 
 def _pretraining_faults(value: Callable[[str], Any]) -> list[str]:
-    """What would be ignored: what only removals have, and choices that another one makes void."""
+    """Keys that only removals have, and choices that have no effect because of another one."""
     faults = [
         f"{key}: a pretraining recipe, one with [architecture], has none; leave it out"
         for key in ONLY_IN_REMOVALS
@@ -167,9 +167,9 @@ def _pretraining_faults(value: Callable[[str], Any]) -> list[str]:
 
 
 def _removal_faults(value: Callable[[str], Any]) -> list[str]:
-    """Details of something that is switched off.
+    """Details of something that is switched off, and what only pretraining has.
 
-    A weight that is written as 0 is meant: so a recipe can be tried without one of its terms.
+    A weight that the recipe gives as 0 is no fault, so that a recipe can be tried without one of its terms.
     """
     faults: list[str] = []
     training = value("training")

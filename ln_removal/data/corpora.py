@@ -101,7 +101,7 @@ def check_fraction(fraction: float) -> float:
     """`fraction` itself when it is a usable share of validation documents; UserError otherwise."""
     if not 0 < fraction <= 1:
         raise UserError(
-            f"validation_fraction is {fraction}; it must be above 0 and at most 1 (0.005 is half a percent)"
+            f"validation_fraction is {fraction}; give a number above 0 and at most 1 (0.005 is half a percent)"
         )
     return fraction
 
@@ -139,10 +139,12 @@ class LocalFiles:
         self.max_bytes = max_bytes
         self.invalid_utf8 = 0
         if not self.path.exists():
-            raise UserError(f"no such file or directory: {path}; ln-prepare --help lists the corpora known by name")
+            raise UserError(
+                f"no such file or directory: {path}; give one that exists, or a corpus that ln-prepare --help lists"
+            )
         if self.path.is_file() and not self.path.name.lower().endswith(SUFFIXES):
             raise UserError(
-                f"{path} has an ending that is not read; known: {', '.join(SUFFIXES)}, or a directory of them"
+                f"{path} has an ending that is not read; give a file with one of {', '.join(SUFFIXES)}, or a directory"
             )
 
     def identity(self) -> dict[str, object]:
@@ -237,10 +239,10 @@ class LocalFiles:
                     row = json.loads(line)
                 except json.JSONDecodeError as error:
                     raise UserError(
-                        f"{file}, line {number}: not JSON ({error.msg} at column {error.colno}); mend the line"
+                        f"{file}, line {number}: not JSON ({error.msg} at column {error.colno}); correct that line"
                     ) from None
                 except (ValueError, RecursionError) as error:  # a number of thousands of digits, or too many brackets
-                    raise UserError(f"{file}, line {number}: cannot be read as JSON ({error}); mend the line") from None
+                    raise UserError(f"{file}, line {number}: cannot be read as JSON ({error}); correct it") from None
                 text = row.get(self.field) if isinstance(row, dict) else None
                 if not isinstance(text, str):
                     found = ", ".join(map(str, islice(row, 8))) if isinstance(row, dict) else type(row).__name__

@@ -1,15 +1,15 @@
 """Train a tokenizer for source code, and turn text into token ids fast, on all cores, in order.
 
-A byte-level BPE cuts text into words by a regular expression and encodes each word by itself. Nearly all the time of the
-tokenizers library goes into the cutting, and text repeats its words: so this cuts with the `regex` package (several times
-faster) and looks words up in a dictionary of their encodings; the library's BPE encodes a word when it first comes up.
+A byte-level BPE cuts text into words by a regular expression and encodes each word by itself. The tokenizers library spends
+nearly all its time on the cutting, and text repeats its words. So this module cuts with the `regex` package, which is several
+times faster, and keeps a dictionary of encoded words; the library's BPE encodes a word when it first comes up.
 
 The two regular expression engines may know different versions of Unicode. A text with characters that are not among
 `STABLE` goes through the library as a whole, and so does everything when a tokenizer is not of the kind described.
 
-`EncoderPool` encodes the first megabytes in this process: most corpora of a test or a trial end there. Then worker processes
-take over, one a core, each an interpreter of its own that runs `work`. They are not made by multiprocessing: a script that
-calls this library must not be imported once more by each worker, and a fork would copy a process with running threads.
+`EncoderPool` encodes the first megabytes in this process, because most corpora of a test or a trial end there. Then worker
+processes take over, one for each core, each an interpreter of its own that runs `work`. They are not made by multiprocessing:
+it would import the script that calls this library once more in each worker, or fork a process with running threads.
 
 The tokenizer for code differs from GPT-2's, which splits code into many short pieces. It lets a word take one leading symbol
 (`.append`, `_name`, `(self`), a run of symbols take the line break after it, and a line break take the indentation that
@@ -70,7 +70,7 @@ BATCHES_A_WORKER = 2
 """Batches given to each worker and not yet taken back."""
 
 MOST_WORKERS = 32
-"""Beyond, the process that reads and writes cannot keep up."""
+"""With more, the process that reads and writes cannot keep up."""
 
 Batch = TypeVar("Batch")
 

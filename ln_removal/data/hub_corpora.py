@@ -203,7 +203,7 @@ class HubCorpus:
         self.name = source.name
         self.max_bytes = max_bytes
         if source.tokenised and max_bytes is not None:
-            raise UserError(f"{self.name} holds tokens, not text, so max_bytes means nothing; use --max-tokens")
+            raise UserError(f"{self.name} holds tokens, not text, so max_bytes cannot limit it; use --max-tokens")
 
     def identity(self) -> dict[str, object]:
         described = {key: value for key, value in asdict(self.source).items() if key != "summary"}
@@ -238,13 +238,15 @@ class HubCorpus:
                         yield TokenDocument(value, split, self.name)
                 position += 1
         if position < 2:
-            raise UserError(f"{self.name} holds {position} documents; at least 2 are needed, one to validate on")
+            raise UserError(f"{self.name} holds {position} documents; at least 2 are needed; choose a larger data set")
 
     def _check_compression(self) -> None:
         from fsspec.compression import available_compressions
 
         if self.source.compression not in available_compressions():
-            raise UserError(f"{self.name} is compressed with zstandard, which is missing; run pip install zstandard")
+            raise UserError(
+                f"{self.name} is compressed with zstandard, and the package for it is missing; run pip install zstandard"
+            )
 
     def _open(self, dataset: str) -> dict[str, _Stream]:
         """The splits of a data set, ready to stream, by the Hub's name for them."""
@@ -278,7 +280,9 @@ class HubCorpus:
         uses = sum(part.dataset == other.dataset for other in self.source.parts if not other.optional)
         if uses == len(streams) == 1:
             return next(iter(streams.values()))
-        raise UserError(f"{part.dataset} has no split {part.split!r}; found: {', '.join(streams)}")
+        raise UserError(
+            f"{part.dataset} has no split {part.split!r} (found: {', '.join(streams)}); choose another data set"
+        )
 
     def _splitter(self, stream: _Stream, part: HubPart, held_out: bool) -> Callable[[int], Split]:
         """The split of the document with a given index in its part."""

@@ -1,4 +1,4 @@
-"""Open a corpus by its name: the Python source of this machine, a data set of the Hub, or local files; or only its held-out text.
+"""Open a corpus by its name, or only its held-out text: the Python source of this machine, a data set of the Hub, local files.
 
 The Python source is the embedded corpus, the same kind of text as CodeParrot. It has two sources: `stdlib` (the running
 interpreter's standard library) and `site-packages` (what is installed beside this package). The validation split is a set of
@@ -240,13 +240,13 @@ def _is_path(text: str) -> bool:
 
 
 class HeldOutText:
-    """The validation documents of a corpus, up to a limit. Files that a user names are held out as a whole.
+    """The validation documents of a corpus, up to a limit. Of local files every document counts as held out.
 
-    One end-of-text token stands for the training split, which a prepared corpus has to have and nobody reads here.
+    A prepared corpus has to have a training split. Nothing reads it here, so it holds one empty document.
 
     Args:
         corpus: what to take them from.
-        max_tokens: stop after text for about this many tokens; None reads all.
+        max_tokens: stop once there is text for about this many tokens; None reads all of it.
     """
 
     def __init__(self, corpus: Corpus, max_tokens: int | None = None) -> None:

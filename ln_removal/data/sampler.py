@@ -1,8 +1,8 @@
-"""Choose the windows of tokens that are read: at random for a training step, one after the other for evaluation.
+"""Choose the windows of tokens to read: at random for a training step, one after the other for evaluation.
 
 The train split is cut into windows of the context length; every epoch shuffles them by a permutation keyed by (seed,
-epoch) and shifts the cuts by a random offset. Global sequence number k of the run is entry k of that endless list, so a
-resumed run needs no replay, and the number of ranks or micro-batches changes nothing about what a step sees.
+epoch) and shifts the cuts by a random offset. Sequence number k of the run is entry k of that endless list. So a resumed run
+needs no replay, and a step sees the same sequences whatever the number of ranks or micro-batches.
 
 Shape legend: N sequences, T positions.
 
@@ -45,7 +45,7 @@ class WindowSampler:
         sequences_per_step: sequences in the global batch of one step.
         seed: of the shuffle.
         weights: how often the windows of a source come up in an epoch, by source name; 1 when not named, 0 leaves it out.
-        mixed_in: other sequences that take the place of some of these.
+        mixed_in: stress text that takes the place of some sequences.
 
     Raises:
         UserError: when the split has no full window, or `weights` names a source that the corpus does not have.
@@ -70,8 +70,8 @@ class WindowSampler:
         unknown = sorted(set(weights or {}) - sources)
         if unknown:
             raise UserError(
-                f"data.weights names the source {', '.join(unknown)}, this corpus has {', '.join(sorted(sources))}; mend it, "
-                "or weigh all alike with data.weights = {}"
+                f"data.weights names the source {', '.join(unknown)}, this corpus has {', '.join(sorted(sources))}; correct "
+                "the name, or weight all sources alike with data.weights = {}"
             )
         self._repeats = [(weights or {}).get(shard.source, 1) for shard in split.shards]
         # One window fewer than would fit, so that every offset of an epoch gives the same number of windows.

@@ -197,7 +197,9 @@ def read_index(path: Path) -> TokenIndex:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         if raw["format"] != FORMAT:
-            raise UserError(f"{path} is in the format {raw['format']!r}, this version reads {FORMAT!r}; prepare again")
+            raise UserError(
+                f"{path} is in the format {raw['format']!r}, this version reads {FORMAT!r}; run ln-prepare again"
+            )
         return parse_index(raw)
     except UserError:
         raise

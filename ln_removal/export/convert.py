@@ -104,11 +104,11 @@ def from_disarmed(model: GPT2LMHeadModel) -> NormFreeGPT2LMHeadModel:
 
 
 def check_conversion(source: GPT2LMHeadModel, converted: NormFreeGPT2LMHeadModel, input_ids: Tensor) -> float:
-    """Compare a converted model with its source, in float32 and, where that does not decide, in float64.
+    """Compare a converted model with its source in float32, and again in float64 where float32 rounding may be the difference.
 
     The source is run with the epsilons that the conversion took, whatever its configuration says. Some LN-free models'
-    activations explode on tokens that their training text lacked, and there even a disarmed norm still normalises: such
-    positions are passed over with a warning as long as they are the lesser part.
+    activations explode on tokens that their training text lacked, and there even a disarmed norm still normalises. Such
+    positions are passed over with a warning as long as they are fewer than half.
 
     Args:
         source: as given to `from_disarmed`.

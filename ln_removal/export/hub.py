@@ -1,10 +1,10 @@
 """Publish on the Hugging Face Hub in one commit: a repository shows all of it or nothing.
 
 Whether publishing will be allowed is asked before hours of training, not after them. The token is found by the Hub's own
-client in its usual places (HF_TOKEN, `hf auth login`); it is never read into ours beyond asking whether there is one.
+client in its usual places (HF_TOKEN, `hf auth login`); our code only asks whether there is one.
 
-Large files are uploaded before the commit and belong to no revision until then. What a cut connection interrupts is tried
-again, a bounded number of times; files that arrived are not sent twice.
+Large files are uploaded before the commit and belong to no revision until then. What a lost connection interrupted is tried
+again a few times; files that arrived are not sent twice.
 """
 
 from __future__ import annotations
@@ -116,14 +116,20 @@ def check_target(target: HubTarget) -> None:
         raise
     except Exception as error:  # noqa: BLE001 (the client raises what its transports raise)
         raise publish_error(error, target.repo_id) from None
-    if target.private and not info.private:
+    _check_visibility(target, is_private=info.private)
+    taken = None if target.tag is None else tagged_commit(api, target)
+    if taken is not None and taken != info.sha:  # of the newest commit: publishing the same again is no mistake
+        raise UserError(f"{target.repo_id} has the tag {target.tag} already, on {taken[:7]}; choose another --tag")
+
+
+def _check_visibility(target: HubTarget, *, is_private: bool | None) -> None:
+    from huggingface_hub import constants
+
+    if target.private and not is_private:
         raise UserError(
             f"{target.repo_id} exists and is public; leave out --private, or choose another name, or make it private at "
             f"{constants.ENDPOINT}/{target.repo_id}/settings"
         )
-    taken = None if target.tag is None else tagged_commit(api, target)
-    if taken is not None and taken != info.sha:  # of the newest commit: publishing the same again is no mistake
-        raise UserError(f"{target.repo_id} has the tag {target.tag} already, on {taken[:7]}; choose another --tag")
 
 
 def tagged_commit(api: HfApi, target: HubTarget) -> str | None:
@@ -255,12 +261,11 @@ def _make_repository(api: HfApi, target: HubTarget) -> None:
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
-        private = api.model_info(target.repo_id).private
+        is_private = api.model_info(target.repo_id).private
     except RepositoryNotFoundError:
         api.create_repo(target.repo_id, private=target.private, exist_ok=True)
         return
-    if target.private and not private:
-        raise UserError(f"{target.repo_id} exists and is public; leave out --private, or choose another name")
+    _check_visibility(target, is_private=is_private)
 
 
 def _tag(api: HfApi, target: HubTarget, commit: str) -> None:

@@ -244,8 +244,8 @@ def open_source(
         return from_folded(loaded.model.config, loaded.model.state_dict()), loaded.tokenizer
     if loaded.model.config.model_type != "gpt2":
         raise UserError(
-            f"{name} is a {loaded.model.config.model_type} model, which nothing is left to be folded in; it loads as it is, see "
-            "its README.md"
+            f"{name} is a {loaded.model.config.model_type} model, which has nothing left to fold; load it as it is (its README.md "
+            "says how)"
         )
     if not has_disarmed_norms(loaded.model):
         raise UserError(

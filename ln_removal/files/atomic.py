@@ -2,7 +2,7 @@
 
 A directory is written under a temporary name, synced, and then put in the old one's place. While `step-000120` is written
 it is called `.step-000120.tmp`; the directory it replaces is called `.step-000120.old` for the moment between two renames.
-A process that was killed can leave either; `clean_leftovers` puts that right. Sizes are in bytes.
+A process that was killed can leave either one behind; `clean_leftovers` removes or restores it. Sizes are in bytes.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def _put_in_place(temporary: Path, final: Path) -> None:
 
 
 def free_bytes(path: Path) -> int | None:
-    """What this user may still write on the disk that holds `path`, or will hold it once it is made; None if it does not say."""
+    """What this user may still write on the disk that holds `path` or will hold it; None where the disk does not say."""
     for place in (path, *path.absolute().parents):
         if place.exists():
             usage = shutil.disk_usage(place)
@@ -104,10 +104,10 @@ def free_bytes(path: Path) -> int | None:
 
 
 def check_room(path: Path, needed: int) -> None:
-    """Find out before writing `path` that it does not fit.
+    """Check, before `path` is written, that it fits on the disk.
 
     Raises:
-        OSError: ENOSPC, which is what writing it would have ended in.
+        OSError: it does not fit (ENOSPC, as writing it would raise).
     """
     free = free_bytes(path)
     if free is not None and free < needed:
@@ -115,7 +115,7 @@ def check_room(path: Path, needed: int) -> None:
 
 
 def is_full(error: Exception) -> bool:
-    """Whether a write failed for want of room. safetensors names the error number of the system in its message only."""
+    """Whether a write failed because the disk is full; safetensors gives the system's error number only in its message."""
     if isinstance(error, OSError):
         return error.errno in FULL
     found = _SYSTEM_ERROR.search(str(error))
@@ -123,7 +123,7 @@ def is_full(error: Exception) -> bool:
 
 
 def shortage(path: Path, needed: int) -> str:
-    """In words, for the end of a message: what `path` needs and what is free."""
+    """The end of a message: how much room `path` needs and how much is free."""
     free = free_bytes(path)
     return f"it needs {readable(needed)}" + ("" if free is None else f", {readable(free)} are free")
 

@@ -1,7 +1,7 @@
-"""The directory of a run: it is locked and claimed before anything is written, and given back when nothing came of the run.
+"""The directory of a run: it is locked and claimed before anything is written, and cleared when the run left nothing to keep.
 
-A run that is resumed as it was comes to the same steps with the same numbers, so its recipe may not change. After a run went
-back to a checkpoint, and only then, it may go on with a lower learning rate, a lower minimum of it or a tighter clip. The
+A resumed run reaches the same numbers at the same steps as one that was never stopped, so its recipe may not change. Only
+after a run went back to a checkpoint may it go on with a lower learning rate, a lower minimum of it or a tighter clip. The
 change is written into recipe.toml and noted in metrics.jsonl.
 """
 
@@ -29,7 +29,7 @@ RECIPE_FILE = "recipe.toml"
 NOTHING_KEPT = "nothing was trained or prepared yet, so nothing is kept"
 
 LOCK_FILE = ".lock"
-"""Locked while a process works on the run. The system lets go of the lock when that process ends, however it ends."""
+"""The file that is locked while a process works on the run. The lock ends with the process, even when it is killed."""
 
 WithDefaults = Callable[[Mapping[str, Any]], dict[str, Any]]
 """Writes out the defaults of a recipe, or of another record, that was read from TOML: `config.recipe.with_defaults`."""
@@ -52,8 +52,8 @@ def run_directory(
     """Make `out` this run's directory and write its recipe there, or check that it is the run to resume.
 
     When the block fails before the first training step was logged, what it left is removed again, so that the same
-    --out can be used once the mistake is mended. Prepared tokens, whole or resumable, are worth keeping: then the run
-    stays as it is, for --resume.
+    --out can be used once the mistake is corrected. Where there are prepared tokens, whole or resumable, the run stays as
+    it is, for --resume.
 
     Args:
         out: the run's directory.
@@ -130,12 +130,12 @@ def remove_unfinished_tokens(directory: Path) -> None:
 
 @contextmanager
 def locked(out: Path, *, resume: bool, record: str = RECIPE_FILE) -> Iterator[None]:
-    """Keep other processes off the directory of a run, or of a grid of runs; it is made if it is not there.
+    """Keep other processes out of the directory of a run, or of a sweep, which is made if it is not there.
 
     Args:
         out: the directory.
-        resume: there may be something of ours in it already.
-        record: the file that shows it.
+        resume: it may hold a run, or a sweep, already.
+        record: the file that shows that it does.
 
     Raises:
         UserError: `out` cannot be written, another process is at work there, or it holds something already (without
@@ -163,14 +163,14 @@ def locked(out: Path, *, resume: bool, record: str = RECIPE_FILE) -> Iterator[No
 
 
 def check_free(out: Path, *, resume: bool, record: str = RECIPE_FILE) -> bool:
-    """Whether there is something in `out`, which is then a run to resume; raises UserError when it is anything else."""
-    own = {LOCK_FILE, f".{record}.tmp"}  # all that a process leaves which is killed before it has written the record
+    """Whether `out` holds a run, or a sweep, to resume; UserError where it holds anything else, or where `resume` is false."""
+    own = {LOCK_FILE, f".{record}.tmp"}  # what a process leaves that is killed before it has written the record
     used = out.is_dir() and any(path.name not in own for path in out.iterdir())
     file = out / record
     if used and not resume:
         if file.exists():
             raise UserError(f"{out} already holds a run; continue it with --resume, or choose another --out")
-        raise UserError(f"{out} already holds files that are not a run of ours; choose another --out")
+        raise UserError(f"{out} already holds files that are not a run of ln-removal; choose another --out")
     if used and not file.exists():
         raise UserError(f"{out} holds no {record}, so there is no run to resume; choose another --out")
     return used
@@ -222,7 +222,7 @@ def _clean_leftovers(out: Path) -> None:
 
 
 def _interrupted(error: KeyboardInterrupt, out: Path, *, is_kept: bool) -> Interrupted:
-    """What was stopped from outside, with what is left of it in words."""
+    """The interruption to raise, which says what of the run is kept."""
     stopped = error if isinstance(error, Interrupted) else Interrupted()
     stopped.resume = is_kept
     if not stopped.kept:

@@ -1,6 +1,6 @@
-"""Ctrl-C and SIGTERM: training and preparing finish what they are at and save before they stop, everything else just stops.
+"""Ctrl-C and SIGTERM: training and preparing finish their step or batch and save it, everything else stops at once.
 
-Imports nothing heavy: every command does.
+This module imports nothing heavy, because every command imports it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 ONE_REQUEST_SECONDS = 3.0
-"""Of several ranks each gets a Ctrl-C from the terminal and, within this time, the same once more from torchrun."""
+"""Each of several ranks gets a Ctrl-C from the terminal and, within this time, the same signal again from torchrun."""
 
 _NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
@@ -55,7 +55,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class StopRequest:
-    """Whether somebody has asked for a stop; `signal` says with what, None while nobody has."""
+    """Whether a stop was asked for, and by which `signal`; None before that."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -77,7 +77,7 @@ class StopRequest:
         """Whether to stop after this step: the same answer on every rank.
 
         Args:
-            accelerator: knows the ranks. One alone looks at its flag, which costs nothing.
+            accelerator: knows the ranks. A single rank looks at its own flag and waits for nobody.
             together: this is a step, the same on all ranks, at which several may wait for each other.
         """
         if accelerator.num_processes == 1:
@@ -101,7 +101,7 @@ class StopRequest:
 
 @contextmanager
 def deferred(unit: str, *, ranks: int = 1, speak: bool = True) -> Iterator[StopRequest]:
-    """Turn the first Ctrl-C or SIGTERM into a request, which the block is to honour; the second one is raised at once.
+    """Turn the first Ctrl-C or SIGTERM into a request, which the block has to honour; the second one is raised at once.
 
     In a thread other than the main one nothing changes: signals do not come there. A signal that is ignored stays ignored.
 
@@ -122,7 +122,7 @@ def deferred(unit: str, *, ranks: int = 1, speak: bool = True) -> Iterator[StopR
         if request and (ranks == 1 or request.seconds() > ONE_REQUEST_SECONDS):
             raise Interrupted(number)
         if speak and not request:
-            _say(f"{_NAMES[signal.Signals(number)]}: stopping after this {unit}; once more stops at once")
+            _say(f"{_NAMES[signal.Signals(number)]}: stopping after this {unit}; a second signal stops at once")
         request.ask(number)
 
     with _handlers(handle, SIGNALS):

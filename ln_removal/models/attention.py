@@ -1,10 +1,10 @@
-"""How widely attention spreads: the entropy of its rows, how to get at them in a running model, and a penalty on it.
+"""Attention entropy: how to compute it, how to record it in a running model, and a penalty on it.
 
     E(l, h) = mean over batch and queries of - sum over keys of p log p                                          (nats)
 
 Without LayerNorm the heads of early layers tend to the largest possible entropy ("entropic overload": they look everywhere
-alike), those of late layers to 0 (Jha and Reagen, arXiv 2410.09637). The fused kernels never hold the probabilities, so who
-wants to see them gives the model `explicit_causal_attention` for as long as it looks.
+alike), those of late layers to 0 (Jha and Reagen, arXiv 2410.09637). Fused kernels never hold the probabilities, so a model
+uses `explicit_causal_attention` while its entropy is measured.
 
 Shape legend: B batch, H heads, T queries, S keys, K width of a head, L layers.
 """
@@ -32,10 +32,10 @@ OVERLOAD_SHARE = 0.9
 """A head whose entropy is above this share of the largest possible is in the overload band."""
 
 INITIAL_THRESHOLD = 0.5
-"""Thresholds start in the middle between a head that looks at one key and one that looks at all: no head type is preferred."""
+"""Thresholds start halfway between a head that looks at one key and one that looks at all, so that neither is preferred."""
 
 TOLERANCE = 0.2
-"""gamma: with thresholds of 0.5, heads between 0.3 and 0.7 of log T go free; a uniform causal head lies at 0.8 (T = 128)."""
+"""gamma: with thresholds of 0.5, heads between 0.3 and 0.7 of log T are not penalised; a uniform causal head has 0.8 (T = 128)."""
 
 
 def attention_entropy(probabilities: Tensor) -> Tensor:
@@ -61,10 +61,10 @@ def head_entropy(probabilities: Tensor) -> Tensor:
 
 
 def largest_row_entropy(keys: int) -> float:
-    """log(keys) in nats: the entropy of a row that looks at all of its keys alike.
+    """log(keys) in nats: the entropy of a row that gives all of its keys the same probability.
 
-    The papers call log T the largest entropy of a head. A causal head reaches it in its last row alone; what its mean over
-    the queries can reach is `largest_entropy`.
+    The papers call log T the largest entropy of a head. A causal head reaches it only in its last row; `largest_entropy` is
+    what its mean over the queries can reach.
     """
     assert keys >= 1, keys
     return math.log(keys)
@@ -141,8 +141,8 @@ def attention_without_mask(model: PreTrainedModel, name: str, function: Callable
 def record_attention(model: PreTrainedModel, keep: Callable[[Tensor], R]) -> Iterator[list[R]]:
     """Run `model` with explicit attention and gather `keep(probabilities)` of each layer, first to last.
 
-    With gradients where the forward pass has them. `keep` sees (B, H, T, S) in float32 and should return something smaller
-    when that is all that is wanted: one layer's probabilities are let go before the next one's come.
+    The forward pass keeps its gradients, if it has any. `keep` gets (B, H, T, S) in float32; when it returns something smaller,
+    such as entropies, one layer's probabilities are freed before the next layer's are computed.
 
     Yields:
         The list that a forward pass fills with L entries; a second pass appends L more.
@@ -194,7 +194,7 @@ class EntropyRegulariser(nn.Module):
         return self.penalty(torch.stack([head_entropy(layer) for layer in probabilities]), probabilities[0].shape[-1])
 
     def penalty(self, entropy: Tensor, keys: int) -> Tensor:
-        """The same from the heads' entropies (L, H), for who records `head_entropy` and not the probabilities."""
+        """The same from the heads' entropies (L, H), for callers that recorded `head_entropy` and not the probabilities."""
         assert entropy.shape == (self.layers, self.heads), entropy.shape
         largest = largest_row_entropy(keys)
         deviation = entropy - self.thresholds.view(self.layers, self.heads) * largest

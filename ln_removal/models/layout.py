@@ -111,13 +111,13 @@ def attention_of(block: nn.Module) -> nn.Module:
 
 
 def mlp_norm_of(block: nn.Module) -> nn.Module:
-    """What stands in front of the MLP of one of `blocks_of`; where attention and MLP are side by side it reads what both do."""
+    """The norm, or what replaced it, in front of the MLP of one of `blocks_of`. In a parallel block it reads the block's input."""
     found: Any = block.ln_2 if hasattr(block, "ln_2") else block.post_attention_layernorm
     return cast("nn.Module", found)
 
 
 def final_norm_of(model: nn.Module) -> nn.Module:
-    """What stands in front of the unembedding: a LayerNorm, a freezable norm or an identity."""
+    """The norm, or what replaced it, in front of the unembedding."""
     body: Any = model.base_model
     return cast("nn.Module", body.ln_f if hasattr(body, "ln_f") else body.final_layer_norm)
 
@@ -144,7 +144,7 @@ def check_supported(model: nn.Module) -> None:
     for name, norm in _named_norms(model):
         if isinstance(norm, nn.LayerNorm):
             if norm.weight is None or norm.bias is None:
-                raise UserError(f"{name} has no weight or no bias; only LayerNorms with both can be removed")
+                raise UserError(f"{name} has no weight or no bias; pass a GPT-2 whose LayerNorms have both")
             continue
         if hasattr(model.get_submodule("transformer.h.0.attn.c_attn"), "norm"):
             raise UserError(

@@ -35,7 +35,7 @@ SIZES = {
     "n_positions": "max_position_embeddings",
     "vocab_size": "vocab_size",
 }
-"""A model's sizes as GPT-2 calls them, and as every configuration of transformers does."""
+"""A model's sizes: the names in GPT-2's configuration, and those that every configuration of transformers knows."""
 ADAPTER = "adapter_config.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -74,7 +74,7 @@ def load_model(
     import torch
 
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"device {device!r} asked for, but PyTorch sees no CUDA GPU; pass --device cpu")
+        raise UserError(f"device {device!r} was asked for, but PyTorch sees no CUDA GPU; pass --device cpu")
     directory = _directory(name, weights=True, tokenizer=tokenizer_from is None)
     config = _read_config(directory)
     _check_weight_files(directory)
@@ -124,7 +124,7 @@ def _read_weights(directory: Path, config: PretrainedConfig, dtype: torch.dtype)
 
 
 def _check_finite(model: PreTrainedModel, directory: Path) -> None:
-    """Raises UserError when a weight is NaN or infinite: every figure would be, after hours."""
+    """Raises UserError when a weight is NaN or infinite, because then every figure of a long run would be."""
     for name, weight in model.named_parameters():
         broken = weight.numel() - int(weight.isfinite().sum())
         if broken:
@@ -200,7 +200,7 @@ def _directory(name: str, *, config: bool = True, weights: bool = False, tokeniz
     if path.is_dir():
         return path
     if path.exists():
-        raise UserError(f"{name} is a file; a model is a directory with config.json and {WEIGHTS}")
+        raise UserError(f"{name} is a file; give the directory that holds config.json and {WEIGHTS}")
     if not is_hub_id(name):
         raise UserError(f"no such directory: {name}; give one with config.json and {WEIGHTS}, or a Hub id such as gpt2")
     return _fetch(name, config=config, weights=weights, tokenizer=tokenizer)
@@ -254,7 +254,7 @@ def _read_config(directory: Path) -> PretrainedConfig:
     from transformers import AutoConfig
 
     if (directory / RECIPE_FILE).is_file() and (directory / "model" / "config.json").is_file():
-        raise UserError(f"{directory} is a run, not a model; its model is {directory / 'model'}")
+        raise UserError(f"{directory} is a run, not a model; give its model, {directory / 'model'}")
     path = directory / _required("config.json", _names(directory), str(directory))
     raw = _read_json(path)
     if not isinstance(raw, dict) or raw.get("model_type") not in MODEL_TYPES:
@@ -270,9 +270,7 @@ def _read_config(directory: Path) -> PretrainedConfig:
     sizes = sizes_of(config)
     if wrong := {name: size for name, size in sizes.items() if type(size) is not int or size < 1}:
         name, size = next(iter(wrong.items()))
-        raise UserError(
-            f"{path} is not a valid GPT-2 configuration: {name} is {size!r}; it must be a whole number above 0"
-        )
+        raise UserError(f"{path} is not a valid GPT-2 configuration: {name} is {size!r}; it must be a whole number above 0")
     if sizes["n_embd"] % sizes["n_head"]:
         raise UserError(
             f"{path} is not a valid GPT-2 configuration: n_embd {sizes['n_embd']} is no multiple of n_head {sizes['n_head']}"
@@ -365,7 +363,7 @@ def _read_json(path: Path) -> Any:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No loading report and no progress bar: what matters in them is checked and raised here."""
+    """Silence transformers' loading report and progress bar; what matters in the report is checked and raised here."""
     import transformers
 
     messages: Any = transformers.logging

@@ -2,7 +2,7 @@
 
 `install` replaces modules and leaves every forward method alone: an identity stands in ln_1's place, a projection that
 owns the norm in c_attn's place (so that queries and keys can lose the norm before values do), a FreezableNorm in ln_2's
-and ln_f's. `NormSites` is the handle that a training loop turns: mixes, special constants, running statistics.
+and ln_f's. Through `NormSites` a training loop sets mixes and special constants and updates running statistics.
 
 `fold` moves frozen norms into the weights that read them. A frozen norm in front of a linear map, W (in, out) and
 b (out,), is linear; with one constant sigma,
@@ -67,8 +67,8 @@ def install(model: GPT2LMHeadModel, *, eot_token_id: int | None) -> NormSites:
 class NormSites:
     """All freezable norms of one model, addressed by site.
 
-    Get it from `install`, or with `NormSites.of` from a model in which they are installed. It holds no state that is
-    not in the model's buffers, so loading a state dict needs no further step.
+    `install` returns it, and `NormSites.of` finds it in a model whose norms are installed. All its state is in the model's
+    buffers, so loading a state dict restores it.
 
     Attributes:
         sites: every site, in removal order.
@@ -318,4 +318,4 @@ def _as_freezable(module: nn.Module) -> FreezableNorm:
 
 def _check_fraction(value: float, what: str) -> None:
     if not 0 <= value <= 1:
-        raise UserError(f"the {what} is a share from 0 to 1, found {value}")
+        raise UserError(f"the {what} must be a share from 0 to 1, found {value}")
