@@ -572,18 +572,6 @@ def test_a_pretraining_run(copied: Path) -> None:
     assert other["cross_entropy"] == pytest.approx(figures["cross_entropy"], abs=1e-6)
 
 
-def test_unfinished_tokens_of_another_process_stay(tmp_path: Path) -> None:
-    import fcntl
-
-    (tmp_path / "train-local-00000.bin").write_bytes(b"in the making")
-    with (tmp_path / "prepare.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        run_directory.remove_unfinished_tokens(tmp_path)
-        assert (tmp_path / "train-local-00000.bin").exists()
-    run_directory.remove_unfinished_tokens(tmp_path)
-    assert not tmp_path.exists()
-
-
 @pytest.mark.parametrize(
     "keep",
     [

@@ -391,6 +391,17 @@ def test_a_directory_that_another_process_is_preparing(tmp_path: Path, tokenizer
     assert run(ListCorpus(documents()), tokenizer, tmp_path).split("train").documents == 48
 
 
+def test_a_failed_preparation_leaves_nothing_but_what_another_process_makes(tmp_path: Path, tokenizer: Any) -> None:
+    (tmp_path / "train-one-00000.bin").write_bytes(b"in the making")
+    only_training = ListCorpus([document for document in documents() if document.split == "train"])
+    with FileLock(tmp_path / prepare_module.LOCK), pytest.raises(UserError, match="another process is preparing"):
+        run(only_training, tokenizer, tmp_path)
+    assert (tmp_path / "train-one-00000.bin").exists()
+    with pytest.raises(UserError, match="gave no validation document"):
+        run(only_training, tokenizer, tmp_path)
+    assert not tmp_path.exists()
+
+
 def test_many_ranks_may_open_a_complete_directory_at_once(tmp_path: Path, tokenizer: Any) -> None:
     run(ListCorpus(documents()), tokenizer, tmp_path)
     with FileLock(tmp_path / prepare_module.LOCK):

@@ -27,7 +27,7 @@ from ln_removal.config.recipe import (
 from ln_removal.config.validation import REMOVED_KEYS
 from ln_removal.errors import UserError
 from ln_removal.files import resources
-from ln_removal.files.run_directory import differences, may_go_on_with
+from ln_removal.files.run_directory import differences, may_go_on_with, run_directory
 from ln_removal.norms.schedule import expand
 
 GOOD = """
@@ -570,6 +570,20 @@ def test_another_name_or_description_is_no_difference() -> None:
     del before["name"], now["name"]  # as the arms of a sweep are kept
     del before["data"]["odd_text"], now["seed"]  # type: ignore[attr-defined]
     assert differences(before, now, with_defaults) == ""
+
+
+def test_a_trained_run_goes_on_under_another_description(tmp_path: Path) -> None:
+    def claim(resume: bool, **overrides: object) -> None:
+        recipe = dump_toml(load_recipe("tiny", overrides))
+        with run_directory(tmp_path / "run", recipe, with_defaults=with_defaults, resume=resume):
+            (tmp_path / "run" / "state" / "step-000001").mkdir(parents=True, exist_ok=True)
+
+    claim(False)
+    before = (tmp_path / "run" / "recipe.toml").read_bytes()
+    claim(True, description="In other words.", name="demo")
+    assert (tmp_path / "run" / "recipe.toml").read_bytes() == before
+    with pytest.raises(UserError, match=r"begun with another recipe: seed was 0, now 1; resume it with"):
+        claim(True, description="In other words.", seed=1)
 
 
 def as_version_0_1_wrote_it(recipe: Recipe) -> dict[str, Any]:

@@ -95,25 +95,20 @@ def _prepared(
     from ln_removal.data.open_corpus import open_corpus
     from ln_removal.data.prepare import prepare as run_prepare
     from ln_removal.data.prepare import prepare_bar
-    from ln_removal.files.run_directory import remove_unfinished_tokens
     from ln_removal.models.loading import load_tokenizer, tokenizer_fingerprint
 
     source = open_corpus(corpus, max_bytes=max_bytes, field=field)
     loaded = load_tokenizer(tokenizer)
-    try:
-        with prepare_bar(source.name, total=max_tokens, enabled=sys.stderr.isatty()) as show:
-            return run_prepare(
-                source,
-                loaded,
-                place,
-                tokenizer_name=tokenizer,
-                tokenizer_sha256=tokenizer_fingerprint(loaded),
-                max_tokens=max_tokens,
-                progress=show,
-            )
-    except UserError:
-        remove_unfinished_tokens(place)
-        raise
+    with prepare_bar(source.name, total=max_tokens, enabled=sys.stderr.isatty()) as show:
+        return run_prepare(
+            source,
+            loaded,
+            place,
+            tokenizer_name=tokenizer,
+            tokenizer_sha256=tokenizer_fingerprint(loaded),
+            max_tokens=max_tokens,
+            progress=show,
+        )
 
 
 app = console.build(prepare)

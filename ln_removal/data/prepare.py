@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -101,7 +101,7 @@ def prepare(
 
     Raises:
         UserError: `out` holds another corpus or cannot be written, another process is preparing it, the tokenizer has no
-            end-of-text token, or the corpus gave no document for one of the splits.
+            end-of-text token, or the corpus gave no document for one of the splits. Shards that cannot be resumed are removed.
         Interrupted: Ctrl-C or SIGTERM; the tokens so far are kept.
     """
     out = Path(out)
@@ -165,15 +165,19 @@ def _prepare_locked(
     progress: Callable[[PrepareProgress], None] | None,
 ) -> None:
     """Write the shards and the index, from the last checkpoint on where there is one; `out` is locked by this process."""
-    consumed = _resume(out, index)
-    shards = ShardWriter(out, index, limits.shard_tokens)
     try:
-        if not limits.reached(index):
-            _encode_rest(corpus, encoders, shards, limits, progress, consumed)
-    finally:
-        shards.close()
-    _check_splits(corpus, index, limits.max_tokens)
-    shards.complete()
+        consumed = _resume(out, index)
+        shards = ShardWriter(out, index, limits.shard_tokens)
+        try:
+            if not limits.reached(index):
+                _encode_rest(corpus, encoders, shards, limits, progress, consumed)
+        finally:
+            shards.close()
+        _check_splits(corpus, index, limits.max_tokens)
+        shards.complete()
+    except (UserError, OSError):
+        _remove_unfinished(out)
+        raise
     (out / PROGRESS).unlink(missing_ok=True)
 
 
@@ -204,6 +208,18 @@ def _encode_rest(
             if stop:
                 _checkpoint(shards, consumed)
                 raise stop.interrupted(f"{_progress(index).tokens:,} tokens are kept in {shards.directory}")
+
+
+def _remove_unfinished(out: Path) -> None:
+    """Remove shards that cannot be resumed, and their directory where nothing else is in it; whole or resumable ones stay."""
+    if (out / PROGRESS).exists() or (out / INDEX).exists():
+        return
+    for leftover in out.glob("*.bin"):
+        if SHARD_NAME.fullmatch(leftover.name):
+            leftover.unlink(missing_ok=True)
+    (out / LOCK).unlink(missing_ok=True)
+    with suppress(OSError):  # not empty
+        out.rmdir()
 
 
 def _checkpoint(shards: ShardWriter, consumed: int) -> None:

@@ -254,8 +254,9 @@ def scoring_inputs(
     Raises:
         UserError: there is no such model, no tokens can be found, or the directory is neither a run nor a model.
     """
-    path = Path(source)
-    run = run_of(path)
+    from ln_removal.data.tokens import TokenDataset
+
+    run = run_of(Path(source))
     recipe = None if run is None else recipe_of(run)
     named = {"original": original, "control": control}
     found = _models_of(source, run, recipe) | {role: model for role, model in named.items() if model is not None}
@@ -273,7 +274,8 @@ def scoring_inputs(
             f"{source} is not part of a run, so there are no tokens to score it on; prepare some with ln-prepare and pass "
             "--tokens DIR, or name text with --corpus"
         )
-    yield ScoringInputs(models, _own_data_set(run, recipe), context, max_tokens or recipe.data.validation_tokens)
+    data_sets = {f"{recipe.data.corpus}, validation split": TokenDataset.open(run / "tokens")}
+    yield ScoringInputs(models, data_sets, context, max_tokens or recipe.data.validation_tokens)
 
 
 def _models_of(source: str, run: Path | None, recipe: Recipe | None) -> dict[str, str]:
@@ -291,12 +293,6 @@ def _models_of(source: str, run: Path | None, recipe: Recipe | None) -> dict[str
     if (run / "control" / "model").is_dir():
         models["control"] = str(run / "control" / "model")
     return models
-
-
-def _own_data_set(run: Path, recipe: Recipe) -> dict[str, TokenDataset]:
-    from ln_removal.data.tokens import TokenDataset
-
-    return {f"{recipe.data.corpus}, validation split": TokenDataset.open(run / "tokens")}
 
 
 def _named_data_sets(

@@ -13,7 +13,7 @@ import os
 import shutil
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -109,23 +109,6 @@ def link_tokens(out: Path, directory: Path) -> None:
         link.symlink_to(target, target_is_directory=True)
     except OSError as error:
         raise UserError(f"cannot write {link}: {error.strerror or error}; choose another --out") from error
-
-
-def remove_unfinished_tokens(directory: Path) -> None:
-    """Remove what a failed preparation left that cannot be resumed; whole or resumable tokens stay."""
-    lock = directory / "prepare.lock"
-    if not lock.is_file() or _holds_tokens(directory):
-        return
-    try:
-        with FileLock(lock, blocking=False, fallback_to_soft=False):
-            for split in ("train", "validation"):
-                for leftover in directory.glob(f"{split}-*-[0-9][0-9][0-9][0-9][0-9].bin"):
-                    leftover.unlink(missing_ok=True)
-            lock.unlink(missing_ok=True)
-    except Timeout:  # another process is at work here, and that was the failure
-        return
-    with suppress(OSError):  # not empty: not all of it is ours
-        directory.rmdir()
 
 
 @contextmanager
@@ -302,12 +285,7 @@ def _is_worth_keeping(out: Path) -> bool:
 def has_own_tokens(out: Path) -> bool:
     """Whether a run, or a sweep, has prepared tokens of its own that are whole or can be completed."""
     tokens = out / "tokens"
-    return _holds_tokens(tokens) and not tokens.is_symlink()
-
-
-def _holds_tokens(directory: Path) -> bool:
-    """Whether a directory holds tokens that are whole or can be completed."""
-    return any((directory / name).is_file() for name in ("index.json", "progress.json"))
+    return not tokens.is_symlink() and any((tokens / name).is_file() for name in ("index.json", "progress.json"))
 
 
 def clear(out: Path, made: Iterable[Path], *, records: Iterable[str]) -> None:

@@ -270,7 +270,9 @@ def _read_config(directory: Path) -> PretrainedConfig:
     sizes = sizes_of(config)
     if wrong := {name: size for name, size in sizes.items() if type(size) is not int or size < 1}:
         name, size = next(iter(wrong.items()))
-        raise UserError(f"{path} is not a valid GPT-2 configuration: {name} is {size!r}; it must be a whole number above 0")
+        raise UserError(
+            f"{path} is not a valid GPT-2 configuration: {name} is {size!r}; it must be a whole number above 0"
+        )
     if sizes["n_embd"] % sizes["n_head"]:
         raise UserError(
             f"{path} is not a valid GPT-2 configuration: n_embd {sizes['n_embd']} is no multiple of n_head {sizes['n_head']}"
