@@ -13,9 +13,10 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 import tomllib
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,6 +104,15 @@ class Command:
         if self._code is None:
             self._code = int(self._answers.readline())
         return self._code
+
+    def wait_until(self, happened: Callable[[], bool], seconds: float = 120) -> Command:
+        """Wait for something that it does."""
+        deadline = time.monotonic() + seconds
+        while not happened():
+            assert not self.ended(), f"it ended with {self.wait()}: {self.said()}"
+            assert time.monotonic() < deadline, f"nothing happened in {seconds} seconds: {self.said()}"
+            time.sleep(0.001)
+        return self
 
     def said(self) -> str:
         """What it has printed on standard error so far."""

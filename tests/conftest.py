@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from command_line import Commands, commands
+from small_model import write_world
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
@@ -42,6 +45,38 @@ def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
     """Starts commands from one process that has everything imported."""
     with commands(tmp_path_factory.mktemp("commands")) as started:
         yield started
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `write_world` writes, made once for all tests, which leave it as it is."""
+    return write_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def here(world: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The world as the current directory; `new` is where a command may try to write."""
+    monkeypatch.chdir(world)
+    yield world
+    shutil.rmtree(world / "new", ignore_errors=True)
+
+
+@pytest.fixture
+def copied(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the world that a test may change, as the current directory."""
+    shutil.copytree(world, tmp_path / "world", symlinks=True)
+    monkeypatch.chdir(tmp_path / "world")
+    return tmp_path / "world"
+
+
+@pytest.fixture
+def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ln_removal.pipelines import context
+
+    def began(*args: object, **options: object) -> None:
+        raise AssertionError("training began")
+
+    monkeypatch.setattr(context, "open_session", began)
 
 
 @pytest.fixture

@@ -1,12 +1,22 @@
-"""A GPT-2 of random weights with a tokenizer of its own, and text for it: what the tests of commands start from."""
+"""A GPT-2 of random weights with a tokenizer of its own, text for it, and a run: what the tests of commands start from."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import pytest
 import torch
+from command_line import done
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 END_OF_TEXT = "<|endoftext|>"
+
+STEP = "--set training.tokens_per_step=256 --set training.precision=float32"
+REMOVE = f"ln-remove --model model --set data.corpus=texts --steps 6 --questions none {STEP}"
+"""A removal in the world of `write_world`, without its --out."""
 
 
 def write_corpus(directory: Path, documents: int = 24) -> Path:
@@ -50,14 +60,18 @@ def write_model(
     n_embd: int = 32,
     n_positions: int = 64,
     entries: int = 320,
+    vocabulary: int | None = None,
     seed: int = 0,
 ) -> Path:
-    """A directory in Hugging Face format that `ln-remove --model` takes."""
+    """A directory in Hugging Face format that `ln-remove --model` takes.
+
+    `entries` of the tokenizer; `vocabulary` of the model, if it has more rows than that.
+    """
     from transformers import GPT2Config, GPT2LMHeadModel
 
     eot = write_tokenizer(directory, entries=entries)
     config = GPT2Config(
-        vocab_size=entries,
+        vocab_size=vocabulary or entries,
         n_positions=n_positions,
         n_embd=n_embd,
         n_layer=n_layer,
@@ -69,3 +83,35 @@ def write_model(
         torch.manual_seed(seed)
         GPT2LMHeadModel(config).save_pretrained(directory)
     return directory
+
+
+def tiny_neox(*, parallel: bool = True) -> PreTrainedModel:
+    """A random GPT-NeoX of the Pythia kind: 2 layers, width 32, 4 heads, 101 tokens, 32 positions; evaluation mode."""
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    config = GPTNeoXConfig(
+        vocab_size=101,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=32,
+        initializer_range=0.3,
+        use_parallel_residual=parallel,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        return GPTNeoXForCausalLM(config).eval()
+
+
+def write_world(place: Path) -> Path:
+    """Two models, text, tokens of each, and a finished run with a control, whose checkpoints are of steps 3 and 6."""
+    write_model(place / "model")
+    write_model(place / "other", entries=300)
+    write_corpus(place / "texts")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        done("ln-prepare texts --tokenizer model --out tokens")
+        done("ln-prepare texts --tokenizer other --out other-tokens")
+        done(f"{REMOVE} --control --set training.checkpoint_every=3 --out run")
+    return place

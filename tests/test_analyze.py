@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-import shlex
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import typer
-from click.testing import Result
+from command_line import done
 from tiny_training import CONTEXT, LAYERS, TinyRun, tiny_spec
-from typer.testing import CliRunner
 
-from ln_removal.errors import UserError
 from ln_removal.files.metrics_log import set_aside, truncate_metrics
-from ln_removal.interpret.entropies import HeadEntropies, observed
+from ln_removal.interpret.entropies import HeadEntropies
 from ln_removal.interpret.observations import distinct_names, find_runs, read_observations
 from ln_removal.models.attention import largest_entropy
 from ln_removal.report import analysis_tables, plots
@@ -68,18 +64,6 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_run(tmp_path / "unobserved")
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def analyze(command: str) -> Result:
-    from ln_removal.cli.analyze import app
-
-    return CliRunner().invoke(app, shlex.split(command), prog_name="ln-analyze")
-
-
-def done(command: str) -> str:
-    result = analyze(command)
-    assert result.exit_code == 0, f"{result.output}\n{result.exception!r}"
-    return result.stdout
 
 
 def are_figures(directory: Path, *names: str) -> None:
@@ -136,14 +120,6 @@ def test_a_directory_stands_for_the_runs_in_it_and_names_tell_them_apart(runs: P
     assert distinct_names([runs / "table/ln/seed-0"]) == ["seed-0"]
 
 
-def test_rows_of_another_shape_are_a_mistake_in_words(tmp_path: Path) -> None:
-    lacking = row(0)
-    del lacking["queries"]
-    for number, wrong in enumerate([lacking, row(0, entropy=[1.0, 2.0]), row(0, nan_counts="many")]):
-        with pytest.raises(UserError, match="cannot be read"):
-            read_observations([write_run(tmp_path / str(number), wrong)])
-
-
 # ------------------------------------------------------------------------------------------------------------- figures
 
 
@@ -163,15 +139,6 @@ def test_models_side_by_side_share_one_colour_scale_up_to_the_largest_entropy() 
     assert dots == [0, 10]
     bracket = figure.axes[2].lines[0]
     assert (min(bracket.get_ydata()), max(bracket.get_ydata())) == pytest.approx((0.9 * LARGEST, LARGEST))
-
-
-def test_different_contexts_are_compared_as_shares_of_the_largest() -> None:
-    halves = [heads("short", [[0.5 * largest_entropy(8)]], 8), heads("long", [[0.5 * largest_entropy(64)]], 64)]
-    with plots.house_style():
-        figure = plots.head_heatmap(halves)
-    images = [image for axes in figure.axes for image in axes.images]
-    assert [image.get_clim() for image in images] == [(0, 1)] * 2
-    assert [float(image.get_array()[0, 0]) for image in images] == pytest.approx([0.5, 0.5])
 
 
 def test_nan_heads_are_hatched_and_are_not_in_the_band() -> None:
@@ -197,17 +164,8 @@ def test_lines_over_steps_have_a_line_a_layer_and_gaps_where_there_is_no_number(
 # ------------------------------------------------------------------------------------------------------------ commands
 
 
-def test_entropy_of_runs_side_by_side(runs: Path) -> None:
-    shown = done("entropy table --out figures")
-    are_figures(runs / "figures", "entropy-heads", "entropy-layers", "entropy-overload")
-    assert "free/seed-0" in shown and "ln/seed-0" in shown
-    mean = f"{(0.2 + 0.5 + 0.95) / 3 * LARGEST:.3f} ( 33 %)"
-    assert shown.count(mean) == 3 + 2  # the even ones of 6 and of 4 layers
-    assert f"{LARGEST:.3f}" in shown
-
-
 def test_entropy_as_json_at_a_step(runs: Path) -> None:
-    found = json.loads(done("entropy table/ln/seed-0 --step 10 --json"))
+    found = json.loads(done("ln-analyze entropy table/ln/seed-0 --step 10 --json").stdout)
     (one,) = found["runs"]
     assert (one["step"], one["queries"], one["observed_steps"]) == (10, QUERIES, [0, 10, 19])
     assert one["overload_share"] == pytest.approx([1 / 3, 0, 1 / 3, 0])
@@ -219,7 +177,7 @@ def test_entropy_as_json_at_a_step(runs: Path) -> None:
 
 
 def test_nans_by_layer_and_none_in_words(runs: Path) -> None:
-    shown = done("nans unstable table/ln/seed-0 --out figures").splitlines()
+    shown = done("ln-analyze nans unstable table/ln/seed-0 --out figures").stdout.splitlines()
     assert shown[0].startswith("unstable: NaN in the attention of layer 3 from step 10 on, at most 900 of 1,000")
     assert "residual stream not finite from step 10 on, behind block 3" in shown[0]
     assert shown[1].startswith(
@@ -233,7 +191,7 @@ def test_nans_by_layer_and_none_in_words(runs: Path) -> None:
 
 
 def test_slopes_of_network_and_layers(runs: Path) -> None:
-    shown = done("slopes network layers unstable --out figures")  # one of three has none
+    shown = done("ln-analyze slopes network layers unstable --out figures").stdout  # one of three has none
     are_figures(runs / "figures", "slopes")
     assert "network" in shown and "layer 3" in shown and "-0.0090" in shown and "unstable" not in shown
     found = analysis_tables.slope_json(read_observations([runs / "network", runs / "layers"]))
@@ -244,7 +202,7 @@ def test_slopes_of_network_and_layers(runs: Path) -> None:
 def test_models_are_measured_on_a_text_as_transformers_would(runs: Path) -> None:
     text = "def f(x):\n    return x * 2\n\n" * 200
     (runs / "text.py").write_text(text)
-    (one,) = json.loads(done("entropy tiny --text text.py --context 48 --json"))["runs"]
+    (one,) = json.loads(done("ln-analyze entropy tiny --text text.py --context 48 --json").stdout)["runs"]
 
     from ln_removal.models.loading import load_model
 
@@ -258,76 +216,3 @@ def test_models_are_measured_on_a_text_as_transformers_would(runs: Path) -> None
     expected = torch.special.entr(torch.stack(outputs.attentions).double()).sum(-1).mean((1, 3))
     np.testing.assert_allclose(np.array(one["entropy"]), expected.numpy(), atol=1e-4)
     assert (one["name"], one["step"], one["queries"]) == ("tiny", None, 48)
-
-
-def test_models_of_both_families_are_measured_at_the_shorter_context(runs: Path) -> None:
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
-
-    from ln_removal.models.loading import load_tokenizer
-
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-    config = GPTNeoXConfig(vocab_size=4096, max_position_embeddings=40, bos_token_id=0, eos_token_id=0, **sizes)
-    GPTNeoXForCausalLM(config).save_pretrained(runs / "pythia")
-    load_tokenizer("tiny").save_pretrained(runs / "pythia")
-    (runs / "text.py").write_text("x = 1\n" * 200)
-    tiny, pythia = json.loads(done("entropy tiny pythia --text text.py --out figures --json"))["runs"]
-    assert (tiny["queries"], pythia["queries"]) == (40, 40)
-    assert (np.array(tiny["entropy"]).shape, np.array(pythia["entropy"]).shape) == ((6, 3), (2, 4))
-    assert min(pythia["overload_share"]) == 1.0  # fresh weights look everywhere alike
-
-
-def test_a_model_whose_attention_is_nan_is_drawn_and_printed(runs: Path) -> None:
-    shown = done("entropy unstable --out figures")
-    assert "NaN (  0 %)" in shown
-    (found,) = analysis_tables.entropy_json([observed(run, None) for run in read_observations([runs / "unstable"])], [])
-    assert found["entropy"][-1] == [None] * HEADS
-
-
-@pytest.mark.parametrize("name", ["", "entropy", "nans", "slopes"])
-def test_the_examples_of_the_help_are_accepted(name: str) -> None:
-    from ln_removal.cli.analyze import app
-
-    group: Any = typer.main.get_command(app)
-    examples = [shlex.split(line) for line in done(f"{name} --help").splitlines() if line.startswith("    ln-analyze ")]
-    assert examples
-    for program, command, *arguments in examples:
-        context = group.make_context(program, [command, *arguments])
-        group.commands[command].make_context(command, arguments, parent=context)  # parses, runs nothing
-
-
-MISTAKES = {
-    "entropy": "Missing argument 'RUN|MODEL...'; see ln-analyze entropy --help",
-    "nonsense": "No such command 'nonsense'",
-    "entropy nowhere": "nowhere is not the directory of a run",
-    "entropy tiny": "--tokens DIR or --text FILE",
-    "entropy unobserved": "--set observation.every=100",
-    "nans model": "model is a model, not a run",
-    "nans empty": "is not a run and holds none",
-    "slopes table": "train with --set architecture.activation=learnable_leaky_relu",
-    "entropy unstable --step 3": "was not observed at step 3; it was at 0, 10, 19",
-    "entropy unstable --context 16": "--context goes with --tokens or --text",
-    "entropy tiny --text short.txt --step 3": "leave it out",
-    "entropy tiny --text short.txt --tokens here": "give one of them",
-    "entropy tiny --text short.txt": "too few for a sequence of 512",
-    "entropy tiny --text short.txt --context 513": "longer than the 512 positions of tiny",
-    "entropy tiny --text binary": "not UTF-8",
-    "entropy tiny --text absent": "cannot read the text in absent",
-    "entropy tiny --tokens empty": "run ln-prepare",
-    "entropy unstable --text short.txt": "a run without a model yet",
-    "entropy table --text short.txt": "runs inside it: table/free/seed-0, table/ln/seed-0",
-    "nans unstable --out short.txt": "cannot write into short.txt",
-}
-
-
-@pytest.mark.parametrize("command", MISTAKES)
-def test_a_mistake_is_one_line(runs: Path, command: str) -> None:
-    (runs / "empty").mkdir()
-    (runs / "model").mkdir()
-    (runs / "model/config.json").write_text("{}")
-    (runs / "short.txt").write_text("print(1)\n")
-    (runs / "binary").write_bytes(b"\xff\xfe\x00\x80")
-    result = analyze(command)
-    assert result.exit_code == 2 and result.stdout == ""
-    (line,) = result.stderr.splitlines()
-    assert line.startswith("error: ") and MISTAKES[command] in line
-    assert not (runs / "analysis").exists()

@@ -1,84 +1,44 @@
 """Bad input to every command: exit code 2, one line that names what is wrong, no traceback, nothing half-written.
 
-Mistakes in the words of a command line stand in test_commands.py; here are mostly files that are not what they should be.
+What a message says of each fault of a model, a recipe or a file of questions is tested where those are read.
 """
 
 from __future__ import annotations
 
 import gzip
-import importlib
 import json
-import shlex
 import shutil
 import sys
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
 import torch
-from click.testing import Result
-from finished_run import make_run
+from command_line import ROOT, SCRIPTS, refused
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from small_model import write_corpus, write_model
-from typer.testing import CliRunner
+from small_model import REMOVE
 
 from ln_removal.config.recipe import load_recipe
 from ln_removal.errors import UserError
 from ln_removal.evaluation.questions import load_questions
-from ln_removal.pipelines import context
-
-ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
 
 T = TypeVar("T")
 
 GARBAGE = bytes((97 * n) % 256 for n in range(4096))
-STEP = "--set training.tokens_per_step=256 --set training.precision=float32"
-REMOVE = f"ln-remove --set data.corpus=texts --steps 6 --questions none {STEP} --out new"
-MODEL = f"{REMOVE} --model model"
 HELLASWAG = "evaluate-hellaswag model --data q.jsonl --per-question new"
 PREPARE = "ln-prepare bad --tokenizer model --out new"
 
 QUESTION = {"ind": 0, "activity_label": "a", "ctx": "one two", "endings": ["a", "b", "c", "d"], "label": 0}
 
 
-def run(command: str) -> Result:
-    """Run a command line in this process."""
-    name, *arguments = shlex.split(command)
-    return CliRunner().invoke(importlib.import_module(SCRIPTS[name].partition(":")[0]).app, arguments, prog_name=name)
-
-
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory in which everything is right: a model, another one, text, tokens, a run, questions, a recipe."""
-    place = tmp_path_factory.mktemp("sound")
-    write_model(place / "model")
-    write_model(place / "other", entries=300)
-    write_corpus(place / "texts", documents=12)
-    make_run(place / "run")
-    (place / "q.jsonl").write_text("".join(json.dumps({**QUESTION, "ind": n}) + "\n" for n in range(4)))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(place)
-        assert run("ln-prepare texts --tokenizer model --out tokens").exit_code == 0
-        assert run("ln-prepare texts --tokenizer other --out other-tokens").exit_code == 0
-    return place
-
-
 @pytest.fixture
-def here(sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of it to spoil, as the current directory; nothing may be trained."""
-
-    def began(*args: Any, **kwargs: Any) -> None:
-        raise AssertionError("training began")
-
-    shutil.copytree(sound, tmp_path / "here")
-    monkeypatch.setattr(context, "open_session", began)
-    monkeypatch.chdir(tmp_path / "here")
-    return tmp_path / "here"
+def here(copied: Path, no_training: None) -> Path:
+    """A world to spoil, with questions; nothing may be trained."""
+    (copied / "q.jsonl").write_text("".join(json.dumps({**QUESTION, "ind": n}) + "\n" for n in range(4)))
+    return copied
 
 
 # ------------------------------------------------------------------------------------------------- how things are spoilt
@@ -142,16 +102,6 @@ def first_weight(value: float) -> Callable[[dict[str, torch.Tensor]], None]:
     return change
 
 
-def sharded(index: object) -> Callable[[Path], None]:
-    """The weights under another name, and an index of shards."""
-
-    def spoil(here: Path) -> None:
-        (here / "model" / "model.safetensors").rename(here / "model" / "weights.safetensors")
-        written("model/model.safetensors.index.json", index)(here)
-
-    return spoil
-
-
 def parquet(**columns: list[Any]) -> Callable[[Path], None]:
     def spoil(here: Path) -> None:
         import pyarrow as pa
@@ -174,6 +124,16 @@ def question(**changes: Any) -> Callable[[Path], None]:
     return written("q.jsonl", f"{json.dumps(QUESTION)}\n{json.dumps(changed)}\n")
 
 
+def small_corpus(here: Path) -> None:
+    (here / "small").mkdir()
+    for name in ("a", "b"):
+        (here / "small" / f"{name}.txt").write_text("too little", encoding="utf-8")
+
+
+def prepend(file: Path, text: str) -> None:
+    file.write_text(text + file.read_text(encoding="utf-8"), encoding="utf-8")
+
+
 def missing(package: str) -> Callable[[Path], None]:
     """The package is not installed; undone by the fixture `modules`."""
 
@@ -192,220 +152,151 @@ def modules(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delitem(sys.modules, package, raising=False)
 
 
+OUT = "--out new"
+REMOVING = f"{REMOVE} {OUT}"
+GIVEN = f"{REMOVING} --tokens tokens"
+OTHER = REMOVING.replace("--model model", "--model other")
+
 CASES: dict[str, tuple[Callable[[Path], None], str, str]] = {
-    # what is wrong: (how it comes about, command, part of the message)
+    # what is wrong: (how it comes about, command, a key, name or file that the message must name)
+    # ---- the words of a command line
+    "no model": (nothing, f"ln-remove {OUT}", "--model"),
+    "unknown option": (nothing, f"{REMOVING} --stepz 4", "--stepz"),
+    "unknown choice": (nothing, f"{REMOVING} --device tpu", "--device"),
+    "not a setting": (nothing, f"{REMOVING} --set nonsense", "KEY=VALUE"),
+    "an argument is missing": (nothing, "ln-evaluate", "argument"),
+    "no corpus": (nothing, "ln-prepare", "--list"),
+    "a name too long": (nothing, f"ln-evaluate {'a' * 300} {OUT}", "aaa"),
+    "no context at all": (nothing, f"ln-evaluate model --tokens tokens --context 0 {OUT}", "--context"),
+    "no tokens at all": (nothing, f"ln-evaluate model --tokens tokens --max-tokens -1 {OUT}", "--max-tokens"),
+    "no token to prepare": (nothing, f"ln-prepare texts --tokenizer model --max-tokens 0 {OUT}", "--max-tokens"),
+    "no questions asked": (nothing, f"{HELLASWAG} --limit 0", "--limit"),
+    "an unknown protocol": (nothing, f"{HELLASWAG} --protocol mine", "--protocol"),
+    "no precision of that name": (nothing, f"ln-export run --dtype int3 {OUT}", "--dtype"),
+    "no form of that name": (nothing, f"ln-export run --format pickle {OUT}", "--format"),
+    "publish nowhere": (nothing, "ln-export run --push-to-hub nonsense", "nonsense"),
+    "private from whom": (nothing, f"{REMOVING} --private", "--push-to-hub"),
     # ---- models
-    "config is garbage": (written("model/config.json", GARBAGE), MODEL, "config.json is not readable JSON"),
-    "config is a list": (written("model/config.json", []), MODEL, "is not a GPT-2"),
-    "config is bottomless": (written("model/config.json", "[" * 100_000), MODEL, "is not readable JSON"),
-    "another architecture": (edited("model/config.json", model_type="llama"), MODEL, "model_type 'llama'"),
-    "no layers": (edited("model/config.json", n_layer=0), MODEL, "n_layer is 0; it must be a whole number above 0"),
-    "negative width": (edited("model/config.json", n_embd=-32), MODEL, "n_embd is -32"),
-    "heads that do not divide": (edited("model/config.json", n_head=3), MODEL, "n_embd 32 is no multiple of n_head 3"),
-    "layers in words": (edited("model/config.json", n_layer="two"), MODEL, "not a valid GPT-2 configuration"),
-    "more layers than weights": (edited("model/config.json", n_layer=3), MODEL, "the weights lack"),
-    "wider than its weights": (edited("model/config.json", n_embd=64), MODEL, "config.json does not fit"),
-    "weights cut off": (cut("model/model.safetensors"), MODEL, "is not a whole safetensors file"),
-    "weights are garbage": (written("model/model.safetensors", GARBAGE), MODEL, "is not a whole safetensors file"),
-    "weights are empty": (written("model/model.safetensors", b""), MODEL, "is not a whole safetensors file (0 bytes"),
-    "no weights": (without("model/model.safetensors"), MODEL, "has no model.safetensors; found:"),
-    "NaN weights": (weights(first_weight(float("nan"))), MODEL, "1 of the 4,096 weights in transformer.h.1.mlp.c_fc"),
-    "infinite weights": (weights(first_weight(float("inf"))), MODEL, "are NaN or infinite"),
-    "wrong shape": (
-        weights(lambda w: w.update({"transformer.wpe.weight": torch.zeros(9, 32)})),
-        MODEL,
-        "such as transformer.wpe.weight: (9, 32) in the file, (64, 32) by config.json",
-    ),
-    "a tensor is missing": (weights(lambda w: w.__delitem__("transformer.ln_f.bias")), MODEL, "transformer.ln_f.bias"),
-    "index names nothing": (sharded({"weight_map": {}}), MODEL, "names no weight files"),
-    "index is a list": (sharded([]), MODEL, "names no weight files"),
-    "index with numbers": (sharded({"weight_map": {"a": 1, "b": ["x"]}}), MODEL, "names no weight files"),
-    "a shard is missing": (
-        sharded({"weight_map": {"a": "gone.safetensors"}}),
-        MODEL,
-        "gone.safetensors is not a whole",
-    ),
-    "an adapter": (
-        written("model/adapter_config.json", {}),
-        MODEL,
-        "holds an adapter (adapter_config.json), not a model",
-    ),
-    "no tokenizer": (without("model/tokenizer.json"), MODEL, "has no tokenizer"),
-    "tokenizer is garbage": (written("model/tokenizer.json", GARBAGE), MODEL, "the tokenizer in model does not load"),
-    "tokenizer is empty JSON": (written("model/tokenizer.json", {}), MODEL, "the tokenizer in model does not load"),
+    "no such model": (nothing, f"ln-remove --model ./nonsense {OUT}", "./nonsense"),
+    "a model that is a file": (written("file", "in the way"), f"ln-remove --model file {OUT}", "file"),
+    "LN-free model": (nothing, REMOVING.replace("--model model", "--model run/model"), "run/model"),
+    "LN-free stock model": (nothing, REMOVING.replace("--model model", "--model run/stock"), "run/stock"),
+    "config is garbage": (written("model/config.json", GARBAGE), REMOVING, "config.json"),
+    "weights cut off": (cut("model/model.safetensors"), REMOVING, "model.safetensors"),
+    "NaN weights": (weights(first_weight(float("nan"))), REMOVING, "transformer.h.1.mlp.c_fc"),
+    "an adapter": (written("model/adapter_config.json", {}), REMOVING, "adapter_config.json"),
+    "no tokenizer": (without("model/tokenizer.json"), REMOVING, "tokenizer"),
     "tokenizer of a larger model": (
         lambda here: shutil.copy(here / "model" / "tokenizer.json", here / "other" / "tokenizer.json") and None,
-        f"{REMOVE} --model other",
-        "the tokenizer has 320 entries and the model's embedding 300 rows",
+        OTHER,
+        "320",
     ),
     "no end-of-text token": (
         edited("model/tokenizer_config.json", eos_token=None, bos_token=None),
-        "ln-prepare texts --tokenizer model --out new",
-        "has no end-of-text token",
+        f"ln-prepare texts --tokenizer model {OUT}",
+        "end-of-text",
     ),
-    "an empty directory": (lambda here: (here / "bare").mkdir(), f"{REMOVE} --model bare", "bare has no config.json"),
+    "too few positions": (
+        nothing,
+        f"{REMOVING} --set data.context=65 --set training.tokens_per_step=260",
+        "data.context",
+    ),
+    "NaN weights scored": (weights(first_weight(float("nan"))), HELLASWAG, "transformer.h.1.mlp.c_fc"),
+    "a model with LayerNorms": (nothing, f"ln-export model {OUT}", "LayerNorm"),
+    "LN-free weights NaN": (weights(first_weight(float("nan")), "run/model"), f"ln-export run/model {OUT}", "NaN"),
     # ---- recipes
-    "recipe is garbage": (written("bad.toml", GARBAGE), "ln-remove --recipe bad.toml --out new", "is not TOML"),
-    "recipe is a directory": (
-        lambda here: (here / "bad.toml").mkdir(),
-        "ln-remove --recipe bad.toml --out new",
-        "cannot read the recipe",
+    "no such recipe": (nothing, f"ln-remove --recipe gpt3 {OUT}", "gpt3"),
+    "no such recipe file": (nothing, f"ln-remove --recipe none.toml {OUT}", "none.toml"),
+    "recipe is garbage": (written("bad.toml", GARBAGE), f"ln-remove --recipe bad.toml {OUT}", "bad.toml"),
+    "recipe is a directory": (lambda here: (here / "d.toml").mkdir(), f"ln-remove --recipe d.toml {OUT}", "d.toml"),
+    "recipe with faults": (
+        written("bad.toml", 'model = "tiny"\n[data]\ncorpse = "x"\n'),
+        f"ln-remove --recipe bad.toml {OUT}",
+        "data.corpse",
     ),
-    "recipe is empty": (written("bad.toml", ""), "ln-pretrain --recipe bad.toml --out new", "faults:"),
-    "NaN learning rate": (nothing, f"{MODEL} --set training.learning_rate=nan", "training.learning_rate"),
-    "infinite clip": (nothing, f"{MODEL} --set training.clip=inf", "training.clip"),
-    "negative batch": (nothing, f"{MODEL} --set training.tokens_per_step=-256", "training.tokens_per_step"),
-    "zero context": (nothing, f"{MODEL} --set data.context=0", "data.context"),
-    "words for a number": (nothing, f"{MODEL} --set training.clip=much", "training.clip"),
-    "a number for a table": (nothing, f"{MODEL} --set training=5", "training: should be a table"),
-    "a table below a number": (nothing, f"{MODEL} --set seed.x.y=5", "cannot set seed.x.y"),
-    "negative seed": (nothing, f"{MODEL} --set seed=-1", "seed"),
-    # ---- data
-    "parquet is garbage": (written("bad/a.parquet", GARBAGE), PREPARE, "is not a whole parquet file"),
-    "parquet is cut off": (cut_parquet, PREPARE, "is not a whole parquet file"),
-    "parquet without text": (parquet(body=["a"]), PREPARE, "has no column 'text' (found: body)"),
-    "parquet of numbers": (parquet(text=[1, 2]), PREPARE, "holds int64, not strings"),
-    "jsonl is garbage": (written("bad/a.jsonl", GARBAGE), PREPARE, "not JSON"),
-    "jsonl without text": (written("bad/a.jsonl", {"body": "x"}), PREPARE, "no text in the field 'text' (found: body)"),
-    "jsonl of numbers": (written("bad/a.jsonl", {"text": 5}), PREPARE, "no text in the field 'text'"),
-    "jsonl is bottomless": (written("bad/a.jsonl", "[" * 100_000), PREPARE, "line 1: cannot be read as JSON"),
-    "jsonl with an endless number": (written("bad/a.jsonl", "9" * 5000), PREPARE, "line 1: cannot be read as JSON"),
-    "gzip is garbage": (written("bad/a.jsonl.gz", GARBAGE), PREPARE, "cannot be read"),
-    "gzip is cut off": (
-        written("bad/a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 999)[:-9]),
-        PREPARE,
-        "a.jsonl.gz cannot be read",
+    "unknown key": (nothing, f"{REMOVING} --set training.lerning_rate=1", "training.learning_rate"),
+    "NaN learning rate": (nothing, f"{REMOVING} --set training.learning_rate=nan", "training.learning_rate"),
+    "words for a number": (nothing, f"{REMOVING} --set training.clip=much", "training.clip"),
+    "a number for a table": (nothing, f"{REMOVING} --set training=5", "training"),
+    "a table below a number": (nothing, f"{REMOVING} --set seed.x.y=5", "seed.x.y"),
+    "negative steps": (nothing, f"{REMOVING} --steps -5", "-5"),
+    "impossible schedule": (nothing, f"ln-remove --model tiny --set training.steps=20 {OUT}", "20"),
+    "pretraining recipe": (nothing, f"ln-remove --recipe tiny-gpt2 {OUT}", "ln-pretrain"),
+    "removal recipe, planned": (nothing, "ln-pretrain --recipe tiny --dry-run", "ln-remove"),
+    # ---- text and tokens
+    "empty corpus": (lambda here: (here / "bare").mkdir(), REMOVING.replace("texts", "bare"), "bare"),
+    "too small a corpus": (small_corpus, REMOVING.replace("texts", "small"), "tokens"),
+    "no such corpus": (nothing, REMOVING.replace("texts", "openwebtxt"), "openwebtext"),
+    "unknown source": (nothing, f"{REMOVING} --set data.weights.stdlib=4", "stdlib"),
+    "another tokenizer named": (nothing, f"{REMOVING} --set data.tokenizer=other", "data.tokenizer"),
+    "pretraining on nothing": (
+        lambda here: (here / "bare").mkdir(),
+        f"ln-pretrain --set data.corpus=bare {OUT}",
+        "bare",
     ),
-    "a binary file": (
-        written("bad.txt", b"\0" * 99),
-        "ln-prepare bad.txt --tokenizer model --out new",
-        "is a binary file",
+    "parquet is cut off": (cut_parquet, PREPARE, "a.parquet"),
+    "parquet without text": (parquet(body=["a"]), PREPARE, "body"),
+    "jsonl is garbage": (written("bad/a.jsonl", GARBAGE), PREPARE, "a.jsonl"),
+    "jsonl is bottomless": (written("bad/a.jsonl", "[" * 100_000), PREPARE, "line 1"),
+    "gzip is cut off": (written("bad/a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 999)[:-9]), PREPARE, "a.jsonl.gz"),
+    "a malformed data set": (nothing, f"ln-prepare hub:a/b/c --tokenizer model {OUT}", "hub:"),
+    "prepare over a file": (written("file", "x"), "ln-prepare texts --tokenizer model --out file", "file"),
+    "prepare over other tokens": (
+        lambda here: (here / "texts" / "part_99.txt").write_text("more text\n") and None,
+        "ln-prepare texts --tokenizer model --out tokens",
+        "another corpus",
     ),
-    "a malformed data set": (nothing, "ln-prepare hub:a/b/c --tokenizer model --out new", "is not a Hub data set"),
-    "an unknown ending": (
-        written("a.xyz", "x"),
-        "ln-prepare a.xyz --tokenizer model --out new",
-        "an ending that is not",
-    ),
-    # ---- tokens
-    "tokens index is garbage": (written("tokens/index.json", GARBAGE), f"{MODEL} --tokens tokens", "is damaged"),
-    "tokens of a later version": (
-        edited("tokens/index.json", format="ln-removal tokens 9"),
-        f"{MODEL} --tokens tokens",
-        "is in the format 'ln-removal tokens 9', this version reads",
-    ),
-    "tokens of no version": (edited("tokens/index.json", format=None), f"{MODEL} --tokens tokens", "is damaged"),
-    "tokens with a count below zero": (
-        edited("tokens/index.json", vocab_size=-1),
-        f"{MODEL} --tokens tokens",
-        "damaged",
-    ),
+    "prepare to nowhere": (nothing, "ln-prepare texts --tokenizer model --out /proc/nowhere", "/proc/nowhere"),
+    "no tokens": (nothing, f"{REMOVING} --tokens texts", "texts"),
+    "tokens index is garbage": (written("tokens/index.json", GARBAGE), GIVEN, "index.json"),
+    "tokens of a later version": (edited("tokens/index.json", format="ln-removal tokens 9"), GIVEN, "tokens 9"),
     "a token shard is cut off": (
         lambda here: cut(f"tokens/{next((here / 'tokens').glob('train*')).name}")(here),
-        f"{MODEL} --tokens tokens",
-        "bytes long, the index says",
+        GIVEN,
+        "train-",
     ),
-    "a token shard is gone": (
-        lambda here: next((here / "tokens").glob("validation*")).unlink(),
-        "ln-evaluate model --tokens tokens --out new",
-        "is missing, the index says",
-    ),
-    "tokens of another model": (nothing, f"{MODEL} --tokens other-tokens", "another tokenizer (other)"),
+    "tokens of another tokenizer": (nothing, f"{REMOVING} --tokens other-tokens", "other"),
     "pretraining on another's tokens": (
         nothing,
-        "ln-pretrain --tokens tokens --set data.tokenizer=other --steps 4 --out new",
-        "another tokenizer",
+        f"ln-pretrain --tokens tokens --set data.tokenizer=other --steps 4 {OUT}",
+        "tokenizer",
     ),
     # ---- questions
-    "questions are garbage": (written("q.jsonl", GARBAGE), HELLASWAG, "cannot read questions"),
-    "questions are empty": (written("q.jsonl", "\n\n"), HELLASWAG, "holds no questions"),
-    "questions in a directory": (nothing, "evaluate-hellaswag model --data texts", "cannot read questions"),
-    "a question that is no object": (
-        written("q.jsonl", f"{json.dumps(QUESTION)}\n7\n"),
-        HELLASWAG,
-        "line 2: expected a JSON",
-    ),
-    "a question cut off": (written("q.jsonl", json.dumps(QUESTION)[:-9]), HELLASWAG, "line 1: not JSON"),
-    "three endings": (question(endings=["a", "b", "c"]), HELLASWAG, "line 2: endings is not a list of 4"),
-    "endings of numbers": (question(endings=[1, 2, 3, 4]), HELLASWAG, "line 2: endings is not a list of 4"),
-    "label out of range": (question(label=4), HELLASWAG, "line 2: the label is '4'; expected 0 to 3"),
-    "no label": (question(label=""), HELLASWAG, "the test split is published without labels"),
-    "no context": (question(ctx=None), HELLASWAG, "line 2: no ctx"),
-    "ind in words": (question(ind="seven"), HELLASWAG, "line 2: ind is 'seven'"),
-    "ind is NaN": (question(ind=float("nan")), HELLASWAG, "line 2: ind is nan"),
-    "half a character": (question(ctx="\ud800"), HELLASWAG, "line 2: the text holds half of a surrogate pair"),
-    "a bottomless question": (written("q.jsonl", '{"a":' * 100_000), HELLASWAG, "line 1: not JSON"),
-    "questions in bad gzip": (
-        written("q.jsonl.gz", gzip.compress(json.dumps(QUESTION).encode())[:12] + GARBAGE),
-        "evaluate-hellaswag model --data q.jsonl.gz",
-        "cannot read questions",
-    ),
-    "text form cut off": (
-        written("q.txt", "a: b\n0\n1\n2\n"),
-        "evaluate-hellaswag model --data q.txt",
-        "not a multiple of 6",
-    ),
-    "no questions asked": (nothing, f"{HELLASWAG} --limit 0", "--limit"),
-    "fewer than no questions": (nothing, f"{HELLASWAG} --limit -3", "--limit"),
-    "an unknown protocol": (nothing, f"{HELLASWAG} --protocol mine", "--protocol"),
-    "NaN weights scored": (
-        weights(first_weight(float("nan"))),
-        "evaluate-hellaswag model --data q.jsonl --per-question new",
-        "are NaN or infinite",
-    ),
+    "no questions": (nothing, f"{REMOVING} --questions none.jsonl", "none.jsonl"),
+    "questions are garbage": (written("q.jsonl", GARBAGE), HELLASWAG, "q.jsonl"),
+    "three endings": (question(endings=["a", "b", "c"]), HELLASWAG, "line 2"),
+    "half a character": (question(ctx="\ud800"), HELLASWAG, "line 2"),
+    "a bottomless question": (written("q.jsonl", '{"a":' * 100_000), HELLASWAG, "line 1"),
+    "no datasets": (missing("datasets"), "evaluate-hellaswag model --data hellaswag", "datasets"),
     # ---- runs, exports, evaluations
-    "run of a later version": (
-        lambda here: (
-            (here / "run" / "recipe.toml").write_text("hologram = 5\n" + (here / "run" / "recipe.toml").read_text())
-            and None
-        ),
-        "ln-evaluate run --out new",
-        "hologram: unknown key",
-    ),
-    "LN-free weights cut off": (
-        cut("run/model/model.safetensors"),
-        "ln-export run --out new",
-        "not a whole safetensors",
-    ),
-    "LN-free weights NaN": (
-        weights(first_weight(float("nan")), "run/model"),
-        "ln-export run/model --out new",
-        "are NaN",
-    ),
-    "no precision of that name": (nothing, "ln-export run --dtype int3 --out new", "--dtype"),
-    "no form of that name": (nothing, "ln-export run --format pickle --out new", "--format"),
-    "export below a device": (nothing, "ln-export run --out /dev/null/new", "cannot write /dev/null/new"),
-    "export to nowhere": (nothing, "ln-export run --out /proc/nowhere/new", "cannot write /proc/nowhere/new"),
-    "prepare to nowhere": (
+    "output is a file": (written("file", "in the way"), f"{REMOVE} --out file", "file"),
+    "output is used": (nothing, f"{REMOVE} --out texts", "texts"),
+    "output is a run": (nothing, f"{REMOVE} --out run", "--resume"),
+    "nothing to resume": (nothing, f"{REMOVE} --out texts --resume", "texts"),
+    "another recipe to resume": (
         nothing,
-        "ln-prepare texts --tokenizer model --out /proc/nowhere",
-        "cannot write /proc/nowhere",
+        f"{REMOVE} --set training.checkpoint_every=3 --set seed=1 --out run --resume",
+        "seed was 0, now 1",
     ),
-    "remove to nowhere": (nothing, f"{REMOVE} --model model --out /proc/nowhere/run", "cannot write /proc/nowhere/run"),
-    "pretrain to nowhere": (nothing, "ln-pretrain --steps 4 --out /proc/nowhere/run", "cannot write /proc/nowhere/run"),
-    "no context at all": (nothing, "ln-evaluate model --tokens tokens --context 0 --out new", "--context"),
-    "no tokens at all": (nothing, "ln-evaluate model --tokens tokens --max-tokens -1 --out new", "--max-tokens"),
-    "a model with LayerNorms": (nothing, "ln-export model --out new", "with its LayerNorms"),
-    "publish nowhere": (nothing, "ln-export run --push-to-hub nonsense", "is no repository; give USER/REPO"),
-    "private from whom": (nothing, f"{MODEL} --private", "add --push-to-hub USER/REPO"),
-    "a name too long": (nothing, f"ln-evaluate {'a' * 300} --out new", "File name too long; check the path"),
-    "a path too long": (nothing, f"ln-prepare ./{'a' * 300} --tokenizer model --out new", "File name too long"),
-    "a loop of links": (
-        lambda here: (here / "loop").symlink_to("loop"),
-        "ln-export run --out loop/new",
-        "cannot write loop/new: Too many levels of symbolic links",
+    "remove to nowhere": (nothing, f"{REMOVE} --out /proc/nowhere/run", "/proc/nowhere/run"),
+    "pretraining in a used place": (nothing, "ln-pretrain --out texts", "texts"),
+    "run of a later version": (
+        lambda here: prepend(here / "run" / "recipe.toml", "hologram = 5\n"),
+        f"ln-evaluate run {OUT}",
+        "hologram",
     ),
+    "export into a used place": (nothing, "ln-export run --out texts", "texts"),
+    "a loop of links": (lambda here: (here / "loop").symlink_to("loop"), "ln-export run --out loop/new", "loop/new"),
+    "evaluate without tokens": (nothing, "ln-evaluate model", "--tokens"),
+    "evaluate with another tokenizer": (nothing, "ln-evaluate other --tokens tokens", "tokenizer"),
+    "evaluate one with another": (nothing, "ln-evaluate run --control other", "other"),
+    "evaluate too long": (nothing, "ln-evaluate model --tokens tokens --context 65", "64"),
+    "evaluate to a directory": (nothing, "ln-evaluate run --out texts", "texts"),
     "report of nothing": (nothing, "ln-report nonsense", "nonsense"),
     "report of damaged results": (written("run/results.json", GARBAGE), "ln-report run", "results.json"),
-    "analysis of nothing": (nothing, "ln-analyze entropy nonsense --out new", "nonsense is not the directory of a run"),
-    "analysis of a run without metrics": (nothing, "ln-analyze nans run --out new", "there is no metrics.jsonl"),
-    "analysis on another's tokens": (
-        nothing,
-        "ln-analyze entropy model --tokens other-tokens --out new",
-        "made with another tokenizer",
-    ),
-    # ---- packages that are not there
-    "no datasets": (missing("datasets"), "evaluate-hellaswag model --data hellaswag", "needs the package datasets"),
+    "analysis of nothing": (nothing, f"ln-analyze entropy nonsense {OUT}", "nonsense"),
+    "analysis of a run that was not observed": (nothing, f"ln-analyze nans run {OUT}", "observation"),
+    "analysis on another's tokens": (nothing, f"ln-analyze entropy model --tokens other-tokens {OUT}", "tokenizer"),
 }
 
 
@@ -415,19 +306,13 @@ def test_bad_input_is_one_line_and_leaves_nothing(here: Path, wrong: str) -> Non
     spoil, command, part = CASES[wrong]
     spoil(here)
     before = contents(here)
-    result = run(command)
-    assert result.exit_code == 2, f"{result.output}\n{result.exception!r}"
-    assert result.stdout == ""
-    lines = result.stderr.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
-    assert part in lines[0]
-    assert "Traceback" not in result.stderr and len(lines[0]) < 1200
+    line = refused(command)
+    assert part in line and len(line) < 1200, line
     assert contents(here) == before and not (here / "new").exists()
 
 
-def test_there_are_enough_of_them_for_every_command() -> None:
-    commands = [command.split()[0] for _, command, _ in CASES.values()]
-    assert len(CASES) >= 40 and set(commands) == set(SCRIPTS)
+def test_every_command_is_among_them() -> None:
+    assert {command.split()[0] for _, command, _ in CASES.values()} == set(SCRIPTS)
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -439,7 +324,7 @@ def test_wandb_that_is_not_installed(here: Path) -> None:
     from ln_removal.training.metrics import _start_wandb
 
     missing("wandb")(here)
-    with pytest.raises(UserError, match="needs the package wandb, which is not installed"):
+    with pytest.raises(UserError, match="wandb"):
         _start_wandb("project", "name", None)
 
 

@@ -1,36 +1,31 @@
-"""The commands as a user meets them: help, mistakes, what is left behind, and going on after an interruption.
+"""The commands as a user meets them: help, what is left behind, and going on after an interruption.
 
 Most cases run in this process; where the process itself is the point (what it imports, the environment it reads), the
-installed script runs. What evaluate-hellaswag does on its own is in test_evaluate_hellaswag.py.
+installed script runs. Mistakes are in test_bad_input.py.
 """
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import re
-import resource
 import shlex
 import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import Result
-from small_model import write_corpus, write_model
-from typer.testing import CliRunner
+from command_line import SCRIPTS, done, invoke, refused
+from small_model import REMOVE
 
 from ln_removal.data.tokens import TokenDataset
 from ln_removal.files import run_directory
 from ln_removal.pipelines import context, removal
 
-ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
 HEAVY = {
     "torch",
     "transformers",
@@ -43,36 +38,20 @@ HEAVY = {
     "accelerate",
 }
 
-STEP = "--set training.tokens_per_step=256 --set training.precision=float32"
-REMOVE = f"ln-remove --model model --set data.corpus=texts --steps 6 --questions none {STEP}"
 
-
-def run(command: str) -> Result:
-    """Run a command line in this process."""
-    name, *arguments = shlex.split(command)
-    app = importlib.import_module(SCRIPTS[name].partition(":")[0]).app
-    return CliRunner().invoke(app, arguments, prog_name=name)
-
-
-def script(command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def script(command: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run the installed script of a command."""
     name, *arguments = shlex.split(command)
     installed = Path(sys.executable).parent / name
     start = [str(installed)] if installed.exists() else [sys.executable, "-m", SCRIPTS[name].partition(":")[0]]
     return subprocess.run(
         [*start, *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
     )
-
-
-def done(command: str) -> Result:
-    result = run(command)
-    assert result.exit_code == 0, f"{command}\n{result.output}\n{result.exception!r}"
-    return result
 
 
 def files(directory: Path) -> dict[str, tuple[int, int]]:
@@ -81,83 +60,23 @@ def files(directory: Path) -> dict[str, tuple[int, int]]:
     return {str(path.relative_to(directory)): (path.stat().st_size, path.stat().st_mtime_ns) for path in found}
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with a model, text, tokens, a finished run with a control, and all kinds of wrong things."""
-    place = tmp_path_factory.mktemp("world")
-    write_model(place / "model")
-    write_model(place / "other", entries=300)
-    write_corpus(place / "texts")
-    write_corpus(place / "more", documents=12)
-    (place / "empty").mkdir()
-    (place / "small").mkdir()
-    for name in ("a", "b"):
-        (place / "small" / f"{name}.txt").write_text("too little", encoding="utf-8")
-    (place / "file").write_text("in the way", encoding="utf-8")
-    (place / "bad.toml").write_text('model = "tiny"\n[data]\ncorpse = "x"\n', encoding="utf-8")
-    (place / "unlike.toml").write_text("this is not TOML", encoding="utf-8")
-    before = Path.cwd()
-    os.chdir(place)
-    try:
-        done("ln-prepare texts --tokenizer model --out tokens")
-        done("ln-prepare texts --tokenizer other --out other-tokens")
-        done(f"{REMOVE} --control --set training.checkpoint_every=3 --out run")
-    finally:
-        os.chdir(before)
-    return place
-
-
-@pytest.fixture
-def here(world: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The world as the current directory; `new` is where a command may try to write."""
-    monkeypatch.chdir(world)
-    yield world
-    shutil.rmtree(world / "new", ignore_errors=True)
-
-
-@pytest.fixture
-def copied(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the world that a test may change; the tokens keep their times, by which a corpus is recognised."""
-    shutil.copytree(world, tmp_path / "world", symlinks=True)
-    monkeypatch.chdir(tmp_path / "world")
-    return tmp_path / "world"
-
-
-@pytest.fixture
-def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    def began(*args: Any, **kwargs: Any) -> None:
-        raise AssertionError("training began")
-
-    monkeypatch.setattr(context, "open_session", began)
-
-
 # ------------------------------------------------------------------------------------------------ help, version, plan
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_help_is_light_quick_and_has_an_example(name: str) -> None:
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+def test_help_is_light_and_has_an_example(name: str) -> None:
     shown = script(f"{name} --help", PYTHONPROFILEIMPORTTIME="1")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert shown.returncode == 0
     assert re.search(rf"Examples?:\n\s+{name} ", shown.stdout)
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in shown.stderr.splitlines()}
     assert "typer" in imported, "the import log was not read"
     assert not imported & HEAVY
-    # Processor time, because the machine may be busy. An import log is slower than none.
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_version(name: str) -> None:
-    shown = script(f"{name} --version")
-    assert (shown.returncode, shown.stderr) == (0, "")
-    assert re.fullmatch(r"ln-removal \d+\.\d+\.\d+\S*\n", shown.stdout)
+    assert re.fullmatch(r"ln-removal \d+\.\d+\.\d+\S*\n", done(f"{name} --version").stdout)
 
 
 @pytest.mark.parametrize("name", ["ln-remove", "ln-pretrain"])
 def test_examples_of_the_help_can_be_planned(name: str) -> None:
-    shown = run(f"{name} --help").stdout
+    shown = invoke(f"{name} --help").stdout
     examples = [line.strip() for line in shown.splitlines() if line.startswith(f"    {name} ")]
     planned = [line for line in examples if "--resume" not in line]
     assert len(planned) >= 2
@@ -166,11 +85,9 @@ def test_examples_of_the_help_can_be_planned(name: str) -> None:
 
 
 def test_a_dry_run_needs_neither_network_nor_weights() -> None:
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     shown = script(
         "ln-remove --model gpt2 --dry-run --json --device cpu", HF_HUB_OFFLINE="1", PYTHONPROFILEIMPORTTIME="1"
     )
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert shown.returncode == 0, shown.stderr
     plan = json.loads(shown.stdout)
     schedule = {entry["site"]: entry["step"] for entry in plan["schedule"]}
@@ -181,110 +98,11 @@ def test_a_dry_run_needs_neither_network_nor_weights() -> None:
     assert plan["tokens"] == pytest.approx(500e6, rel=0.1)
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in shown.stderr.splitlines()}
     assert "pydantic" in imported and not imported & {"torch", "transformers", "huggingface_hub"}
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 3.0
-
-
-def test_a_dry_run_in_words() -> None:
-    shown = done("ln-remove --model gpt2 --dry-run --device cpu").stdout
-    for part in ("524,288,000", "ln_1_qk", "recovery", "memory", "time", "tokens_per_step = 524288"):
-        assert part in shown
-    assert "no [schedule]" not in shown and not Path("checkpoints/gpt2").exists()
+    words = done("ln-remove --model gpt2 --dry-run --device cpu").stdout
+    assert "524,288,000" in words and "tokens_per_step = 524288" in words and not Path("checkpoints/gpt2").exists()
 
 
 # ------------------------------------------------------------------------------------------------------- bad input
-
-MISTAKES = {
-    # what is wrong: (command, part of the message)
-    "nothing named": ("ln-remove --out new", "--model"),
-    "no such directory": ("ln-remove --model ./nonsense --out new", "no such directory: ./nonsense"),
-    "model is a file": ("ln-remove --model file --out new", "file is a file"),
-    "LN-free model": (f"{REMOVE} --model run/model --out new", "LN-free already"),
-    "LN-free stock model": (f"{REMOVE} --model run/stock --out new", "LN-free already"),
-    "no such recipe": ("ln-remove --recipe gpt3 --out new", "did you mean 'gpt2'?"),
-    "no such recipe file": ("ln-remove --recipe none.toml --out new", "no recipe file none.toml"),
-    "recipe not TOML": ("ln-remove --recipe unlike.toml --out new", "is not TOML"),
-    "recipe with faults": ("ln-remove --recipe bad.toml --out new", "(2)"),
-    "unknown key": (f"{REMOVE} --set training.lerning_rate=1 --out new", "did you mean 'training.learning_rate'?"),
-    "not a setting": (f"{REMOVE} --set nonsense --out new", "KEY=VALUE"),
-    "negative steps": (f"{REMOVE} --steps -5 --out new", "-5 steps is too short"),
-    "one step": (f"{REMOVE} --steps 1 --out new", "at least 2"),
-    "impossible schedule": ("ln-remove --model tiny --set training.steps=20 --out new", "train at least"),
-    "impossible for this model": (
-        f"ln-remove --model model --set data.corpus=texts --set training.steps=60 {STEP} --set training.warmup_steps=0 "
-        "--out new",
-        "for 2 layers in 60 steps",
-    ),
-    "pretraining recipe": ("ln-remove --recipe tiny-gpt2 --out new", "run it with ln-pretrain"),
-    "pretraining recipe, planned": ("ln-remove --recipe tiny-gpt2 --dry-run", "run it with ln-pretrain"),
-    "empty corpus": (f"{REMOVE} --set data.corpus=empty --out new", "holds 0 documents"),
-    "too small a corpus": (f"{REMOVE} --set data.corpus=small --out new", "too small"),
-    "no such corpus": (f"{REMOVE} --set data.corpus=openwebtxt --out new", "did you mean openwebtext?"),
-    "unknown source": (f"{REMOVE} --set data.weights.stdlib=4 --out new", "data.weights names the source stdlib"),
-    "tokens of another tokenizer": (f"{REMOVE} --tokens other-tokens --out new", "another tokenizer (other)"),
-    "no tokens": (f"{REMOVE} --tokens texts --out new", "texts: no tokens"),
-    "another tokenizer named": (
-        f"{REMOVE} --set data.tokenizer=other --out new",
-        "another tokenizer than that of model",
-    ),
-    "context too long": (
-        f"{REMOVE} --set data.context=65 --set training.tokens_per_step=260 --out new",
-        "data.context is 65, model has 64 positions",
-    ),
-    "no questions": (f"{REMOVE} --questions none.jsonl --out new", "cannot read questions from none.jsonl"),
-    "output is a file": (f"{REMOVE} --out file", "cannot write file"),
-    "output below a file": (f"{REMOVE} --out file/below", "cannot write file/below"),
-    "output is used": (f"{REMOVE} --out texts", "not a run of ln-removal; choose another --out"),
-    "output is a run": (f"{REMOVE} --out run", "continue it with --resume"),
-    "nothing to resume": (f"{REMOVE} --out texts --resume", "there is no run to resume"),
-    "another recipe to resume": (
-        f"{REMOVE} --set training.checkpoint_every=3 --set seed=1 --out run --resume",
-        "seed was 0, now 1;",
-    ),
-    "unknown option": (f"{REMOVE} --stepz 4", "No such option: --stepz"),
-    "unknown choice": (f"{REMOVE} --device tpu", "--device"),
-    "removal recipe": ("ln-pretrain --recipe tiny --out new", "run it with ln-remove"),
-    "removal recipe, planned": ("ln-pretrain --recipe tiny --dry-run", "run it with ln-remove"),
-    "pretraining on nothing": ("ln-pretrain --set data.corpus=empty --out new", "holds 0 documents"),
-    "pretraining negative steps": ("ln-pretrain --steps -1 --out new", "too short"),
-    "pretraining in a used place": ("ln-pretrain --out texts", "not a run of ln-removal"),
-    "export with LayerNorms": ("ln-export model --out new", "with its LayerNorms"),
-    "export nothing": ("ln-export nonsense --out new", "no such directory: nonsense"),
-    "export into a used place": ("ln-export run --out texts", "texts is already in use"),
-    "export below a file": ("ln-export run --out file/below", "cannot write file/below"),
-    "evaluate nothing": ("ln-evaluate", "Missing argument"),
-    "evaluate without tokens": ("ln-evaluate model", "pass --tokens DIR"),
-    "evaluate no model": ("ln-evaluate ./nonsense", "no such directory: ./nonsense"),
-    "evaluate on no tokens": ("ln-evaluate model --tokens texts", "texts: no tokens"),
-    "evaluate with another tokenizer": ("ln-evaluate other --tokens tokens", "another tokenizer (model)"),
-    "evaluate one with another": ("ln-evaluate run --control other", "(model) than that of other"),
-    "evaluate too long": ("ln-evaluate model --tokens tokens --context 65", "64 positions of model"),
-    "evaluate no questions": ("ln-evaluate run --questions none.jsonl", "cannot read questions"),
-    "evaluate to nowhere": ("ln-evaluate run --out file/below.json", "cannot write file/below.json"),
-    "evaluate to a directory": ("ln-evaluate run --out texts", "is a directory"),
-    "prepare nothing": ("ln-prepare", "--list"),
-    "prepare an unknown corpus": ("ln-prepare codeparot", "did you mean codeparrot?"),
-    "prepare an empty corpus": ("ln-prepare empty --tokenizer model --out new", "holds 0 documents"),
-    "prepare over a file": ("ln-prepare texts --tokenizer model --out file", "cannot write file"),
-    "prepare over other tokens": ("ln-prepare more --tokenizer model --out tokens", "tokens of another corpus"),
-    "prepare with another tokenizer": ("ln-prepare texts --tokenizer other --out tokens", "of another tokenizer"),
-    "prepare with no tokenizer": ("ln-prepare texts --tokenizer ./nonsense --out new", "no such directory: ./nonsense"),
-    "prepare too little": ("ln-prepare texts --tokenizer model --max-tokens 0 --out new", "--max-tokens"),
-}
-
-
-@pytest.mark.usefixtures("no_training")
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_line_and_leaves_nothing(here: Path, mistake: str) -> None:
-    command, part = MISTAKES[mistake]
-    before = files(here)
-    result = run(command)
-    assert result.exit_code == 2, f"{result.output}\n{result.exception!r}"
-    assert result.stdout == ""
-    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and result.stderr.endswith("\n")
-    assert part in result.stderr
-    assert "Traceback" not in result.stderr
-    assert not (here / "new").exists()
-    assert files(here) == before
 
 
 @pytest.mark.usefixtures("no_training")
@@ -293,23 +111,8 @@ def test_cuda_without_cuda(here: Path, monkeypatch: pytest.MonkeyPatch, command:
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    result = run(f"{command} --device cuda")
-    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
-    assert result.stderr.startswith("error: --device cuda: PyTorch ") and "--device cpu" in result.stderr
+    assert "--device cpu" in refused(f"{command} --device cuda")
     assert not (here / "new").exists()
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_directory_that_may_not_be_written(here: Path, tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
-    result = run(f"{REMOVE} --out {tmp_path / 'new'}")
-    tmp_path.chmod(0o700)
-    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
-    assert "Permission denied; choose another --out" in result.stderr
-
-
-def slow(*values: str) -> Any:
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 NOWHERE = "http://127.0.0.1:9"
@@ -319,29 +122,24 @@ NOWHERE = "http://127.0.0.1:9"
 @pytest.mark.parametrize(
     ("command", "part"),
     [
-        ("ln-remove --model nonsense/model --out new", "for the model nonsense/model (["),
-        ("ln-remove --recipe tiny --set data.contex=1 --out new", "did you mean 'data.context'?"),
-        slow("ln-prepare openwebtext --tokenizer model --out new", "for the data set Skylion007/openwebtext (["),
-        slow("ln-evaluate nonsense/model --tokens tokens", "for the model nonsense/model (["),
-        slow("ln-remove --model tiny --out file", "cannot write file: File exists"),
-        slow("ln-remove --out run/control --resume", "holds no recipe.toml"),
+        ("ln-remove --model nonsense/model --out new", "nonsense/model"),
+        ("ln-prepare openwebtext --tokenizer model --out new", "Skylion007/openwebtext"),
+        ("ln-remove --recipe tiny --set data.contex=1 --out new", "data.context"),
     ],
 )
-def test_mistakes_of_real_processes(here: Path, command: str, part: str) -> None:
+def test_mistakes_of_real_processes(here: Path, tmp_path: Path, command: str, part: str) -> None:
     before = files(here)
-    result = script(command, HF_ENDPOINT=NOWHERE, HF_HUB_OFFLINE="0", HF_HOME=str(here / "empty"))
+    result = script(command, HF_ENDPOINT=NOWHERE, HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path))
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
     assert part in result.stderr
-    shutil.rmtree(here / "empty")
-    (here / "empty").mkdir()
     assert files(here) == before
 
 
 def test_debug_shows_the_traceback(here: Path) -> None:
-    result = run("ln-remove --model ./nonsense --debug")
+    result = invoke("ln-remove --model ./nonsense --debug")
     assert result.exit_code == 2
-    assert "Traceback" in result.stderr and result.stderr.splitlines()[-1].startswith("error: no such directory")
+    assert "Traceback" in result.stderr and result.stderr.splitlines()[-1].startswith("error: ")
 
 
 # ------------------------------------------------------------------------------------------ interruption and resuming
@@ -376,10 +174,10 @@ def test_a_run_interrupted_in_its_control_goes_on_there(copied: Path, monkeypatc
     command = f"{REMOVE} --control --set training.checkpoint_every=3 --out again"
     with monkeypatch.context() as patch:
         interrupted_at(patch, "control")
-        stopped = run(command)
+        stopped = invoke(command)
     assert stopped.exit_code == 130
     told = stopped.stderr.splitlines()[-1]
-    assert told == f"stopped by Ctrl-C: again/tokens and again/model are kept; continue with: {command} --resume"
+    assert "again/tokens" in told and "again/model" in told and told.endswith(f": {command} --resume")
     assert (copied / "again" / "model").is_dir() and not (copied / "again" / "results.json").exists()
     before = files(copied / "again" / "model")
     begun = interrupted_at(monkeypatch, "none")
@@ -413,20 +211,20 @@ def test_a_run_interrupted_before_its_first_step_leaves_what_is_worth_keeping(
 ) -> None:
     with monkeypatch.context() as patch:
         interrupted_at(patch, "removal")
-        assert run(f"{REMOVE} --out again").exit_code == 130
+        assert invoke(f"{REMOVE} --out again").exit_code == 130
     assert (copied / "again" / "tokens" / "index.json").exists(), "a long preparation would be lost"
-    assert "already holds a run" in run(f"{REMOVE} --out again").stderr
+    assert "already holds a run" in invoke(f"{REMOVE} --out again").stderr
     # Nothing has been trained, so the recipe may still change.
     done(f"{REMOVE} --set seed=5 --out again --resume")
     assert tomllib.loads((copied / "again" / "recipe.toml").read_text(encoding="utf-8"))["seed"] == 5
-    assert "seed was 5, now 0" in run(f"{REMOVE} --out again --resume").stderr
+    assert "seed was 5, now 0" in invoke(f"{REMOVE} --out again --resume").stderr
 
 
 def test_a_mistake_found_after_a_long_preparation_does_not_lose_it(
     copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(removal, "CHEAP_TOKENS", 0)
-    assert "names the source" in run(f"{REMOVE} --set data.weights.web=2 --out again").stderr
+    assert "names the source" in invoke(f"{REMOVE} --set data.weights.web=2 --out again").stderr
     index = copied / "again" / "tokens" / "index.json"
     before = index.stat().st_mtime_ns
     done(f"{REMOVE} --out again --resume")
@@ -453,10 +251,8 @@ def test_a_damaged_checkpoint_is_passed_over(copied: Path) -> None:
     shutil.rmtree(copied / "run" / "model")
     results = json.loads((copied / "run" / "results.json").read_text(encoding="utf-8"))
     resumed = done("ln-remove --out run --resume --questions none --json")
-    assert (
-        "warning: run/state/step-000006 is damaged (model.safetensors does not match its checksum); going on from "
-        "run/state/step-000003 instead"
-    ) in resumed.stderr
+    (warning,) = [line for line in resumed.stderr.splitlines() if line.startswith("warning: ")]
+    assert "step-000006" in warning and "step-000003" in warning
     assert json.loads(resumed.stdout)["cross_entropy"] == pytest.approx(results["cross_entropy"], abs=1e-5)
 
 
@@ -483,9 +279,7 @@ def test_damaged_checkpoints_only(copied: Path) -> None:
     shutil.rmtree(copied / "run" / "model")
     before = files(copied)
     for command in ("ln-remove --out run --resume --questions none", "ln-export run --out new"):
-        result = run(command)
-        assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1)
-        assert result.stderr.startswith("error: ") and "no whole checkpoint is left" in result.stderr
+        assert "step-000003" in refused(command)
         assert files(copied) == before
 
 
@@ -504,12 +298,7 @@ def test_tokens_named_by_the_user_are_found_again(copied: Path) -> None:
     assert scored["settings"] == results["settings"]
     shutil.rmtree(copied / "again" / "model")
     assert json.loads(done(f"{command} --resume --json").stdout)["tokens"] == results["tokens"]
-    assert "data.corpus was" in run("ln-remove --out again --resume --tokens tokens").stderr
-
-
-def test_a_run_is_named_after_its_model(copied: Path) -> None:
-    assert "checkpoints/model/model" in done(REMOVE).stdout.replace("\n", "")
-    assert (copied / "checkpoints" / "model" / "results.json").is_file()
+    assert "data.corpus was" in invoke("ln-remove --out again --resume --tokens tokens").stderr
 
 
 def test_json_is_all_there_is_on_standard_output(here: Path, tmp_path: Path) -> None:
@@ -563,7 +352,7 @@ def test_a_pretraining_run(copied: Path) -> None:
     scored = json.loads(done("ln-evaluate scratch --json").stdout)
     assert scored["models"] == {"original": "scratch/model", "control": None, "ln_free": None}
     assert scored["cross_entropy"]["original"] == pytest.approx(figures["cross_entropy"], abs=1e-4)
-    assert "with its LayerNorms" in run("ln-export scratch --out new").stderr
+    assert "with its LayerNorms" in invoke("ln-export scratch --out new").stderr
     again = json.loads(done(f"{command} --resume --json").stdout)
     assert again["cross_entropy"] == pytest.approx(figures["cross_entropy"], abs=1e-6)
     # Its tokens serve another run, which takes their tokenizer.
@@ -593,12 +382,3 @@ def test_what_a_failed_run_leaves(tmp_path: Path, keep: Callable[[Path], Any]) -
     with pytest.raises(ZeroDivisionError):
         fail(tmp_path / "kept", keep)
     assert any((tmp_path / "kept").iterdir())
-
-
-def test_what_to_type_after_a_command_of_a_group(copied: Path) -> None:
-    from ln_removal.cli import console
-
-    assert run("ln-analyze entropy run --json").exit_code == 2  # it was not observed
-    assert console._to_type("entropy", resumes=False) == "ln-analyze entropy run --json"
-    assert run("ln-report nowhere").exit_code == 2
-    assert console._to_type("report", resumes=False) == "ln-report nowhere"

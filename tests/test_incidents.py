@@ -11,7 +11,7 @@ from tiny_training import STEPS, FaultyObjective, TinyRun
 
 from ln_removal.errors import DivergedError
 from ln_removal.report.page import write_report
-from ln_removal.report.run_record import SHOWN, incident_lines
+from ln_removal.report.run_record import incident_lines
 
 
 def test_a_calm_run_has_none(tmp_path: Path) -> None:
@@ -60,13 +60,3 @@ def test_each_kind_is_told_and_nothing_is_markup(tmp_path: Path) -> None:
     page = write_report(run).read_text()
     assert "step 30: the loss spiked" in page
     assert "and what follows now begin 8 steps later than planned" in page and SCRIPT not in page
-
-
-def test_a_long_story_is_cut_short(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    rows = [{"kind": "incident", "step": step, "incident": "skipped", "cause": "loss"} for step in range(50)]
-    rows += [{"kind": "incident", "step": step, "incident": "recovered", "loss": 2.0} for step in range(50)]
-    path.write_text("\n".join(map(json.dumps, rows)))
-    lines = incident_lines(path)
-    assert "and 30 more: the update was left out" in lines[0]
-    assert len(lines) == 2 + SHOWN and lines[-1] == "and 30 more, see metrics.jsonl"

@@ -34,8 +34,6 @@ SETTINGS = {
     "training.compile": "false",
 }
 
-PHASES = ("step", "checkpoint", "evaluation", "folding", "export", "scoring")
-"""Of a run. All but the folding and the scoring come once more in its control."""
 
 MUST_BE_HIT = {
     *("step", "checkpoint", "evaluation", "folding", "export", "scoring"),
@@ -45,7 +43,7 @@ MUST_BE_HIT = {
 MOST_DELAY = {"start": 0.3, "step": 0.1, "checkpoint": 0.004, "evaluation": 0.004, "export": 0.008, "scoring": 0.05}
 """Seconds between the moment that is waited for and the kill, at most: drawn at random."""
 
-REAL_PROCESSES = (4, 13)
+REAL_PROCESSES = (4,)
 """The attempts made with the command as installed; the others are forked from a process that has imported everything."""
 
 

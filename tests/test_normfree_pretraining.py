@@ -152,20 +152,6 @@ def test_learnable_slopes_are_logged_and_move(slopes: str, count: int) -> None:
     assert len(learnable_slopes(loaded)) == count
 
 
-def test_observing_changes_no_weight_and_costs_the_other_steps_nothing() -> None:
-    changes: dict[str, Any] = {"architecture__block_norm": "none", "architecture__activation": "relu"}
-    seldom = done("ln-pretrain --steps 6 --out seldom", **changes, observation__every=100)
-    often = done("ln-pretrain --steps 6 --out often", **changes, observation__every=1)
-    assert [row["step"] for row in rows("seldom", "observation")] == [0, 5]
-    assert [row["step"] for row in rows("often", "observation")] == [0, 1, 2, 3, 4, 5]
-    assert seldom["cross_entropy"] == often["cross_entropy"]
-    assert Path("seldom/model/model.safetensors").read_bytes() == Path("often/model/model.safetensors").read_bytes()
-    entropy = torch.tensor([row["entropy"] for row in rows("often", "observation")])
-    assert entropy.shape == (6, 3, 2)
-    # Fresh heads look at everything alike: the largest mean over 32 queries is log(32!) / 32.
-    assert entropy[0] == pytest.approx(torch.full((3, 2), math.lgamma(33) / 32), abs=1e-3)
-
-
 def test_the_entropy_penalty_brings_heads_and_thresholds_together_and_they_survive_a_resume() -> None:
     from safetensors import safe_open
 
@@ -192,30 +178,6 @@ def test_the_entropy_penalty_brings_heads_and_thresholds_together_and_they_survi
     # The exported model is what was chosen, and knows nothing of thresholds.
     with safe_open(Path("penalised/model/model.safetensors"), "pt") as file:
         assert not [name for name in file.keys() if "thresholds" in name]  # noqa: SIM118
-
-
-def test_a_removal_can_be_observed_too(tiny_observed_removal: Path) -> None:
-    observed = rows(str(tiny_observed_removal), "observation")
-    assert [row["step"] for row in observed] == [0, 2, 4, 5]
-    assert torch.tensor(observed[-1]["entropy"]).shape == (2, 2)
-    assert observed[0]["slopes"] == [] and not any(observed[-1]["nan_counts"])
-
-
-@pytest.fixture
-def tiny_observed_removal(world: Path) -> Path:
-    app = importlib.import_module("ln_removal.cli.remove").app
-    command = (
-        "--model model --set data.corpus=texts --steps 6 --questions none --set training.tokens_per_step=256 "
-        "--set training.precision=float32 --set training.compile=false --set observation.every=2 --out observed"
-    )
-    result = CliRunner().invoke(app, shlex.split(command), prog_name="ln-remove")
-    assert result.exit_code == 0, result.output
-    return world / "observed"
-
-
-def test_too_little_held_out_text_to_observe() -> None:
-    result = run("ln-pretrain --steps 4 --out starved", observation__sequences=10**6)
-    assert result.exit_code == 2 and "observation.sequences = 1000000" in result.stderr
 
 
 def test_float16_has_the_gradients_of_float32() -> None:

@@ -200,7 +200,7 @@ def test_a_pass_that_ran_out_of_memory_leaves_nothing(
 
 
 def test_the_loss_towards_the_constants_needs_norms(tiny_gpt2: GPT2LMHeadModel) -> None:
-    with pytest.raises(UserError, match="install them first"):
+    with pytest.raises(UserError, match="install"):
         Objective(tiny_gpt2, eot_token_id=EOT, auxiliary=Auxiliary(0.1, "constants"))
 
 

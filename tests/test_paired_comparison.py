@@ -113,7 +113,7 @@ def test_what_cannot_be_compared() -> None:
     found = compare_choices(answered([1, 2]), answered([1, 2]))
     assert found["acc"]["difference"] == 0 and found["acc_norm"]["p_value"] == 1.0
     for other in (answered([1, 3]), answered([1]), answered([1, 2], "nanogpt")):
-        with pytest.raises(UserError, match="same questions"):
+        with pytest.raises(UserError, match="questions"):
             compare_choices(answered([1, 2]), other)
-    with pytest.raises(UserError, match="same questions of both"):
+    with pytest.raises(UserError, match="questions"):
         compare_accuracies(np.array([True]), np.array([True, False]))

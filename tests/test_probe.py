@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from small_model import tiny_neox
 from tiny_training import CONTEXT, TinyRun, tiny_spec, weights_sha256
 from torch import Tensor, nn
 
@@ -18,24 +19,6 @@ from ln_removal.training.probe import Probe
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel, PreTrainedModel
-
-
-def tiny_neox(*, parallel: bool = True) -> PreTrainedModel:
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
-
-    config = GPTNeoXConfig(
-        vocab_size=101,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=32,
-        initializer_range=0.3,
-        use_parallel_residual=parallel,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
-        return GPTNeoXForCausalLM(config).eval()
 
 
 def without_norms(model: PreTrainedModel) -> PreTrainedModel:
@@ -118,11 +101,6 @@ def test_a_model_that_overflows_float16_shows_where(token_ids: Tensor) -> None:
     assert narrow["nonfinite_residual"][0] == 0 and narrow["nonfinite_residual"][1] > 0
     assert all(math.isfinite(value) for value in narrow["entropy"][0])
     assert all(math.isnan(value) for value in narrow["entropy"][1])
-
-
-def test_it_looks_at_the_first_step_the_last_and_every_so_many() -> None:
-    chosen = probe_of(torch.zeros(1, 4, dtype=torch.int64), every=10, steps=26)
-    assert [step for step in range(26) if chosen.wants(step)] == [0, 10, 20, 25]
 
 
 def test_nothing_is_left_behind(model: PreTrainedModel, token_ids: Tensor) -> None:

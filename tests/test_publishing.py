@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import pytest
 from fake_hub import FakeHub, read_folder, run_client
 from finished_run import make_run
 from huggingface_hub import ModelCard
-from small_model import write_corpus, write_model
+from small_model import REMOVE
 
 from ln_removal.errors import UserError
 from ln_removal.export.hub import HubTarget, named_target
@@ -115,20 +114,16 @@ def test_a_run_is_published_in_one_commit(hub: FakeHub, finished: Path, tmp_path
     assert {path: files[path] for path in expected} == expected
     assert set(files) - set(expected) == {"README.md", "report.html", ".gitattributes"}
     assert hub.repos["models", "alice/gpt2-free"].tags == {"v1.0": first["commit"]}
-    # The same again is no mistake and makes no commit.
-    assert again["stage"] == "done" and not again["is_new"] and again["commit"] == first["commit"]
-    assert private["stage"] == "done"
-    assert hub.repos["models", "lab/hidden"].private and not hub.repos["models", "alice/gpt2-free"].private
-
-
-def test_the_published_card_names_its_repository(hub: FakeHub, finished: Path, tmp_path: Path) -> None:
-    publish(hub, tmp_path, case(finished, "alice/gpt2-free"))
-    card = ModelCard(files_of(hub, "alice/gpt2-free")["README.md"].decode())
+    card = ModelCard(files["README.md"].decode())
     assert card.data.base_model == "openai-community/gpt2" and card.data.license == "mit"
     assert [(result.metric_type, result.metric_value) for result in card.data.eval_results] == [("cross_entropy", 3.2)]
     assert 'AutoModelForCausalLM.from_pretrained("alice/gpt2-free")' in card.text
     assert 'GPT2LMHeadModel.from_pretrained("alice/gpt2-free", subfolder="stock")' in card.text
     assert "THIS-DIRECTORY" not in card.text
+    # The same again is no mistake and makes no commit.
+    assert again["stage"] == "done" and not again["is_new"] and again["commit"] == first["commit"]
+    assert private["stage"] == "done"
+    assert hub.repos["models", "lab/hidden"].private and not hub.repos["models", "alice/gpt2-free"].private
 
 
 def test_what_was_published_loads_with_the_same_logits(hub: FakeHub, finished: Path, tmp_path: Path) -> None:
@@ -189,17 +184,18 @@ def test_other_content_is_a_new_commit_without_leftovers(hub: FakeHub, finished:
 def test_refusals_come_at_the_check_and_write_nothing(hub: FakeHub, finished: Path, tmp_path: Path) -> None:
     hub.add("models", "alice/public", {"README.md": b"old"})
     hub.add("models", "lab/there", {"README.md": b"old"})
-    refused = {
-        "does not accept the token": case(finished, "alice/x", WRONG),
-        "the token may not write to alice/x": case(finished, "alice/x", READ_ONLY),
-        "the token may not write to alice/y": case(finished, "alice/y", NARROW),
-        "may not publish as alice; it may as mallory": case(finished, "alice/x", STRANGER),
-        "the token may not write to alice/public": case(finished, "alice/public", STRANGER),
-        "your role in club is 'read'": case(finished, "club/x"),
-        "exists and is public; leave out --private": case(finished, "lab/there", private=True),
-        "no token for 127.0.0.1": case(finished, "alice/x", ""),
-    }
-    for part, result in zip(refused, publish(hub, tmp_path, *refused.values()), strict=True):
+    refused = [
+        ("token", case(finished, "alice/x", WRONG)),
+        ("token", case(finished, "alice/x", TOKEN + chr(7))),  # no header can hold it, and no message may
+        ("alice/x", case(finished, "alice/x", READ_ONLY)),
+        ("alice/y", case(finished, "alice/y", NARROW)),
+        ("mallory", case(finished, "alice/x", STRANGER)),
+        ("alice/public", case(finished, "alice/public", STRANGER)),
+        ("club", case(finished, "club/x")),
+        ("--private", case(finished, "lab/there", private=True)),
+        ("127.0.0.1", case(finished, "alice/x", "")),
+    ]
+    for (part, _), result in zip(refused, publish(hub, tmp_path, *(each for _, each in refused)), strict=True):
         assert result["stage"] == "check" and part in result["error"], result
         assert "\n" not in result["error"]
     assert hub.uploads.commits == [] and set(hub.repos) == {("models", "alice/public"), ("models", "lab/there")}
@@ -225,7 +221,7 @@ def test_a_right_lost_after_the_check_says_how_to_publish_later(hub: FakeHub, fi
     ["", "gpt2", "/gpt2", "alice/", "a/b/c", "alice/my model", "alice/-x", "alice/a--b", "alice/x.git", "al ice/x"],
 )
 def test_malformed_repositories(repo: str) -> None:
-    with pytest.raises(UserError, match=r"is no repository; give USER/REPO"):
+    with pytest.raises(UserError, match="USER/REPO"):
         named_target(repo)
 
 
@@ -234,11 +230,11 @@ def test_options_without_a_target_are_not_ignored() -> None:
     assert named_target("alice/gpt2_LN.free-1", private=True, tag="v1.0") == HubTarget(
         "alice/gpt2_LN.free-1", True, "v1.0"
     )
-    with pytest.raises(UserError, match="--private says how to publish; add --push-to-hub"):
+    with pytest.raises(UserError, match=r"--private.*--push-to-hub"):
         named_target(None, private=True)
-    with pytest.raises(UserError, match="--tag says how to publish"):
+    with pytest.raises(UserError, match="--tag"):
         named_target(None, tag="v1")
-    with pytest.raises(UserError, match="is no name for a revision"):
+    with pytest.raises(UserError, match="a tag"):
         named_target("alice/x", tag="a tag")
 
 
@@ -251,17 +247,23 @@ def test_a_gitignore_that_swallows_the_weights_is_told(hub: FakeHub, finished: P
 # ------------------------------------------------------------------------------------------------- broken connections
 
 
-@pytest.mark.parametrize(
-    "part", ["/storage/alice/x/", "/api/models/alice/x/commit/", "alice/x.git/info/lfs/objects/verify"]
-)
-def test_a_connection_cut_once_in_mid_upload_is_retried(
-    hub: FakeHub, finished: Path, tmp_path: Path, part: str
+def test_what_is_cut_once_is_tried_again_and_nothing_is_made_twice(
+    hub: FakeHub, finished: Path, tmp_path: Path
 ) -> None:
-    hub.cuts[part] = 1
-    (done,) = publish(hub, tmp_path, case(finished, "alice/x"))
-    assert hub.cuts[part] == 0 and done["stage"] == "done", done
-    assert len(hub.uploads.commits) == 1
-    assert files_of(hub, "alice/x")["model.safetensors"] == (finished / "model" / "model.safetensors").read_bytes()
+    cut = ("/storage/alice/a/", "/api/models/alice/b/commit/", "alice/c.git/info/lfs/objects/verify")
+    hub.cuts |= dict.fromkeys(cut, 1)
+    hub.lost_answers["/api/models/alice/d/commit/"] = 1
+    repos = [f"alice/{name}" for name in "abcd"]
+    results = publish(hub, tmp_path, *(case(finished, repo, tag="v1") for repo in repos))
+    assert [result["stage"] for result in results] == ["done"] * 4, results
+    assert not any(hub.cuts.values())
+    assert [commit["repo"] for commit in hub.uploads.commits] == repos
+    for repo, result in zip(repos, results, strict=True):
+        weights = (finished / "model" / "model.safetensors").read_bytes()
+        assert files_of(hub, repo)["model.safetensors"] == weights
+        assert hub.repos["models", repo].tags == {"v1": result["commit"]}
+    sent = [path for method, path, _ in hub.requests if method == "PUT" and "/alice/b/" in path]
+    assert len(sent) == len(set(sent)) >= 3, "two weights files, the plot, the report where it is large"
 
 
 def test_a_connection_always_cut_ends_in_one_line_and_half_of_nothing(
@@ -281,21 +283,6 @@ def test_a_connection_always_cut_ends_in_one_line_and_half_of_nothing(
     assert hub.uploads.commits == []
 
 
-def test_files_that_arrived_are_not_sent_twice(hub: FakeHub, finished: Path, tmp_path: Path) -> None:
-    hub.cuts["/api/models/alice/x/commit/"] = 2
-    (done,) = publish(hub, tmp_path, case(finished, "alice/x"))
-    assert done["stage"] == "done"
-    sent = [path for method, path, _ in hub.requests if method == "PUT"]
-    assert len(sent) == len(set(sent)) >= 3  # two weights files, the plot, the report where it is large
-
-
-def test_a_commit_whose_answer_was_lost_is_not_made_twice(hub: FakeHub, finished: Path, tmp_path: Path) -> None:
-    hub.lost_answers["/api/models/alice/x/commit/"] = 1
-    (done,) = publish(hub, tmp_path, case(finished, "alice/x", tag="v1"))
-    assert done["stage"] == "done" and len(hub.uploads.commits) == 1
-    assert hub.repos["models", "alice/x"].tags == {"v1": done["commit"]}
-
-
 def test_a_hub_out_of_reach_is_found_at_the_check(finished: Path, tmp_path: Path) -> None:
     with FakeHub() as hub:
         pass  # its port is closed now
@@ -303,85 +290,57 @@ def test_a_hub_out_of_reach_is_found_at_the_check(finished: Path, tmp_path: Path
     assert result["stage"] == "check" and "cannot reach 127.0.0.1" in result["error"]
 
 
-def test_a_token_that_no_header_can_hold_is_not_quoted(hub: FakeHub, finished: Path, tmp_path: Path) -> None:
-    (result,) = publish(hub, tmp_path, f"case({str(finished)!r}, 'alice/x', {(TOKEN + chr(7))!r})")
-    assert result["stage"] == "check" and "does not accept the token" in result["error"]
-
-
 # --------------------------------------------------------------------------------------------------------- the commands
 
 
-def command(
-    hub: FakeHub, place: Path, name: str, *arguments: str, token: str = TOKEN
-) -> subprocess.CompletedProcess[str]:
-    """A command in a process of its own, in the directory `place`."""
-    code = f"import sys; sys.argv = {['ln-' + name, *arguments]!r}\nfrom ln_removal.cli.{name} import main\nmain()"
-    done = run_client(code, hub.endpoint, place, HF_TOKEN=token)
+def run_commands(hub: FakeHub, place: Path, *lines: str) -> list[Any]:
+    """Commands one after the other in a process of its own, in the directory `place`: exit code, output and errors."""
+    code = f"""
+import json, sys, types
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import huggingface_hub.utils._http as http
+from command_line import invoke
+from ln_removal.pipelines import publishing
+publishing.WAITS = (0.01,)
+http.time = types.SimpleNamespace(sleep=lambda seconds: None)
+for line in {lines!r}:
+    ended = invoke(line)
+    print(json.dumps([ended.exit_code, ended.stdout, ended.stderr]), flush=True)
+"""
+    done = run_client(code, hub.endpoint, place, HF_TOKEN=TOKEN)
+    assert done.returncode == 0, done.stderr
     assert TOKEN not in done.stdout + done.stderr
-    return done
-
-
-STEP = (
-    "--set",
-    "training.tokens_per_step=256",
-    "--set",
-    "training.precision=float32",
-    "--set",
-    "training.compile=false",
-)
-REMOVE = (
-    "--model",
-    "model",
-    "--set",
-    "data.corpus=texts",
-    "--steps",
-    "6",
-    "--questions",
-    "none",
-    *STEP,
-    "--out",
-    "run",
-)
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 @pytest.mark.slow
-def test_ln_remove_publishes_what_it_made_and_ln_export_does_later(hub: FakeHub, tmp_path: Path) -> None:
-    write_model(tmp_path / "model")
-    write_corpus(tmp_path / "texts")
-    refused = command(hub, tmp_path, "remove", *REMOVE, "--push-to-hub", "alice/mine", token=WRONG)
-    assert refused.returncode == 2 and refused.stdout == ""
-    assert refused.stderr.startswith("error: 127.0.0.1") and refused.stderr.count("\n") == 1
-    assert not (tmp_path / "run").exists(), "refused before anything was done"
-
+def test_ln_remove_publishes_what_it_made_and_ln_export_does_later(hub: FakeHub, copied: Path) -> None:
+    removal = f"{REMOVE} --set training.compile=false --out new"
     hub.cuts["/storage/alice/mine/"] = 10_000
-    with_cuts = (*REMOVE, "--push-to-hub", "alice/mine")
-    patched = "import ln_removal.export.hub as p; p.WAITS = (0.01,)\n"
-    patched += "import huggingface_hub.utils._http as h, types; h.time = types.SimpleNamespace(sleep=lambda s: None)\n"
-    code = (
-        f"{patched}import sys; sys.argv = {['ln-remove', *with_cuts]!r}\nfrom ln_removal.cli.remove import main\nmain()"
+    refused, cut = run_commands(
+        hub, copied, f"{REMOVE} --out refused --push-to-hub mallory/mine", f"{removal} --push-to-hub alice/mine"
     )
-    cut = run_client(code, hub.endpoint, tmp_path, HF_TOKEN=TOKEN)
-    assert cut.returncode == 2 and TOKEN not in cut.stdout + cut.stderr
-    assert cut.stderr.splitlines()[-1].endswith("publish it with: ln-export run --push-to-hub alice/mine")
-    assert "LN-free model: run/model" in cut.stdout and (tmp_path / "run" / "results.json").is_file()
+    assert refused[:2] == [2, ""] and refused[2].startswith("error: ") and refused[2].count("\n") == 1
+    assert not (copied / "refused").exists(), "before anything was done"
+    assert cut[0] == 2 and cut[2].splitlines()[-1].endswith(": ln-export new --push-to-hub alice/mine")
+    assert "new/model" in cut[1] and (copied / "new" / "results.json").is_file()
     assert set(files_of(hub, "alice/mine")) == {".gitattributes"}
 
     hub.cuts.clear()
-    later = command(hub, tmp_path, "export", "run", "--push-to-hub", "alice/mine")
-    assert later.returncode == 0, later.stderr
-    assert later.stdout.startswith(f"published: {hub.endpoint}/alice/mine   commit ")
-    weights = (tmp_path / "run" / "model" / "model.safetensors").read_bytes()
-    assert files_of(hub, "alice/mine")["model.safetensors"] == weights
-
-    resumed = command(
-        hub, tmp_path, "remove", *REMOVE, "--resume", "--json", "--push-to-hub", "lab/mine", "--tag", "v1"
+    later, resumed = run_commands(
+        hub,
+        copied,
+        "ln-export new --push-to-hub alice/mine",
+        f"{removal} --resume --json --push-to-hub lab/mine --tag v1",
     )
-    assert resumed.returncode == 0, resumed.stderr
-    assert json.loads(resumed.stdout)["cross_entropy"]["ln_free"] is not None
-    assert resumed.stderr.splitlines()[-1].startswith(f"published: {hub.endpoint}/lab/mine")
+    assert later[0] == 0 and f"{hub.endpoint}/alice/mine" in later[1], later
+    weights = (copied / "new" / "model" / "model.safetensors").read_bytes()
+    assert files_of(hub, "alice/mine")["model.safetensors"] == weights
+    assert resumed[0] == 0 and json.loads(resumed[1])["cross_entropy"]["ln_free"] is not None
+    assert f"{hub.endpoint}/lab/mine" in resumed[2].splitlines()[-1]
     assert files_of(hub, "lab/mine", "v1")["model.safetensors"] == weights
 
-    planted = [path for path in tmp_path.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
+    planted = [path for path in copied.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
     assert planted == []
     assert all(TOKEN.encode() not in data for repo in hub.repos.values() for data in repo.revisions["main"].values())
 
@@ -389,18 +348,19 @@ def test_ln_remove_publishes_what_it_made_and_ln_export_does_later(hub: FakeHub,
 @pytest.mark.slow
 def test_ln_export_publishes_another_form(hub: FakeHub, finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path / "run")
-    asked = ("run", "--format", "stock", "--dtype", "bfloat16", "--out", "stock16", "--push-to-hub", "alice/stock")
-    done = command(hub, tmp_path, "export", *asked)
-    assert done.returncode == 0, done.stderr
+    done, *refused = run_commands(
+        hub,
+        tmp_path,
+        "ln-export run --format stock --dtype bfloat16 --out stock16 --push-to-hub alice/stock",
+        "ln-export run",
+        "ln-export run --format stock --push-to-hub alice/x",
+        "ln-export run/model --push-to-hub alice/x",
+    )
+    assert done[0] == 0, done
     files = files_of(hub, "alice/stock")
     assert files["model.safetensors"] == (tmp_path / "stock16" / "model.safetensors").read_bytes()
     assert "results.json" in files and "stock/model.safetensors" not in files
     card = ModelCard(files["README.md"].decode())
     assert 'GPT2LMHeadModel.from_pretrained("alice/stock")' in card.text and "import ln_removal" not in card.text
-    for arguments, part in (
-        (("run",), "give --out DIR"),
-        (("run", "--format", "stock", "--push-to-hub", "alice/x"), "for another form, give --out DIR too"),
-        (("run/model", "--push-to-hub", "alice/x"), "run/model is no run of ln-remove"),
-    ):
-        refused = command(hub, tmp_path, "export", *arguments)
-        assert refused.returncode == 2 and part in refused.stderr, refused.stderr
+    for (code, _, errors), part in zip(refused, ("--out DIR", "--out DIR", "run/model"), strict=True):
+        assert code == 2 and part in errors

@@ -215,10 +215,10 @@ def test_identity_tells_what_decides_the_content(stdlib: Path) -> None:
 
 
 def test_no_library(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"the standard library is not at .*nowhere"):
+    with pytest.raises(UserError, match="nowhere"):
         PythonSource(stdlib=tmp_path / "nowhere")
     write(tmp_path / "lib", {"readme.txt": "no source"})
-    with pytest.raises(UserError, match=r"no module of the standard library .*ln-prepare PATH"):
+    with pytest.raises(UserError, match="ln-prepare PATH"):
         list(corpus(tmp_path / "lib").documents())
 
 

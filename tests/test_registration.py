@@ -40,30 +40,17 @@ print(type(model).__module__, type(model).__name__)
 """
 FIRST_LINES = {
     "ln_removal first": "import ln_removal\nfrom transformers import AutoModelForCausalLM",
-    "transformers first": "import transformers\nimport ln_removal\nfrom transformers import AutoModelForCausalLM",
-    "auto classes first": "from transformers import AutoModelForCausalLM\nimport ln_removal",
-    "gpt2 first": "from transformers import AutoModelForCausalLM, GPT2LMHeadModel\nimport ln_removal",
-    "gpt2 model after": "import ln_removal\nfrom transformers import GPT2LMHeadModel, AutoModelForCausalLM",
-    "gpt2 config after": "import ln_removal\nfrom transformers import GPT2Config, AutoModelForCausalLM",
-    "tokenizer after": "import ln_removal\nfrom transformers import AutoTokenizer, AutoModelForCausalLM",
-    "pipeline after": "import ln_removal\nfrom transformers import pipeline, AutoModelForCausalLM",
-    "model module first": ("import ln_removal.models.normfree_gpt2\nfrom transformers import AutoModelForCausalLM"),
-    "surgery first": "from ln_removal import install\nfrom transformers import AutoModelForCausalLM",
+    "auto classes first": "from transformers import AutoModelForCausalLM, GPT2LMHeadModel\nimport ln_removal",
+    "gpt2 after": "import ln_removal\nfrom transformers import GPT2Config, GPT2LMHeadModel, AutoModelForCausalLM",
+    "surgery first": "from ln_removal import install\nfrom transformers import pipeline, AutoModelForCausalLM",
 }
 
 
-LOADED = "ln_removal.models.normfree_gpt2 NormFreeGPT2LMHeadModel"
-
-
-@pytest.mark.parametrize("order", ["ln_removal first", "auto classes first"])
-def test_auto_classes_load_a_saved_model(saved: Path, order: str) -> None:
-    assert run_code(FIRST_LINES[order] + LOAD, str(saved)) == LOADED
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("order", sorted(set(FIRST_LINES) - {"ln_removal first", "auto classes first"}))
+@pytest.mark.parametrize("order", FIRST_LINES)
 def test_auto_classes_load_a_saved_model_in_every_order(saved: Path, order: str) -> None:
-    assert run_code(FIRST_LINES[order] + LOAD, str(saved)) == LOADED
+    found = run_code(FIRST_LINES[order] + LOAD, str(saved))
+    assert found == f"{NormFreeGPT2LMHeadModel.__module__} NormFreeGPT2LMHeadModel"
 
 
 def test_configurations_get_the_class_they_are_for(saved: Path) -> None:

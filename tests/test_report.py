@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from ln_removal.cli.report import app
 from ln_removal.errors import UserError
 from ln_removal.evaluation import results as results_file
-from ln_removal.report.figures import Chart, Series, figure, robust_limit
+from ln_removal.report.figures import Chart, Series, figure
 from ln_removal.report.page import write_report
 from ln_removal.report.run_record import LOSSES as PUBLISHED
 from ln_removal.report.run_record import read_constants, read_curve
@@ -126,24 +126,6 @@ def test_events_and_curves_from_metrics(run: Path) -> None:
     assert wide.count('<polyline class="faint') == 4
 
 
-def test_a_damaged_line_leaves_steps_and_losses_in_step(tmp_path: Path) -> None:
-    lines = ['{"kind": "train", "step": 1, "loss": 2.5}', '{"kind": "train", "step": "x", "loss": 9}']
-    lines += ['{"kind": "train", "step": Infinity, "loss": 9}', '{"kind": "train", "step": 2, "loss": 2.0}']
-    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    curve = read_curve(tmp_path / "metrics.jsonl")
-    assert (curve.steps, curve.losses) == ([1, 2], [2.5, 2.0])
-
-
-def test_overlapping_windows_and_lost_accuracy_are_told(run: Path) -> None:
-    found = results_file.read(run / "results.json")
-    overlapping = found.by_data[0].model_copy(update={"stride": 128})
-    results_file.write(found.model_copy(update={"by_data": (overlapping,)}), run / "results.json")
-    assert ", stride 128, " in page_of(run)[0]
-    results_file.write(found.model_copy(update={"by_data": ()}), run / "results.json")
-    html = page_of(run)[0]
-    assert ", stride" not in html and "ln-evaluate RUN --questions completions" in html
-
-
 def test_frozen_constants_from_the_newest_checkpoint(run: Path) -> None:
     found = read_constants(run / "state")
     assert [constant.site for constant in found[:LAYERS]] == ["ln_2.0", "ln_2.1", "ln_2.2"]
@@ -200,7 +182,7 @@ def test_command(run: Path, tmp_path: Path) -> None:
         failed = runner.invoke(app, arguments)
         assert failed.exit_code == 2 and message in failed.stderr and failed.stderr.count("\n") == 1
     (run / "results.json").write_text("{")
-    with pytest.raises(UserError, match="does not hold results"):
+    with pytest.raises(UserError, match=r"r\.json|results\.json"):
         write_report(run)
 
 
@@ -220,10 +202,3 @@ def test_chart_with_nothing_to_draw_or_one_point() -> None:
     assert figure(Chart([Series("a", [(0, math.nan)], "control")], "x", "y", "d"), "c") == ""
     assert figure(Chart([Series("a", [(0, -1.0)], "control")], "x", "y", "d", log_y=True), "c") == ""
     assert "polyline" in figure(Chart([Series("a", [(3, 5.0)], "control")], "x", "y", "d", log_x=True), "c")
-
-
-def test_robust_limit() -> None:
-    ordinary = [2 + 0.01 * n for n in range(100)]
-    assert robust_limit(ordinary) is None
-    limit = robust_limit([*ordinary, 500.0])
-    assert limit is not None and 3 < limit < 5

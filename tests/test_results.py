@@ -108,10 +108,10 @@ def test_schema_faults(results: Results, tmp_path: Path, change: dict[str, Any],
 
 
 def test_files_that_cannot_be_used(results: Results, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot read results"):
+    with pytest.raises(UserError, match=r"missing\.json"):
         read(tmp_path / "missing.json")
     (tmp_path / "r.json").write_text('{"gap": ')
-    with pytest.raises(UserError, match="does not hold results"):
+    with pytest.raises(UserError, match=r"r\.json|results\.json"):
         read(tmp_path / "r.json")
     with pytest.raises(UserError, match="cannot write"):
         write(results, tmp_path / "nowhere" / "r.json")

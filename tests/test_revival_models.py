@@ -268,8 +268,8 @@ def test_leaky_relu_and_its_gradient() -> None:
 def test_a_removal_refuses_them(family: str, tmp_path: Path) -> None:
     model = built(spec(family, activation="leaky_relu"))
     model.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="LayerNorm can be removed from a GPT-2"):
+    with pytest.raises(UserError, match="GPT-2"):
         architecture_of_model(str(tmp_path))
     if family == "pythia":
-        with pytest.raises(UserError, match="RevivalGPTNeoXForCausalLM is not supported"):
+        with pytest.raises(UserError, match="RevivalGPTNeoXForCausalLM"):
             check_supported(model)

@@ -149,7 +149,7 @@ def test_an_unknown_source_is_an_error() -> None:
 
 @pytest.mark.parametrize("sizes", [[], [0], [8], [3, 8, 2]])
 def test_a_corpus_that_is_too_small_is_an_error(sizes: list[int]) -> None:
-    with pytest.raises(UserError, match=r"too small: \d+ training tokens .* windows of 4"):
+    with pytest.raises(UserError, match="too small"):
         WindowSampler(split_of(*sizes), context=4, sequences_per_step=1, seed=0)
 
 

@@ -196,31 +196,10 @@ def test_json_lists_every_event_with_its_tokens() -> None:
     assert "tokens" not in expand(spec(), 3, 60).to_json()[0]
 
 
-def test_table_has_every_step() -> None:
-    schedule = expand(spec(special_taper=5), 3, 60)
-    header, *rows = schedule.table()
-    assert header == ["layer", "ln_2", "ln_1_qk", "ln_1_v"]
-    assert rows[1] == ["1", "7", "13", "20"]
-    assert [row[:2] for row in rows[3:]] == [["ln_f", "26"], ["eot", "28-33"], ["first", "32-37"]]
-    assert {len(row) for row in rows} == {4}
-
-
-def test_timeline_shows_the_order() -> None:
-    schedule = expand(spec(taper=1), 6, 100)
-    picture = schedule.timeline(100)
-    assert max(map(len, picture.splitlines())) == 100
-    lines = {line.split()[0]: line.split()[1] for line in picture.splitlines()[:-1]}
-    assert list(lines) == ["ln_2", "ln_1_qk", "ln_1_v", "ln_f", "eot", "first"]
-    assert all(line.startswith(".") and line.endswith("#") for line in lines.values())
-    frozen_from = [line.index("#") for line in lines.values()]
-    assert frozen_from == sorted(frozen_from)
-    assert picture.splitlines()[-1].split() == ["step", "0", "100"]
-
-
 def test_a_run_that_is_too_short_says_how_long_it_must_be() -> None:
     needed = expand(spec(), 4, 1000).complete_at + 1
     assert expand(spec(), 4, needed).recovery_steps == 1
-    with pytest.raises(UserError, match=f"at least {needed} steps"):
+    with pytest.raises(UserError, match=str(needed)):
         expand(spec(), 4, needed - 1)
 
 
@@ -250,18 +229,13 @@ def test_all_faults_are_reported_at_once() -> None:
 
 
 def test_no_freeze_before_the_first_statistics() -> None:
-    with pytest.raises(UserError, match="start at step 1 or later"):
+    with pytest.raises(UserError, match="step 1"):
         expand(spec(ln_2_start=0), 2, 100)
 
 
 def test_special_constants_are_not_dropped_before_the_last_freeze() -> None:
-    with pytest.raises(UserError, match=r"eot, first: dropped before ln_1_v\.1 freezes"):
+    with pytest.raises(UserError, match=r"eot, first.*ln_1_v\.1"):
         expand(spec(ln_f_at=6), 2, 100)
-
-
-def test_a_model_without_layers_is_refused() -> None:
-    with pytest.raises(UserError, match="n_layer = 0"):
-        expand(spec(), 0, 100)
 
 
 def test_the_stage_of_a_schedule_that_freezes_everything_together() -> None:

