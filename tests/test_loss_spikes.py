@@ -17,7 +17,7 @@ from tiny_training import LAYERS, FaultyObjective, Stop, TinyRun, tiny_spec
 from ln_removal.config.recipe import ScheduleSpec
 from ln_removal.norms.schedule import RemovalSchedule, expand
 from ln_removal.training.checkpoint import checkpoints
-from ln_removal.training.divergence import LEAST_WINDOW, LossSpikes, SpikeSchedule
+from ln_removal.training.divergence import LEAST_WINDOW, SpikeDetector, WaitingSchedule
 from ln_removal.training.loop import LOG_EVERY
 
 STEPS = 140
@@ -34,7 +34,7 @@ def noise(count: int, sigma: float = 0.05, seed: int = 0) -> list[float]:
 
 
 def seen(losses: list[float]) -> list[tuple[int, str]]:
-    spikes = LossSpikes()
+    spikes = SpikeDetector()
     return [(step, what) for step, loss in enumerate(losses) if (what := spikes.observe(loss))]
 
 
@@ -63,7 +63,7 @@ def test_it_needs_a_few_losses_to_know_what_is_usual() -> None:
 
 
 def follow(
-    schedule: SpikeSchedule, losses: list[float], first: int = 0, reads: frozenset[int] = frozenset()
+    schedule: WaitingSchedule, losses: list[float], first: int = 0, reads: frozenset[int] = frozenset()
 ) -> list[str]:
     """Run the schedule as the loop does: losses read when it logs, and after the steps in `reads`; what changed."""
     changed: list[str] = []
@@ -87,13 +87,13 @@ def begins(schedule: RemovalSchedule) -> dict[str, int]:
 
 
 def test_without_a_spike_it_is_the_plan() -> None:
-    schedule = SpikeSchedule(planned())
+    schedule = WaitingSchedule(planned())
     assert follow(schedule, noise(STEPS)) == [str(planned().changes(step)) for step in range(STEPS)]
     assert schedule.current == planned()
 
 
 def test_what_has_not_begun_waits_until_the_loss_has_recovered() -> None:
-    schedule = SpikeSchedule(planned())
+    schedule = WaitingSchedule(planned())
     losses = noise(STEPS)
     losses[39:55] = [6.0] * 16  # after the first of the values' sites
     follow(schedule, losses)
@@ -106,7 +106,7 @@ def test_what_has_not_begun_waits_until_the_loss_has_recovered() -> None:
 
 
 def test_waiting_takes_half_of_the_recovery_at_most() -> None:
-    schedule = SpikeSchedule(planned())
+    schedule = WaitingSchedule(planned())
     follow(schedule, [*noise(40), *[50.0] * (STEPS - 40)])
     recovery = STEPS - 1 - planned().complete_at
     assert schedule.complete_at == schedule.latest_complete_at == planned().complete_at + recovery // 2
@@ -132,7 +132,7 @@ bursts = st.builds(
 @given(loss_lists | bursts, st.integers(0, 4))
 def test_whatever_the_losses(losses: list[float], taper: int) -> None:
     plan = planned(taper)
-    schedule = SpikeSchedule(plan)
+    schedule = WaitingSchedule(plan)
     mixes = {event.site: 0.0 for event in plan.events}
     for step, loss in enumerate(losses):
         for change in schedule.changes(step):
@@ -156,7 +156,7 @@ def test_whatever_the_losses(losses: list[float], taper: int) -> None:
 @given(loss_lists | bursts, st.integers(0, STEPS - 1))
 def test_resuming_from_anywhere_changes_nothing(losses: list[float], stop: int) -> None:
     # A run that is stopped saves wherever it is, so its losses are read there too.
-    whole, before, after = SpikeSchedule(planned()), SpikeSchedule(planned()), SpikeSchedule(planned())
+    whole, before, after = WaitingSchedule(planned()), WaitingSchedule(planned()), WaitingSchedule(planned())
     expected = follow(whole, losses)
     changed = follow(before, losses[:stop])
     after.restore(json.loads(json.dumps(before.state())), stop)
@@ -167,7 +167,7 @@ def test_resuming_from_anywhere_changes_nothing(losses: list[float], stop: int) 
 
 @pytest.mark.parametrize("step", [0, 25, 38, 39, 60, STEPS])
 def test_a_checkpoint_that_knows_nothing_of_waiting_goes_on_as_planned(step: int) -> None:
-    schedule = SpikeSchedule(planned())
+    schedule = WaitingSchedule(planned())
     schedule.restore(None, step)
     changed = [str(schedule.changes(number)) for number in range(step, STEPS)]
     assert changed == [str(planned().changes(number)) for number in range(step, STEPS)]
@@ -190,14 +190,14 @@ def test_an_exploding_learning_rate_slows_the_schedule_down(tmp_path: Path) -> N
     run = exploding(tmp_path / "whole")
     run.train()
     schedule = run.schedule
-    assert isinstance(schedule, SpikeSchedule) and run.sites is not None
+    assert isinstance(schedule, WaitingSchedule) and run.sites is not None
     assert run.sites.all_frozen() and run.sites.special_dropped()
     assert planned().complete_at < schedule.complete_at <= schedule.latest_complete_at
     incidents = run.metrics("incident")
     first = incidents[0]
     assert first["incident"] == "spike" and first["loss"] > first["usual_loss"] + 0.5
     waits = [row for row in incidents if row["incident"] == "waiting"]
-    assert waits[0]["site"] == "ln_1_v.1" and waits[-1]["delay"] == schedule.pace.delay
+    assert waits[0]["site"] == "ln_1_v.1" and waits[-1]["delay"] == schedule.progress.delay
     happened = {}
     for row in run.metrics("event"):
         happened.setdefault(row["site"], row["step"])

@@ -188,7 +188,7 @@ def test_three_bad_steps_in_a_row_stop_the_run(tmp_path: Path) -> None:
     run = TinyRun(tmp_path / "run", spec=tiny_spec(evaluate_every=1), objective=FaultyObjective)
     run.objective.bad_steps = frozenset(range(12, STEPS))
     snapshots = Snapshots(run)
-    with pytest.raises(UserError, match=r"not finite for 3 steps in a row.*start again") as caught:
+    with pytest.raises(UserError, match=r"not finite for 3 steps in a row.*another --out") as caught:
         run.train(evaluate=snapshots)
     assert "\n" not in str(caught.value)
     for name, tensor in run.model.state_dict().items():

@@ -24,7 +24,7 @@ from ln_removal.data.tokens import Shard, TokenDataset, TokenIndex, write_index
 from ln_removal.files.atomic import checksum
 from ln_removal.norms.schedule import RemovalSchedule, expand
 from ln_removal.norms.surgery import NormSites, install
-from ln_removal.training.divergence import SpikeSchedule
+from ln_removal.training.divergence import WaitingSchedule
 from ln_removal.training.loop import TrainResult, train
 from ln_removal.training.loss import Auxiliary, Distillation, Objective, StepLoss, as_teacher
 from ln_removal.training.metrics import Tracker
@@ -149,7 +149,7 @@ class TinyRun:
         self.directory = directory
         self.on_spike = on_spike
         self.planned = planned
-        self.schedule: RemovalSchedule | SpikeSchedule | None = None
+        self.schedule: RemovalSchedule | WaitingSchedule | None = None
         self.spec = spec or tiny_spec()
         self.data = write_tokens(directory.parent / "tokens")
         self.model = tiny_model(seed)
@@ -184,7 +184,7 @@ class TinyRun:
         removal = None
         if self.sites is not None:
             planned = self.planned or tiny_schedule(self.spec.steps)
-            self.schedule = SpikeSchedule(planned) if self.on_spike == "wait" else planned
+            self.schedule = WaitingSchedule(planned) if self.on_spike == "wait" else planned
             removal = Removal(self.sites, self.schedule)
         tracker = Tracker(
             self.directory / "metrics.jsonl",
