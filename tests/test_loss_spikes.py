@@ -19,6 +19,7 @@ from ln_removal.norms.schedule import RemovalSchedule, expand
 from ln_removal.training.checkpoint import checkpoints
 from ln_removal.training.divergence import LEAST_WINDOW, SpikeDetector, WaitingSchedule
 from ln_removal.training.loop import LOG_EVERY
+from ln_removal.training.loss import StepLoss
 
 STEPS = 140
 
@@ -173,21 +174,22 @@ def test_a_checkpoint_that_knows_nothing_of_waiting_goes_on_as_planned(step: int
     assert changed == [str(planned().changes(number)) for number in range(step, STEPS)]
 
 
-def exploding(directory: Path, **changes: object) -> TinyRun:
-    """A learning rate that rises to 1.0 until step 45 and is gone at step 60."""
-    spec = tiny_spec(
-        steps=STEPS,
-        learning_rate=1.0,
-        minimum_learning_rate=0.0,
-        warmup_steps=45,
-        decay_steps=60,
-        checkpoint_every=50,
-    )
-    return TinyRun(directory, spec=spec, on_spike="wait", planned=planned(), **changes)  # type: ignore[arg-type]
+class SpikingObjective(FaultyObjective):
+    """Reports losses that are too high from step 39 to step 54. What is trained does not change."""
+
+    def forward(self, tokens: torch.Tensor) -> StepLoss:
+        rise = 3.0 if 39 <= self.calls < 55 else 0.0
+        loss = super().forward(tokens)
+        return StepLoss(loss.total, loss.cross_entropy + rise)
 
 
-def test_an_exploding_learning_rate_slows_the_schedule_down(tmp_path: Path) -> None:
-    run = exploding(tmp_path / "whole")
+def spiking(directory: Path, *, seed: int = 0) -> TinyRun:
+    spec = tiny_spec(steps=STEPS, checkpoint_every=50)
+    return TinyRun(directory, spec=spec, on_spike="wait", planned=planned(), objective=SpikingObjective, seed=seed)
+
+
+def test_a_spike_slows_the_schedule_down(tmp_path: Path) -> None:
+    run = spiking(tmp_path / "whole")
     run.train()
     schedule = run.schedule
     assert isinstance(schedule, WaitingSchedule) and run.sites is not None
@@ -202,13 +204,14 @@ def test_an_exploding_learning_rate_slows_the_schedule_down(tmp_path: Path) -> N
     for row in run.metrics("event"):
         happened.setdefault(row["site"], row["step"])
     assert happened == begins(schedule.current)
-    stopped = exploding(tmp_path / "stopped", objective=FaultyObjective)
+    stopped = spiking(tmp_path / "stopped")
     stopped.objective.stop_at = 55  # type: ignore[assignment]
     with pytest.raises(Stop):
         stopped.train()
     _, newest = checkpoints(stopped.state)[-1]
     assert json.loads((newest / "trainer.json").read_text())["schedule"]["spikes"]["spiking"]
-    resumed = exploding(tmp_path / "stopped", seed=1)
+    resumed = spiking(tmp_path / "stopped", seed=1)
+    resumed.objective.calls = 50  # type: ignore[assignment]
     resumed.train(resume=True)
     assert resumed.metrics("event") == run.metrics("event") and resumed.metrics("incident") == incidents
     for name, tensor in resumed.model.state_dict().items():
