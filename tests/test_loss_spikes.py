@@ -17,8 +17,9 @@ from tiny_training import LAYERS, FaultyObjective, Stop, TinyRun, tiny_spec
 from ln_removal.config.recipe import ScheduleSpec
 from ln_removal.norms.schedule import RemovalSchedule, expand
 from ln_removal.training.checkpoint import checkpoints
-from ln_removal.training.divergence import LEAST_WINDOW, LossSpikes, SpikeSchedule
+from ln_removal.training.divergence import LEAST_WINDOW, SpikeDetector, WaitingSchedule
 from ln_removal.training.loop import LOG_EVERY
+from ln_removal.training.loss import StepLoss
 
 STEPS = 140
 
@@ -34,7 +35,7 @@ def noise(count: int, sigma: float = 0.05, seed: int = 0) -> list[float]:
 
 
 def seen(losses: list[float]) -> list[tuple[int, str]]:
-    spikes = LossSpikes()
+    spikes = SpikeDetector()
     return [(step, what) for step, loss in enumerate(losses) if (what := spikes.observe(loss))]
 
 
@@ -63,7 +64,7 @@ def test_it_needs_a_few_losses_to_know_what_is_usual() -> None:
 
 
 def follow(
-    schedule: SpikeSchedule, losses: list[float], first: int = 0, reads: frozenset[int] = frozenset()
+    schedule: WaitingSchedule, losses: list[float], first: int = 0, reads: frozenset[int] = frozenset()
 ) -> list[str]:
     """Run the schedule as the loop does: losses read when it logs, and after the steps in `reads`; what changed."""
     changed: list[str] = []
@@ -87,13 +88,13 @@ def begins(schedule: RemovalSchedule) -> dict[str, int]:
 
 
 def test_without_a_spike_it_is_the_plan() -> None:
-    schedule = SpikeSchedule(planned())
+    schedule = WaitingSchedule(planned())
     assert follow(schedule, noise(STEPS)) == [str(planned().changes(step)) for step in range(STEPS)]
     assert schedule.current == planned()
 
 
 def test_what_has_not_begun_waits_until_the_loss_has_recovered() -> None:
-    schedule = SpikeSchedule(planned())
+    schedule = WaitingSchedule(planned())
     losses = noise(STEPS)
     losses[39:55] = [6.0] * 16  # after the first of the values' sites
     follow(schedule, losses)
@@ -106,7 +107,7 @@ def test_what_has_not_begun_waits_until_the_loss_has_recovered() -> None:
 
 
 def test_waiting_takes_half_of_the_recovery_at_most() -> None:
-    schedule = SpikeSchedule(planned())
+    schedule = WaitingSchedule(planned())
     follow(schedule, [*noise(40), *[50.0] * (STEPS - 40)])
     recovery = STEPS - 1 - planned().complete_at
     assert schedule.complete_at == schedule.latest_complete_at == planned().complete_at + recovery // 2
@@ -132,7 +133,7 @@ bursts = st.builds(
 @given(loss_lists | bursts, st.integers(0, 4))
 def test_whatever_the_losses(losses: list[float], taper: int) -> None:
     plan = planned(taper)
-    schedule = SpikeSchedule(plan)
+    schedule = WaitingSchedule(plan)
     mixes = {event.site: 0.0 for event in plan.events}
     for step, loss in enumerate(losses):
         for change in schedule.changes(step):
@@ -156,7 +157,7 @@ def test_whatever_the_losses(losses: list[float], taper: int) -> None:
 @given(loss_lists | bursts, st.integers(0, STEPS - 1))
 def test_resuming_from_anywhere_changes_nothing(losses: list[float], stop: int) -> None:
     # A run that is stopped saves wherever it is, so its losses are read there too.
-    whole, before, after = SpikeSchedule(planned()), SpikeSchedule(planned()), SpikeSchedule(planned())
+    whole, before, after = WaitingSchedule(planned()), WaitingSchedule(planned()), WaitingSchedule(planned())
     expected = follow(whole, losses)
     changed = follow(before, losses[:stop])
     after.restore(json.loads(json.dumps(before.state())), stop)
@@ -167,39 +168,38 @@ def test_resuming_from_anywhere_changes_nothing(losses: list[float], stop: int) 
 
 @pytest.mark.parametrize("step", [0, 25, 38, 39, 60, STEPS])
 def test_a_checkpoint_that_knows_nothing_of_waiting_goes_on_as_planned(step: int) -> None:
-    schedule = SpikeSchedule(planned())
+    schedule = WaitingSchedule(planned())
     schedule.restore(None, step)
     changed = [str(schedule.changes(number)) for number in range(step, STEPS)]
     assert changed == [str(planned().changes(number)) for number in range(step, STEPS)]
 
 
-def spiking(directory: Path, **changes: object) -> TinyRun:
-    """A run whose logged loss is high in steps 40 to 57."""
-    run = TinyRun(
-        directory,
-        spec=tiny_spec(steps=STEPS, checkpoint_every=50),
-        on_spike="wait",
-        planned=planned(),
-        objective=FaultyObjective,
-        **changes,  # type: ignore[arg-type]
-    )
-    assert isinstance(run.objective, FaultyObjective)
-    run.objective.raised_steps = range(40, 58)
-    return run
+class SpikingObjective(FaultyObjective):
+    """Reports losses that are too high from step 39 to step 54. What is trained does not change."""
+
+    def forward(self, tokens: torch.Tensor) -> StepLoss:
+        rise = 3.0 if 39 <= self.calls < 55 else 0.0
+        loss = super().forward(tokens)
+        return StepLoss(loss.total, loss.cross_entropy + rise)
 
 
-def test_a_spike_slows_the_schedule_down_and_so_it_does_after_a_resume(tmp_path: Path) -> None:
+def spiking(directory: Path, *, seed: int = 0) -> TinyRun:
+    spec = tiny_spec(steps=STEPS, checkpoint_every=50)
+    return TinyRun(directory, spec=spec, on_spike="wait", planned=planned(), objective=SpikingObjective, seed=seed)
+
+
+def test_a_spike_slows_the_schedule_down(tmp_path: Path) -> None:
     run = spiking(tmp_path / "whole")
     run.train()
     schedule = run.schedule
-    assert isinstance(schedule, SpikeSchedule) and run.sites is not None
+    assert isinstance(schedule, WaitingSchedule) and run.sites is not None
     assert run.sites.all_frozen() and run.sites.special_dropped()
     assert planned().complete_at < schedule.complete_at <= schedule.latest_complete_at
     incidents = run.metrics("incident")
     first = incidents[0]
     assert first["incident"] == "spike" and first["loss"] > first["usual_loss"] + 0.5
     waits = [row for row in incidents if row["incident"] == "waiting"]
-    assert waits[0]["site"] == "ln_1_v.1" and waits[-1]["delay"] == schedule.pace.delay
+    assert waits[0]["site"] == "ln_1_v.1" and waits[-1]["delay"] == schedule.progress.delay
     happened = {}
     for row in run.metrics("event"):
         happened.setdefault(row["site"], row["step"])

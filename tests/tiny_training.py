@@ -24,7 +24,7 @@ from ln_removal.data.tokens import Shard, TokenDataset, TokenIndex, write_index
 from ln_removal.files.atomic import checksum
 from ln_removal.norms.schedule import RemovalSchedule, expand
 from ln_removal.norms.surgery import NormSites, install
-from ln_removal.training.divergence import SpikeSchedule
+from ln_removal.training.divergence import WaitingSchedule
 from ln_removal.training.loop import TrainResult, train
 from ln_removal.training.loss import Auxiliary, Distillation, Objective, StepLoss, as_teacher
 from ln_removal.training.metrics import Tracker
@@ -114,9 +114,6 @@ class FaultyObjective(Objective):
     infinite_loss_steps: frozenset[int] = frozenset()
     """The loss is infinite; the gradients are right."""
 
-    raised_steps: range = range(0)
-    """The logged cross-entropy is three nats higher than it is."""
-
     stop_at: int | None = None
     calls = 0
 
@@ -132,7 +129,7 @@ class FaultyObjective(Objective):
         loss = super().forward(tokens)
         if step in self.infinite_loss_steps:
             return StepLoss(loss.total, loss.cross_entropy + torch.inf)
-        return StepLoss(loss.total, loss.cross_entropy + 3.0) if step in self.raised_steps else loss
+        return loss
 
 
 class TinyRun:
@@ -152,7 +149,7 @@ class TinyRun:
         self.directory = directory
         self.on_spike = on_spike
         self.planned = planned
-        self.schedule: RemovalSchedule | SpikeSchedule | None = None
+        self.schedule: RemovalSchedule | WaitingSchedule | None = None
         self.spec = spec or tiny_spec()
         self.data = write_tokens(directory.parent / "tokens")
         self.model = tiny_model(seed)
@@ -187,7 +184,7 @@ class TinyRun:
         removal = None
         if self.sites is not None:
             planned = self.planned or tiny_schedule(self.spec.steps)
-            self.schedule = SpikeSchedule(planned) if self.on_spike == "wait" else planned
+            self.schedule = WaitingSchedule(planned) if self.on_spike == "wait" else planned
             removal = Removal(self.sites, self.schedule)
         tracker = Tracker(
             self.directory / "metrics.jsonl",

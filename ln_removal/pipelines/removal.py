@@ -37,7 +37,7 @@ from ln_removal.norms.surgery import install
 from ln_removal.pipelines.context import RunContext, run_context
 from ln_removal.report.model_card import write_model_card
 from ln_removal.report.page import REPORT_FILE, write_report
-from ln_removal.training.divergence import SpikeSchedule
+from ln_removal.training.divergence import WaitingSchedule
 from ln_removal.training.loop import TrainResult, train
 from ln_removal.training.loss import as_teacher
 from ln_removal.training.session import Removal, Session, sampler_of
@@ -67,7 +67,7 @@ class Inputs:
     model: GPT2LMHeadModel
     tokenizer: PreTrainedTokenizerBase
     data: TokenDataset
-    schedule: RemovalSchedule | SpikeSchedule
+    schedule: RemovalSchedule | WaitingSchedule
 
 
 def remove(
@@ -190,7 +190,7 @@ def prepare(context: RunContext, recipe: Recipe) -> Inputs:
     return Inputs(loaded.model, loaded.tokenizer, data, schedule)
 
 
-def _fitting_schedule(recipe: Recipe, model: GPT2LMHeadModel) -> RemovalSchedule | SpikeSchedule:
+def _fitting_schedule(recipe: Recipe, model: GPT2LMHeadModel) -> RemovalSchedule | WaitingSchedule:
     """The schedule for this model's depth; checks what recipe and model must agree on."""
     if model.config.model_type == "normfree_gpt2" or is_disarmed(model.config):
         raise UserError(f"{recipe.model} is LN-free already; give a GPT-2 that still has its LayerNorms")
@@ -201,7 +201,7 @@ def _fitting_schedule(recipe: Recipe, model: GPT2LMHeadModel) -> RemovalSchedule
         )
     assert recipe.schedule is not None
     schedule = expand(recipe.schedule, model.config.n_layer, recipe.training.steps)
-    return schedule if recipe.schedule.on_spike == "ignore" else SpikeSchedule(schedule)
+    return schedule if recipe.schedule.on_spike == "ignore" else WaitingSchedule(schedule)
 
 
 def _own_tokens(context: RunContext, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> TokenDataset:

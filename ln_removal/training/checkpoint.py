@@ -2,8 +2,8 @@
 
 A checkpoint `state/step-000120/` holds `model.safetensors` (parameters and buffers, so mixes, running and frozen stds too),
 `optimizer-0.safetensors`, ... and `trainer.json` (next step, counters, checksums). It is written under a temporary name, synced,
-read back from the disk, compared with what was meant, and renamed: a folder with a final name is complete. Older ones are
-deleted after that.
+read back from the disk, compared with the tensors in memory, and renamed. A folder with a final name is therefore complete. Older
+checkpoints are deleted after that.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ln_removal.errors import UserError
 from ln_removal.files.atomic import check_room, checksum, is_full, shortage, sync, write_json_atomically, written_whole
 
 BESIDE_TENSORS = 1 << 18
-"""Bytes of a checkpoint that are not tensors, generously: headers, trainer.json, the file system's own."""
+"""More than the bytes of a checkpoint that are not tensors: headers, trainer.json, directory entries."""
 
 Files = dict[str, dict[str, Tensor]]
 """File name to tensors."""
@@ -36,9 +36,9 @@ _NAME = re.compile(r"step-(\d{6,})")
 
 @dataclass
 class TrainerState:
-    """Where a run stands. `step` is the next optimizer step; `seconds` counts training time over all sessions.
+    """How far a run has come. `step` is the next optimizer step; `seconds` is the training time of all sessions.
 
-    `schedule` is where a schedule that waits stands; None for a fixed one, which the step alone determines.
+    `schedule` is the progress of a schedule that waits (divergence.ScheduleProgress); None for a fixed one.
     """
 
     step: int = 0
@@ -50,7 +50,7 @@ class TrainerState:
 
 
 class _NotAsWritten(Exception):
-    """A file holds something else than what was written to it."""
+    """A file does not hold what was written to it."""
 
 
 def save_checkpoint(
@@ -87,7 +87,7 @@ def save_checkpoint(
         raise UserError(
             f"cannot write the checkpoint {final}: {reason}; {advice}, then continue from {_before(final)} with --resume"
         ) from error
-    # Later ones are damaged: resuming passed them over. Counted in, they would push out the one just written.
+    # Later ones are damaged, since resuming passed them over. Counted among the newest, they would push out the one just written.
     for step, path in checkpoints(directory):
         if step > state.step:
             _delete(path)
@@ -96,13 +96,13 @@ def save_checkpoint(
 
 
 def prune(directory: Path, *, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints. Only when the newest is known to be whole."""
+    """Delete all but the newest `keep` checkpoints. Call it only when the newest is known to be whole."""
     for _, path in checkpoints(directory)[:-keep]:
         _delete(path)
 
 
 def _write(final: Path, state: TrainerState, files: Files) -> None:
-    """Write a checkpoint and see that it is on the disk as it was meant; raises _NotAsWritten, and leaves nothing, if not."""
+    """Write a checkpoint and read it back. Raises _NotAsWritten, and leaves nothing, if the disk holds something else."""
     with written_whole(final) as temporary:
         state.checksums = {}
         for name, tensors in files.items():
@@ -134,14 +134,14 @@ def _check_reads_back(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def _same_bits(found: Tensor, meant: Tensor) -> bool:
-    """Equal to the last bit: a NaN is the same as itself."""
+    """Whether two tensors are equal to the last bit. A NaN equals itself here."""
     if found.shape != meant.shape or found.dtype != meant.dtype:
         return False
     return torch.equal(found.flatten().view(torch.uint8), meant.detach().cpu().flatten().view(torch.uint8))
 
 
 def _forget_cached(path: Path) -> None:
-    """Have the next read of a synced file come from the disk and not from memory, where the system allows to ask for that."""
+    """Ask the system, where that is possible, to serve the next read of a synced file from the disk and not from memory."""
     if not hasattr(os, "posix_fadvise"):
         return
     descriptor = os.open(path, os.O_RDONLY)
@@ -152,7 +152,7 @@ def _forget_cached(path: Path) -> None:
 
 
 def _delete(checkpoint: Path) -> None:
-    """Under a temporary name first: one that is half deleted is no checkpoint."""
+    """Delete a checkpoint. It is renamed first, because a half deleted one must not be taken for a checkpoint."""
     doomed = checkpoint.with_name(f".{checkpoint.name}.tmp")
     try:
         os.replace(checkpoint, doomed)
@@ -162,7 +162,7 @@ def _delete(checkpoint: Path) -> None:
 
 
 def _before(final: Path) -> str:
-    """The newest checkpoint but `final`, to go on from."""
+    """The newest checkpoint besides `final`, in words."""
     others = [path for _, path in checkpoints(final.parent) if path != final]
     return str(others[-1]) if others else "the beginning"
 
@@ -212,7 +212,7 @@ def load_newest(
 
 
 def _read_trainer(path: Path) -> TrainerState:
-    """trainer.json of a checkpoint whose files are all as it says."""
+    """trainer.json of a checkpoint. Raises ValueError if a file does not match the checksum in it."""
     state = _read_state(path)
     for name, expected in state.checksums.items():
         if Path(name).name != name or checksum(path / name) != expected:
@@ -230,7 +230,7 @@ def _read_state(path: Path) -> TrainerState:
 
 
 def _digest(values: dict[str, Any]) -> str:
-    """SHA-256 of what trainer.json says besides."""
+    """SHA-256 of the other values in trainer.json."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
@@ -241,7 +241,7 @@ def _load_model(path: Path, model: nn.Module, tensors: dict[str, Tensor]) -> Non
         raise UserError(
             f"{path} is of another model ({' '.join(str(error).split())[:200]}); resume with the recipe the run began with"
         ) from error
-    # Tied weights are stored once; what is missing must be such a twin of something that was loaded.
+    # Tied weights are stored once, so a missing name must share its memory with one that was loaded.
     loaded = {tensor.data_ptr() for name, tensor in model.state_dict().items() if name in tensors}
     missing = [name for name in missing if model.state_dict()[name].data_ptr() not in loaded]
     if missing or unexpected:

@@ -1,18 +1,20 @@
-"""Notice a training that goes wrong: losses that spike, and steps whose loss or gradient is not finite.
+"""Divergence: steps whose loss or gradient is not finite, going back to a checkpoint, and losses that spike.
 
-The update of a step that is not finite is skipped on the device (see optimizers.step_unless_bad); after three in a row the
-run goes back to a checkpoint and stops. A checkpoint whose own next step was bad may hold the weights that made it so: going
-back passes it over and sets it aside, for the user to look at.
+**Steps that are not finite.** The update of a step whose loss or gradient is infinite or NaN is skipped on the device (see
+`optimizers.to_step`). After three such steps in a row the run goes back to a checkpoint and stops. If the very first step
+after a checkpoint was already bad, the checkpoint's weights may be the cause: it is set aside under another name, and the run
+goes back to the one before it.
 
-Freezing the values' sites is where published removals explode (arXiv 2409.13710, 2507.02559): each freeze comes before the
-loss has settled after the last. A step's loss l is high when
+**Spikes.** Published removals explode when the norms read by the values are frozen (arXiv 2409.13710, 2507.02559), because
+each freeze comes before the loss has settled after the last one. A step's loss l is high when
 
-    l > m + max(LEAST_RISE, SIGMAS * s),    m = median of the last sound losses x_i,
+    l > m + max(LEAST_RISE, SIGMAS * s),    m = median of the last normal losses x_i,
                                             s = 1.4826 / sqrt(2) * median |x_i - x_(i-1)|
 
-OLMo 2 (arXiv 2501.00656) calls seven standard deviations from a moving average a spike, and llm.c watches the same z-score over
-128 steps. Medians (Hampel 1974) are not moved by what they are to find, and differences of neighbours (von Neumann 1941) not
-by a falling loss. A removal has few steps, so the window is shorter; its ordinary bumps must not count, so there is a least rise.
+OLMo 2 (arXiv 2501.00656) calls a loss a spike when it is seven standard deviations above a moving average; llm.c watches the
+same z-score over 128 steps. Here m and s are medians because a spike does not move a median (Hampel 1974), and s is computed
+from differences of neighbours because a steadily falling loss does not change those (von Neumann 1941). A removal has few
+steps, so the window is shorter than llm.c's. An ordinary freeze raises the loss a little, so there is a least rise.
 """
 
 from __future__ import annotations
@@ -46,31 +48,31 @@ BAD_STEPS_ALLOWED = 3
 """Consecutive steps with a non-finite loss or gradient after which the run goes back to a checkpoint and stops."""
 
 STEPS_REMEMBERED = 20
-"""Whose loss and gradient norm a rollback notes: the rows themselves are forgotten with their steps."""
+"""Steps whose losses and gradient norms a rollback writes down: their own rows in metrics.jsonl are deleted."""
 
 Cause = Literal["loss", "gradient", "weights"]
 
 WINDOW = 16
-"""Sound losses that are looked back on."""
+"""Normal losses from which median and spread are computed."""
 
 LEAST_WINDOW = 8
-"""Before there are so many nothing is called high."""
+"""No loss is called high before this many have been seen."""
 
 SIGMAS = 7.0
 LEAST_RISE = 0.5
-"""Nats per token: a bump that an ordinary freeze makes."""
+"""Nats per token. An ordinary freeze raises the loss by about as much."""
 
 TO_BEGIN, TO_END = 2, 3
-"""High losses in a row that begin a spike, and losses in a row within half the rise that end it."""
+"""A spike begins with two high losses in a row, and ends with three losses in a row that rise at most half as far."""
 
 
 class BadSteps:
-    """Keeps count of bad steps.
+    """Counts the steps whose loss or gradient was not finite.
 
     Attributes:
-        total: bad steps of this session.
-        streak: the latest ones in a row; once they are BAD_STEPS_ALLOWED it stays.
-        causes: what was not finite, each once.
+        total: the number of them in this session.
+        streak: the numbers of the latest ones in a row. It no longer changes once there are BAD_STEPS_ALLOWED.
+        causes: what was not finite in the streak, each cause once.
     """
 
     def __init__(self) -> None:
@@ -81,10 +83,11 @@ class BadSteps:
 
     @property
     def diverged(self) -> bool:
+        """Whether the run has to go back to a checkpoint."""
         return len(self.streak) >= BAD_STEPS_ALLOWED or self.causes == ["weights"]
 
     def note(self, step: int, loss: float, norm: float, tracker: Tracker) -> None:
-        """Look at a step's loss (nats per token) and gradient norm; each step once, in order. A bad one is logged."""
+        """Take in a step's loss (nats per token) and gradient norm, and log the step if it is bad. Call it once a step, in order."""
         cause: Cause | None = None if math.isfinite(loss + norm) else "gradient" if math.isfinite(loss) else "loss"
         if cause is not None:
             self.total += 1
@@ -100,11 +103,11 @@ class BadSteps:
             self.causes.append(cause)
 
     def blame_weights(self, step: int) -> None:
-        """The update of `step` left weights that are not finite, or with which nothing is."""
+        """Note that the weights after `step` are not finite, or that nothing computed with them is."""
         self.streak, self.causes = self.streak or [step], ["weights"]
 
     def recent(self) -> tuple[list[float], list[float]]:
-        """Losses and gradient norms of the last steps, up to the one at which it was too much."""
+        """Losses and gradient norms of the last steps, up to the one that completed the streak."""
         return [loss for loss, _ in self._recent], [norm for _, norm in self._recent]
 
 
@@ -127,37 +130,38 @@ def roll_back(
     stage: str,
     seen: Figures | None = None,
 ) -> DivergedError:
-    """Take model, optimizers and metrics back to the newest checkpoint from which a sound step was made.
+    """Take model, optimizers and metrics back to the newest checkpoint that was followed by a step with a finite loss.
 
-    Later ones are set aside. Where there is none the run is at its beginning again, and `model` is left as it is.
+    Later checkpoints are renamed to suspect-.... Without any checkpoint the run is back at its beginning, and `model` is left
+    as it is. Every rank has to call this; the main one moves the files.
 
     Args:
-        bad: with its streak.
+        bad: with the streak that ended the run.
         spec: the recipe's [training].
-        state_directory: with the checkpoints.
-        model: what they hold. optimizers: likewise.
-        accelerator: every rank calls this; the main one moves files.
-        tracker: forgets the steps after that checkpoint and notes the rollback.
-        stage: of the schedule at the first bad step, for the message.
-        seen: what an observer says of the model that broke; its observations are set aside, see files/metrics_log.py.
+        state_directory: the directory of the checkpoints.
+        model: receives the weights of the checkpoint.
+        optimizers: receive their state.
+        tracker: deletes the metrics of the steps after the checkpoint, and logs the rollback.
+        stage: the stage of the schedule at the first bad step, for the message.
+        seen: what the probe measured on the broken model. The observations are kept, see files/metrics_log.py.
 
     Returns:
-        What to raise: it says what happened and what to type next.
+        The error to raise, which says what happened and what to type next.
     """
     aside = [path for step, path in checkpoints(state_directory) if step >= bad.streak[0]]
-    accelerator.wait_for_everyone()  # all of them have looked
+    accelerator.wait_for_everyone()  # every rank has listed the checkpoints
     if accelerator.is_main_process:
         for path in aside:
-            doomed = path.with_name(path.name.replace("step-", "suspect-"))
-            shutil.rmtree(doomed, ignore_errors=True)  # of an earlier rollback
-            path.rename(doomed)
+            suspect = path.with_name(path.name.replace("step-", "suspect-"))
+            shutil.rmtree(suspect, ignore_errors=True)  # of an earlier rollback
+            path.rename(suspect)
     accelerator.wait_for_everyone()
     found, faults = load_newest(state_directory, model, optimizers)
     for fault in faults:
         tracker.say(f"warning: {fault}")
     step = 0 if found is None else found.step
     losses, norms = bad.recent()
-    tracker.take_back(step)
+    tracker.roll_back(step)
     tracker.log(
         ROLLBACK,
         step,
@@ -179,28 +183,31 @@ def _message(
 ) -> str:
     first, count = bad.streak[0], len(bad.streak)
     if bad.causes == ["weights"]:
-        what = f"the update of step {first} left weights with which nothing is finite"
+        what = f"the weights after the update of step {first} are not finite, or nothing computed with them is"
     else:
         what = f"the {' or the '.join(bad.causes)} was not finite for {count} steps in a row from step {first} on"
-    made = "" if bad.causes == ["weights"] else "these updates were not made, and "
-    back = f"step {step}, its last sound checkpoint" if step else "its beginning, for want of a sound checkpoint"
+    skipped = "" if bad.causes == ["weights"] else "these updates were skipped, and "
+    back = f"step {step}, its last sound checkpoint" if step else "its beginning, because it has no sound checkpoint"
     moved = f" ({', '.join(path.name for path in aside)} set aside in {directory} as suspect-...)" if aside else ""
     lower = f"training.learning_rate={spec.learning_rate / 2:g}"
     if spec.minimum_learning_rate > spec.learning_rate / 2:
         lower += f" --set training.minimum_learning_rate={spec.learning_rate / 2:g}"
     freezing = "wider gaps of the schedule or a higher training.auxiliary_weight"
     gentler = "a longer training.warmup_steps" if stage == "training" else freezing
-    if (directory.parent / RECIPE_FILE).exists():  # the control has its recipe from the removal, which is done
+    if (
+        directory.parent / RECIPE_FILE
+    ).exists():  # a control has no recipe of its own, and cannot be resumed with another
         advice = (
-            f"go on with the same command, --resume and --set {lower}, or start again with another --out and {gentler}"
+            f"Go on with the same command, --resume and --set {lower}, or start again with another --out and {gentler}"
         )
     else:
-        advice = f"start again with another --out and --set {lower}, {gentler}"
-    return f"{what} (stage {stage}){_where(seen, directory.parent)}; {made}the run is back at {back}{moved}. To mend it, {advice}"
+        advice = f"Start again with another --out and --set {lower}, {gentler}"
+    where = _where(seen, directory.parent)
+    return f"{what} (stage {stage}){where}; {skipped}the run is back at {back}{moved}. {advice}"
 
 
 def _where(seen: Figures | None, run: Path) -> str:
-    """The first layer whose attention is NaN, if the model was observed and one is."""
+    """The layers whose attention is NaN, in words; empty if the probe found none or there is no probe."""
     broken = [] if seen is None else [layer for layer, count in enumerate(seen["nan_counts"]) if count]
     if not broken:
         return ""
@@ -209,7 +216,7 @@ def _where(seen: Figures | None, run: Path) -> str:
 
 
 class StepMetrics:
-    """Losses and gradient norms of the steps since the last log, on the device, and their learning rates."""
+    """Losses and gradient norms of the steps since the last log, kept on the device, and their learning rates."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
@@ -217,9 +224,11 @@ class StepMetrics:
         self._rates: list[float] = []
 
     def add(self, loss: Tensor, norm: Tensor, rate: float) -> Tensor:
-        """Keep a step's figures, averaged over ranks; returns 1.0 where either is not finite, else 0.0 (a scalar tensor).
+        """Keep a step's loss and gradient norm, averaged over ranks.
 
-        A loss can be infinite on one rank and all gradients finite, so the ranks have to agree before they step.
+        Returns:
+            A scalar tensor on the device: 1.0 if the loss or the norm is not finite on any rank, else 0.0. The loss can be
+            infinite on one rank alone, so the ranks have to agree before they update the weights.
         """
         row: Tensor = self._accelerator.reduce(torch.stack([loss.float(), norm.float()]), reduction="mean")
         bad = (~torch.isfinite(row).all()).float()
@@ -236,12 +245,12 @@ class StepMetrics:
 
 
 @dataclass
-class LossSpikes:
-    """Told the loss of every step, says when a spike begins and ends. What it holds is kept in checkpoints.
+class SpikeDetector:
+    """Finds where spikes of the loss begin and end. Its attributes are saved in checkpoints.
 
     Attributes:
-        window: the last sound losses, nats per token; it stays as it is during a spike.
-        streak: high losses in a row, or during a spike low ones.
+        window: the last normal losses, nats per token. It does not change during a spike.
+        streak: the number of high losses in a row; during a spike, of losses in a row that are normal again.
         spiking: whether there is a spike now.
     """
 
@@ -250,7 +259,10 @@ class LossSpikes:
     spiking: bool = False
 
     def observe(self, loss: float) -> str | None:
-        """Returns "spike" or "recovered" for the loss with which one begins or ends. NaN and infinity are high."""
+        """Take in the next step's loss; returns "spike" if a spike begins with it, "recovered" if one ends, else None.
+
+        NaN and infinity are high.
+        """
         if len(self.window) < LEAST_WINDOW:
             self._keep(loss)
             return None
@@ -272,7 +284,7 @@ class LossSpikes:
         return "spike"
 
     def level(self) -> tuple[float, float]:
-        """The median of the window, and how far above it a loss is high."""
+        """The median of the window, and how far above it a loss has to be to be high."""
         middle = statistics.median(self.window)
         sigma = 1.4826 / math.sqrt(2) * statistics.median(abs(x - before) for before, x in pairwise(self.window))
         return middle, max(LEAST_RISE, SIGMAS * sigma)
@@ -283,50 +295,50 @@ class LossSpikes:
 
 
 @dataclass
-class SpikePace:
-    """Where a schedule that waits stands; kept in checkpoints.
+class ScheduleProgress:
+    """How far a schedule that waits has come. Its attributes are saved in checkpoints.
 
     Attributes:
-        delay: steps by which what has not begun comes later than planned.
+        delay: the number of steps by which the events that have not begun are later than planned.
         begun: the steps at which the first events began, in the schedule's order.
-        spikes: what was seen of the losses.
+        spikes: the detector, with the losses that it has seen.
     """
 
     delay: int = 0
     begun: list[int] = field(default_factory=list)
-    spikes: LossSpikes = field(default_factory=LossSpikes)
+    spikes: SpikeDetector = field(default_factory=SpikeDetector)
 
     def __post_init__(self) -> None:
         if isinstance(self.spikes, dict):  # from a checkpoint
-            self.spikes = LossSpikes(**self.spikes)
+            self.spikes = SpikeDetector(**self.spikes)
 
 
-class SpikeSchedule:
-    """A fixed schedule: as planned while the loss is calm, and nothing new begins during a spike.
+class WaitingSchedule:
+    """A removal schedule in which no event begins while the loss spikes.
 
-    It answers as a `RemovalSchedule` does, for the events as they are and will be if nothing else is put off. What has begun
-    stays where it began; the rest is put off together, so its order and the gaps in it stay. Losses are read some steps late
-    (loop.LOG_EVERY), and so is what is decided: a step waits for no device, and ranks that are told the same losses decide
-    the same. Waiting takes at most half of the steps that are planned for recovery.
+    It has the methods of a `RemovalSchedule`, which answer for the events that have begun and for the others as now expected.
+    Events that have not begun are delayed together, so their order and the gaps between them stay. Losses are read, and delays
+    decided, only every `loop.LOG_EVERY` steps: so no step waits for the device, and all ranks, which read the same losses,
+    decide the same. The total delay is at most half of the steps that are planned for recovery.
 
     Args:
-        planned: with the smallest gaps; valid.
+        planned: a valid schedule, as it is to be followed without spikes.
     """
 
     def __init__(self, planned: RemovalSchedule) -> None:
         self.planned = planned
-        self.pace = SpikePace()
+        self.progress = ScheduleProgress()
         self._current = planned
 
     @property
     def current(self) -> RemovalSchedule:
-        """The events that have begun, when they did, and the others as now expected."""
+        """The events that have begun, at the steps at which they did, and the others as now expected."""
         return self._current
 
     @property
-    def waiting(self) -> tuple[Event, ...]:
+    def not_begun(self) -> tuple[Event, ...]:
         """The events that have not begun, in order."""
-        return self._current.events[len(self.pace.begun) :]
+        return self._current.events[len(self.progress.begun) :]
 
     @property
     def complete_at(self) -> int:
@@ -339,11 +351,11 @@ class SpikeSchedule:
         return self.planned.complete_at + (self.planned.steps - 1 - self.planned.complete_at) // 2
 
     def changes(self, step: int) -> list[Change]:
-        """As `RemovalSchedule.changes`; notes what begins. To be asked once for each step, in order."""
-        for event in self.waiting:
+        """As `RemovalSchedule.changes`; also notes which events begin. Call it once a step, in order."""
+        for event in self.not_begun:
             if event.step > step:
                 break
-            self.pace.begun.append(event.step)
+            self.progress.begun.append(event.step)
         return self._current.changes(step)
 
     def stage(self, step: int) -> str:
@@ -351,46 +363,51 @@ class SpikeSchedule:
         return self._current.stage(step)
 
     def observe(self, loss: float) -> list[dict[str, Any]]:
-        """Take note of a step's training loss (nats per token).
+        """Take in a step's training loss (nats per token).
 
         Returns:
-            What is worth a row in metrics.jsonl: a spike that begins or ends.
+            Rows for metrics.jsonl: one if a spike begins or ends with this loss, else none.
         """
-        seen = self.pace.spikes.observe(loss)
+        seen = self.progress.spikes.observe(loss)
         if seen is None:
             return []
-        return [{"incident": seen, "loss": loss, "usual_loss": self.pace.spikes.level()[0]}]
+        return [{"incident": seen, "loss": loss, "usual_loss": self.progress.spikes.level()[0]}]
 
     def decide(self, until: int) -> list[dict[str, Any]]:
-        """During a spike, put off what would begin before step `until` to that step, as far as there is time.
+        """During a spike, delay the events that would begin before step `until` to that step, as far as there is time.
 
         Returns:
-            As `observe`.
+            Rows for metrics.jsonl: one if there is a new delay, else none.
         """
-        waiting = self.waiting
-        if not self.pace.spikes.spiking or not waiting:
+        waiting = self.not_begun
+        if not self.progress.spikes.spiking or not waiting:
             return []
         steps = min(until - waiting[0].step, self.latest_complete_at - self.complete_at)
         if steps <= 0:
             return []
-        self.pace.delay += steps
+        self.progress.delay += steps
         self._current = self._expected()
-        return [{"incident": "waiting", "site": waiting[0].site, "delay": self.pace.delay}]
+        return [{"incident": "waiting", "site": waiting[0].site, "delay": self.progress.delay}]
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
-        return asdict(self.pace)
+        """What a checkpoint saves; `restore` takes it back."""
+        return asdict(self.progress)
 
     def restore(self, state: dict[str, Any] | None, step: int) -> None:
-        """Go on from what `state` returned after `step` steps; None: from where the plan is then."""
+        """Go on after `step` steps from what `state()` returned then.
+
+        None stands for a checkpoint of a run without waiting: the events planned for earlier steps have begun.
+        """
         if state is None:
             state = {"begun": [event.step for event in self.planned.events if event.step < step]}
-        self.pace = SpikePace(**state)
+        self.progress = ScheduleProgress(**state)
         self._current = self._expected()
 
     def _expected(self) -> RemovalSchedule:
         events: list[Event] = []
         for number, event in enumerate(self.planned.events):
-            step = self.pace.begun[number] if number < len(self.pace.begun) else event.step + self.pace.delay
+            step = (
+                self.progress.begun[number] if number < len(self.progress.begun) else event.step + self.progress.delay
+            )
             events.append(replace(event, step=step))
         return RemovalSchedule(tuple(events), self.planned.n_layer, self.planned.steps)

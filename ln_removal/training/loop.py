@@ -1,6 +1,6 @@
-"""The training loop: step, evaluate, save. Removal, its control and pretraining all run through it.
+"""The training loop of removal, control and pretraining: it makes steps, evaluates and saves.
 
-A step that logs nothing does not wait for the device: losses and gradient norms stay there until the next log step.
+A step that logs nothing does not wait for the device. Losses and gradient norms stay there until the next log step.
 
 Shape legend: B batch, T positions.
 """
@@ -41,19 +41,19 @@ if TYPE_CHECKING:
     from ln_removal.training.session import Session
 
 LOG_EVERY = 10
-"""Steps between two synchronisations with the device, at which metrics are written and the bar moves."""
+"""Metrics are read from the device, and written, every so many steps."""
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a finished loop reports.
+    """What a finished training reports.
 
     Attributes:
-        tokens: trained on, over all sessions.
-        seconds: of training, over all sessions.
-        tokens_per_second: in this session, evaluation and checkpoints left out.
-        skipped_steps: whose loss or gradient was not finite.
-        last_loss: the last finite one of this session, nats per token; None when there was no step left to train.
+        tokens: training tokens of all sessions.
+        seconds: training time of all sessions, without evaluation and checkpoints.
+        tokens_per_second: the speed of this session, without evaluation and checkpoints.
+        skipped_steps: the number of steps whose loss or gradient was not finite.
+        last_loss: the last finite loss of this session, nats per token; None if there was no step left to train.
     """
 
     tokens: int
@@ -68,8 +68,8 @@ def train(session: Session) -> TrainResult:
 
     Raises:
         Interrupted: Ctrl-C or SIGTERM; the step was finished and a checkpoint saved.
-        DivergedError: loss or gradient was not finite for several steps in a row; the run is back at its last sound
-            checkpoint, and so is the model.
+        DivergedError: loss or gradient was not finite for several steps in a row; run and model are back at the last sound
+            checkpoint.
     """
     accelerator, spec, probe = session.accelerator, session.spec, session.probe
     training = _Training(session)
@@ -91,13 +91,13 @@ def train(session: Session) -> TrainResult:
             at_log_step = (step + 1) % LOG_EVERY == 0
             stopping = stop.agreed(accelerator, together=at_log_step or last)
             saves = (step + 1) % spec.checkpoint_every == 0 or last or stopping
-            # A checkpoint's metrics are written before it: a run resumed from it does not train their steps again.
+            # The metrics are written before the checkpoint, because a run that is resumed from it does not train these steps again.
             if at_log_step or saves:
                 training.log(step, saves=saves)
             with training.paused():
                 if (step + 1) % spec.evaluate_every == 0 or last:
                     training.evaluate(step)
-                # After a bad step the weights are as they were a step before, and may be why it was bad.
+                # After a bad step the weights are those of the step before, and may be the reason why it was bad.
                 if saves and (not training.bad_steps.streak or last or stopping):
                     training.save()
                 if stopping:
@@ -106,7 +106,7 @@ def train(session: Session) -> TrainResult:
 
 
 class _Training:
-    """What a training has besides its session: optimizers, counters and a clock. It begins at the newest checkpoint."""
+    """A training in progress: optimizers, counters and a clock. It begins at the newest checkpoint if the session resumes."""
 
     def __init__(self, session: Session) -> None:
         objective, removal = session.objective, session.removal
@@ -190,7 +190,7 @@ class _Training:
         return total, norm
 
     def observe(self, step: int) -> Figures | None:
-        """Let the probe look at the model, and log what it finds; None without a probe."""
+        """Measure the model with the probe and log the observation; None without a probe."""
         session = self.session
         if session.probe is None:
             return None
@@ -204,7 +204,7 @@ class _Training:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         if removal is not None and step < removal.schedule.complete_at:
-            # Every step, so that the number of ranks changes nothing, and a checkpoint of one rank serves all.
+            # In every step, so that the number of ranks changes nothing and the checkpoint of one rank is right for all.
             removal.sites.average_over_ranks()
             removal.sites.update_running(spec.std_momentum, discard=bad)
         self.state.step, self.state.tokens = step + 1, self.state.tokens + spec.tokens_per_step
@@ -214,7 +214,7 @@ class _Training:
 
         Args:
             step: the one just made.
-            saves: a checkpoint follows, so the weights are looked at too.
+            saves: a checkpoint follows, so check that the weights are finite.
 
         Raises:
             DivergedError: the run has gone back to its last sound checkpoint.
@@ -237,7 +237,7 @@ class _Training:
             self.bad_steps.blame_weights(step)
         if self.bad_steps.diverged:
             raise self._roll_back(step)
-        # Not wherever something is saved: a stop and --resume change nothing.
+        # Only in log steps, and not wherever a checkpoint is saved: a run that was stopped and resumed decides the same.
         if self.waiting is not None and state.step % LOG_EVERY == 0:
             self._log_incidents(self.waiting.decide(state.step + LOG_EVERY), step)
 
@@ -304,13 +304,13 @@ class _Training:
 def _over_ranks(objective: Objective, accelerator: Accelerator) -> nn.Module:
     """`objective` itself, or wrapped so that the ranks average their gradients.
 
-    Not accelerator.prepare_model, which keeps a reference for the life of the process: the control trains after the
-    removal in the same one.
+    accelerator.prepare_model would keep a reference to it as long as the process lives, in which the control trains after the
+    removal.
     """
     if accelerator.num_processes == 1:
         return objective
     devices = [accelerator.device] if accelerator.device.type == "cuda" else None
-    # Buffers are statistics and mixes: averaged or set in step on every rank, so there is nothing to broadcast.
+    # Buffers hold statistics and mixes, which every rank averages or sets by itself, so there is nothing to broadcast.
     return torch.nn.parallel.DistributedDataParallel(objective, device_ids=devices, broadcast_buffers=False)
 
 

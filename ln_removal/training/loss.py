@@ -1,9 +1,9 @@
-"""What a training step minimises: next-token cross-entropy, and what a removal may add to it.
+"""The loss of a training step: next-token cross-entropy, and the terms that a recipe adds to it.
 
     loss = (1 - s) CE + s KL(teacher || model) + w_a auxiliary          (removal)
     loss = CE + w_e entropy penalty                                     (pretraining)
 
-The teacher is the model before the removal. Which of the terms are in is decided once, so a compiled step has no branches.
+The teacher is the model before the removal. Which terms there are is decided once, so a compiled step has no branches.
 
 Shape legend: B batch, T positions, D model width, V vocabulary, N = B * T.
 """
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Auxiliary:
-    """The residual-std loss: what pulls the stds that the norms see together.
+    """The residual-std loss, which makes the stds that the norms see at different positions more alike.
 
     Attributes:
         weight: w_a.
-        target: "batch" is the published loss (`residual_std_loss`); "constants" pulls towards what each norm divides by
-            once it is frozen (`constant_std_loss`), which does not drift with the scale of the logits.
+        target: "batch" is the published loss (`residual_std_loss`). With "constants" (`constant_std_loss`) the target is what
+            each norm divides by once it is frozen; that target does not drift with the scale of the logits.
         sites: the norm in front of the unembedding alone, or every norm.
     """
 
@@ -46,11 +46,11 @@ class Auxiliary:
 
 @dataclass(frozen=True)
 class Distillation:
-    """A teacher and what is learned from it.
+    """A teacher and the weight of its loss.
 
     Attributes:
-        teacher: of the model's layout and vocabulary; see `as_teacher`.
-        share: s, how much of the token loss is the divergence from the teacher's next-token distribution.
+        teacher: a model of the same layout and vocabulary; see `as_teacher`.
+        share: s, the share of the token loss that is the divergence from the teacher's next-token distribution.
     """
 
     teacher: PreTrainedModel
@@ -58,20 +58,20 @@ class Distillation:
 
 
 def as_teacher(model: PreTrainedModel, precision: Precision) -> PreTrainedModel:
-    """Make `model`, in place, something to be read only: no gradients, no dropout, weights in `precision`."""
+    """Turn `model` into a teacher in place: without gradients and dropout, with weights in `precision`."""
     _switch_dropout_off(model)
     teacher: PreTrainedModel = model.requires_grad_(False).eval()
     return teacher.to(DTYPES[precision])
 
 
 def residual_std_loss(residual: Tensor, special: Tensor) -> Tensor:
-    """Mean over all positions of (std - target)^2: pulls the special positions' residual std to that of the ordinary ones.
+    """Mean over all positions of (std - target)^2, which brings the std of special positions to that of ordinary ones.
 
     The target is the mean std over positions that are neither position 0 nor end-of-text, without a gradient
     (Baroni et al. 2025, arXiv 2507.02559, the auxiliary loss at ln_f).
 
     Args:
-        residual: what a norm reads, (B, T, D).
+        residual: the residual stream in front of a norm, (B, T, D).
         special: true at position 0 and at end-of-text tokens, (B, T).
 
     Returns:
@@ -84,12 +84,13 @@ def residual_std_loss(residual: Tensor, special: Tensor) -> Tensor:
 
 
 def constant_std_loss(residual: Tensor, constant: Tensor) -> Tensor:
-    """Mean over all positions of log(std / constant)^2: every position's std is pulled to what a frozen norm divides by.
+    """Mean over all positions of log(std / constant)^2, which brings every std to the constant of the frozen norm.
 
-    A logarithm, because a position of 30 times the usual std would else outweigh all others a thousandfold.
+    The loss is of the logarithm because otherwise a position with 30 times the usual std would weigh about a thousand times
+    as much as any other.
 
     Args:
-        residual: what a norm reads, (B, T, D).
+        residual: the residual stream in front of a norm, (B, T, D).
         constant: scalar, without a gradient, in units of the residual stream.
 
     Returns:
@@ -105,7 +106,7 @@ class EntropyPenalty:
 
     Attributes:
         weight: w_e.
-        regulariser: has the thresholds, which are trained with the model.
+        regulariser: holds the thresholds, which are trained with the model.
     """
 
     weight: float
@@ -113,27 +114,27 @@ class EntropyPenalty:
 
 
 class StepLoss(NamedTuple):
-    """`total` is what the backward pass starts from; `cross_entropy` is what is logged. Scalars in float32."""
+    """The loss of one forward pass, as float32 scalars: `total` for the backward pass, `cross_entropy` for the log."""
 
     total: Tensor
     cross_entropy: Tensor
 
 
 class Objective(nn.Module):
-    """A causal language model of GPT-2's or GPT-NeoX's layout together with its loss: what the optimizer steps and DDP wraps.
+    """A causal language model of GPT-2's or GPT-NeoX's layout together with its loss.
 
-    It switches the model's dropout off: a step is then a pure function of weights and batch, so a resumed run goes on as
-    if it had never stopped, and removal and control differ in their norms alone.
+    It switches the model's dropout off. A step then depends on weights and batch alone, so a resumed run continues as if it had
+    never stopped, and removal and control differ only in their norms.
 
     Args:
-        model: of transformers, with `base_model` (token ids to final hidden states) and `lm_head`.
-        eot_token_id: end-of-text, a special position for the residual-std loss; None when the model has none.
+        model: a model of transformers with `base_model` (token ids to final hidden states) and `lm_head`.
+        eot_token_id: the end-of-text token, whose positions are special for the residual-std loss; None if there is none.
         auxiliary: the residual-std loss; None leaves it out.
         distillation: the teacher; None learns from the text alone.
         entropy: the penalty on attention entropy; the model then needs `attention.explicit_attention` while it trains.
 
     Raises:
-        UserError: the auxiliary loss reads norms of which the model has none, or the teacher has another vocabulary.
+        UserError: the auxiliary loss needs freezable norms and the model has none, or the teacher has another vocabulary.
     """
 
     share: Tensor
@@ -161,8 +162,8 @@ class Objective(nn.Module):
             self.set_share(distillation.share)
             _check_same_layout(model, self.teacher)
         _switch_dropout_off(model)
-        # Filled by hooks during a forward pass of this module, and of no other (the model is evaluated by itself), and
-        # emptied at its end: what each norm read, and where each head looked.
+        # Hooks fill these lists during a forward pass of this module, which empties them at its end: the inputs of the norms,
+        # and the attention probabilities. They stay empty when the model is evaluated by itself.
         self._listening = False
         self._read: list[tuple[nn.Module, Tensor]] = []
         self._attended: list[Tensor] = []
@@ -175,11 +176,11 @@ class Objective(nn.Module):
 
     @property
     def trained(self) -> nn.Module:
-        """Everything that has state of its own to keep: the model, with the thresholds of the entropy penalty if it has any."""
+        """What checkpoints save: the model, and the thresholds of the entropy penalty if there is one."""
         return self.model if self.entropy is None else nn.ModuleDict({"model": self.model, "entropy": self.entropy})
 
     def set_share(self, share: float) -> None:
-        """Change s, the share of the token loss that comes from the teacher; takes effect in the next forward pass."""
+        """Change s, the share of the token loss that comes from the teacher, from the next forward pass on."""
         assert 0 <= share <= 1, share
         self.share.fill_(share)
 
@@ -190,7 +191,7 @@ class Objective(nn.Module):
     def _keep_attended(self, module: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:
         if self._listening:
             assert output[1] is not None, "the entropy penalty needs explicit attention"
-            # Not its entropy yet: what a recomputed block saves may not depend on who listens.
+            # The entropy is computed later: what a recomputed block saves may not depend on hooks.
             self._attended.append(output[1])
 
     def train(self, mode: bool = True) -> Objective:
@@ -201,12 +202,8 @@ class Objective(nn.Module):
         return self
 
     def forward(self, tokens: Tensor) -> StepLoss:
-        """Loss of predicting tokens[:, 1:] from tokens[:, :-1].
-
-        Args:
-            tokens: (B, T + 1).
-        """
-        self.forget()  # a pass that ran out of memory has left what it had gathered
+        """Loss of predicting tokens[:, 1:] from tokens[:, :-1]; `tokens` is (B, T + 1)."""
+        self.forget()  # of a pass that ran out of memory
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
         self._listening = True
         taught = self._teach(inputs)
@@ -228,7 +225,7 @@ class Objective(nn.Module):
         return StepLoss(total, loss.cross_entropy)
 
     def forget(self) -> None:
-        """Let go of what the hooks have gathered: the end of a forward pass, or of one that was cut short."""
+        """Empty what the hooks have gathered, after a forward pass or after one that failed."""
         self._listening = False
         self._read, self._attended = [], []
 
@@ -236,13 +233,13 @@ class Objective(nn.Module):
         """The teacher's final hidden states (B, T, D'), in its own precision; None without a teacher."""
         if self.teacher is None:
             return None
-        # Not inference mode: its tensors could not be kept for the backward pass.
+        # Not inference mode, whose tensors cannot be saved for the backward pass.
         with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
             taught: Tensor = self.teacher.base_model(input_ids=inputs, use_cache=False).last_hidden_state
         return taught
 
     def _auxiliary_loss(self, inputs: Tensor) -> Tensor:
-        """Mean over the norms that are watched."""
+        """The residual-std loss, as the mean over the norms chosen by `auxiliary.sites`."""
         assert self.auxiliary is not None
         if self.auxiliary.target == "constants":
             losses = []
@@ -263,9 +260,9 @@ def _head(model: PreTrainedModel) -> Head:
 
 
 def _constant_of(norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """What a norm divides ordinary positions by once it is frozen, the constant, or the running std while it is real.
+    """The constant that a frozen norm divides ordinary positions by, or the running std of a norm that is not frozen.
 
-    And whether that is known (a scalar bool): in the first step there are no statistics yet.
+    Both elements are scalars; the second says whether the first is known: in the first step there are no statistics yet.
     """
     norm = norm.norm if isinstance(norm, NormedProjection) else norm
     assert isinstance(norm, FreezableNorm)
@@ -274,7 +271,7 @@ def _constant_of(norm: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def _norms_to_watch(model: PreTrainedModel, auxiliary: Auxiliary) -> Sequence[nn.Module]:
-    """The modules whose input is the residual stream that a norm reads; ln_1's is called through its projection."""
+    """The modules whose input is the residual stream in front of a norm. For ln_1 that is the projection, which calls the norm."""
     inside = {id(module.norm) for module in model.modules() if isinstance(module, NormedProjection)}
     freezable = [
         module

@@ -1,4 +1,4 @@
-"""What a run tells while it goes: metrics.jsonl, a progress bar with stage, loss, tokens/s and time left, and wandb if asked."""
+"""Metrics and progress of a run: rows in metrics.jsonl, a progress bar, and Weights & Biases if asked for."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ Figure = float | int | str | None | list["Figure"]
 Metrics = Mapping[str, Figure]
 
 Progress = bool | Literal["lines"]
-"""A bar, nothing, or a line now and then, for where a bar would fill a file."""
+"""True shows a bar, False nothing, "lines" a line now and then: where standard error is a file, a bar would fill it."""
 
 SECONDS_BETWEEN_LINES = 30.0
 
 
 class Tracker:
-    """Writes metrics and shows progress; a context manager. Only the main process gets an enabled one.
+    """Writes metrics and shows progress while its context is open. Of several ranks only the main one has an enabled one.
 
     Args:
         path: metrics.jsonl, one JSON object a line, each with `kind` ("train", "evaluation", "observation", "event",
             "incident", "rollback", "recipe") and `step`.
-        total_steps: of the run.
-        tokens_per_step: for tokens/s on the bar.
-        label: shown before the bar, such as "ln-free" or "control".
+        total_steps: the length of the run.
+        tokens_per_step: for the time left.
+        label: shown before the bar, such as "removal" or "control".
         enabled: False writes and shows nothing.
         progress: how steps are shown.
         wandb_project: also log to this Weights & Biases project.
@@ -93,7 +93,7 @@ class Tracker:
             self._wandb.finish(exit_code=0 if kind is None else 1)
 
     def forget_after(self, step: int) -> None:
-        """Drop the metrics of steps that a resumed run will train again, and start the bar at `step`."""
+        """Delete the metrics of steps that a resumed run will train again, and start the bar at `step`."""
         if not self._enabled:
             return
         self._file.close()
@@ -105,14 +105,14 @@ class Tracker:
         self._bar.n = self._bar.last_print_n = step
         self._bar.refresh()
 
-    def take_back(self, step: int) -> None:
-        """As `forget_after`, for a run that broke: its observations of those steps stay, in a file of their own."""
+    def roll_back(self, step: int) -> None:
+        """As `forget_after`, for a run that diverged: its observations of those steps are kept in another file."""
         if self._enabled:
             set_aside(self._path, step)
         self.forget_after(step)
 
     def log(self, kind: str, step: int, metrics: Metrics) -> None:
-        """Append one line to metrics.jsonl (and wandb). A number that is not finite is written as null."""
+        """Append one row to metrics.jsonl, and log it to wandb. A number that is not finite is written as null."""
         if not self._enabled:
             return
         # JSON has no NaN and no infinity.
@@ -121,11 +121,11 @@ class Tracker:
         self._file.flush()
         if self._wandb is not None:
             numbers = dict(pair for name, value in metrics.items() for pair in _numbers(f"{kind}/{name}", value))
-            # Not wandb's own step: that may not fall, and events come before the metrics of earlier steps.
+            # Not wandb's own step, which may not fall: events are logged before the metrics of earlier steps.
             self._wandb.log({**numbers, "step": step})
 
     def show(self, step: int, *, stage: str, loss: float, tokens_per_second: float) -> None:
-        """Move the bar to `step` finished steps."""
+        """Move the bar to `step` finished steps; `loss` in nats per token."""
         if not self._enabled:
             return
         figures = f"{stage}, loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s"

@@ -1,8 +1,8 @@
-"""Optimizers, and what changes from step to step besides the norms: the learning rate and the teacher's share.
+"""Optimizers, and the schedules of the learning rate and of the teacher's share.
 
-AdamW (fused) serves everything, Muon serves pretraining from scratch. Weight decay goes to matrices and embeddings only;
-biases, norms, slopes and other vectors have none, as is usual for GPT-2. The learning rate depends on the step alone, so a
-run that resumes gets the same number for the same step.
+Fused AdamW is used everywhere, together with Muon where a recipe for pretraining asks for it. Only matrices and embeddings have
+weight decay; biases, norms, slopes and other vectors have none, as is usual for GPT-2. The learning rate depends on the step
+alone, so a resumed run has the same rate in the same step.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MUON_MOMENTUM = 0.95
 def build_optimizers(
     model: nn.Module, spec: TrainingSpec, *, besides: Iterable[nn.Parameter] = ()
 ) -> list[torch.optim.Optimizer]:
-    """The optimizers that together own every parameter of `model`, and those `besides` it, once.
+    """The optimizers that together hold every parameter of `model`, and of `besides`, exactly once.
 
     `adamw` is one fused AdamW. `muon` gives the matrices inside the blocks to torch.optim.Muon (Jordan et al. 2024, with the
     update scaled to AdamW's root mean square so that both share a learning rate; Liu et al. 2025, arXiv 2502.16982) and the
@@ -90,21 +90,21 @@ def to_step(optimizers: list[torch.optim.Optimizer], bad: Tensor) -> list[torch.
 def learning_rate_at(step: int, spec: TrainingSpec) -> float:
     """The learning rate of an optimizer step, counted from 0.
 
-    Warm-up of w steps: peak * (step + 1) / w, so that step 0 already learns and step w - 1 has the peak. Then, with
-    s the start of the decay, e its end (`decay_steps`, or the length of the run) and p = (step - s) / (e - s):
+    In the w steps of the warm-up it is peak * (step + 1) / w: step 0 already learns, and step w - 1 has the peak. After that,
+    with s the start of the decay, e its end (`decay_steps`, or the length of the run) and p = (step - s) / (e - s):
 
         cosine, linear   s = w        minimum + (peak - minimum) * (1 + cos(pi p)) / 2,  or  * (1 - p)
         trapezoid        s = e - round(decay_fraction * e)    the peak before s, then linear
 
-    From e on it is the minimum. Cosine: Loshchilov & Hutter 2017 (arXiv 1608.03983), one period; trapezoid: Hägele et
+    From step e on it is the minimum. Cosine: Loshchilov & Hutter 2017 (arXiv 1608.03983), one period; trapezoid: Hägele et
     al. 2024 (arXiv 2405.18392).
 
     Args:
-        step: from 0; beyond the run's end the minimum goes on.
+        step: from 0; beyond the end of the run too.
         spec: the recipe's [training].
 
     Returns:
-        The rate, in the unit of `spec.learning_rate`: in [minimum, peak] after the warm-up, in (0, peak] during it.
+        The rate: in (0, peak] during the warm-up, in [minimum, peak] after it.
     """
     assert step >= 0, f"steps count from 0, got {step}"
     peak, minimum = spec.learning_rate, spec.minimum_learning_rate
@@ -122,9 +122,10 @@ def learning_rate_at(step: int, spec: TrainingSpec) -> float:
 
 
 def distillation_at(step: int, spec: TrainingSpec) -> float:
-    """The share of the loss that comes from the teacher: linear from `distillation` to `distillation_end` in the last step.
+    """The share of the loss that comes from the teacher, linear from `distillation` to `distillation_end` in the last step.
 
-    Early on the teacher says what freezing has destroyed; later the text can teach what the teacher never knew.
+    Early in a removal the teacher repairs what freezing has damaged. Later the text itself is the better target, because it
+    also holds what the teacher does not know.
     """
     end = spec.distillation if spec.distillation_end is None else spec.distillation_end
     progress = min(1.0, step / max(1, spec.steps - 1))

@@ -1,4 +1,4 @@
-"""Looking into a model while it trains, on a fixed batch, at chosen steps, without touching the training.
+"""The probe: measures attention, residual stream and gradients of a model while it trains, and leaves the training unchanged.
 
 Shape legend: B sequences, T positions, D model width, H heads, L layers.
 """
@@ -26,16 +26,16 @@ Figures = dict[str, Any]
 
 
 class Probe:
-    """Measures a model on a probe batch between the backward pass and the update of some steps.
+    """Measures a model on a fixed batch, in some steps, between the backward pass and the update.
 
-    The look is a forward pass of its own, in evaluation mode and without gradients. Weights, gradients, modes, running
-    statistics, attention implementation, hooks, random states and the compiled step are as before when it is over.
+    It makes a forward pass of its own, in evaluation mode and without gradients. Afterwards weights, gradients, modes, running
+    statistics, attention implementation, hooks, random states and the compiled step are as they were before.
 
     Args:
-        tokens: the probe batch, (B, T) int64, the same for all runs that are to be compared.
-        every: steps between two looks; step 0 and the last step are looked at besides.
-        steps: of the run.
-        precision: of the forward pass: the training's, so that what overflows there overflows here.
+        tokens: the batch, (B, T) int64. Runs that are to be compared need the same batch.
+        every: steps between two observations. The first and the last step of the run are always observed.
+        steps: the length of the run.
+        precision: of the forward pass. With the training's precision, what overflows there overflows here too.
     """
 
     def __init__(self, tokens: Tensor, *, every: int, steps: int, precision: Precision = "float32") -> None:
@@ -44,23 +44,23 @@ class Probe:
         self.tokens, self.every, self.steps, self.precision = tokens, every, steps, precision
 
     def wants(self, step: int) -> bool:
-        """Whether to look at step `step`, counted from 0."""
+        """Whether to observe step `step`, counted from 0."""
         return step % self.every == 0 or step == self.steps - 1
 
     def observe(self, model: PreTrainedModel) -> Figures:
-        """What the model does with the probe batch, and the gradient that its parameters hold.
+        """Measure the model on the batch, and the gradients that its parameters hold.
 
         Returns:
             `queries`: T, from which the largest possible entropy follows.
             `entropy`: (L, H), mean over sequences and queries, nats; NaN where a head has a NaN among its probabilities.
             `nan_counts`: (L,), NaN among the B H T T entries of each layer's attention matrices.
-            `attention_entries`: B H T T, what `nan_counts` is a part of.
-            `nonfinite_residual`: (L + 1,), entries of the residual stream, of B T D, that are NaN or infinite: in front of
-                each block and behind the last.
+            `attention_entries`: B H T T, the number of entries that `nan_counts` counts in.
+            `nonfinite_residual`: (L + 1,), how many of the B T D entries of the residual stream are NaN or infinite, in front
+                of each block and behind the last.
             `residual_norm`: (L + 1,), mean over positions of the stream's L2 norm, at the same places.
-            `gradient_norm`: (L,), L2 norm of the gradient of each block's parameters, as it lies there (the loop clips
-                before it calls); NaN where there is none.
-            `slopes`: the learnable slopes, first layer to last; one for the whole network, or none at all.
+            `gradient_norm`: (L,), L2 norm of the gradient of each block's parameters, after the loop has clipped it; NaN where
+                there is no gradient.
+            `slopes`: the learnable slopes, from the first layer to the last, or the one of the whole network, or none.
         """
         self.tokens = self.tokens.to(model.device)
         stream: list[Tensor] = []
@@ -109,7 +109,7 @@ def _gradient_norm(block: nn.Module, device: torch.device) -> Tensor:
 
 @contextmanager
 def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode, and afterwards each in the one that it had (a training may keep a part frozen)."""
+    """Put every module into evaluation mode, and afterwards each into the mode that it had: they may differ."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -121,7 +121,7 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _residual_stream(model: nn.Module, kept: list[Tensor]) -> Iterator[None]:
-    """Let a forward pass put `_norm_and_faults` of what enters each block, and of what leaves the last, into `kept`."""
+    """Append `_norm_and_faults` of each block's input, and of the last block's output, to `kept` in every forward pass."""
 
     def before(module: nn.Module, args: tuple[Any, ...]) -> None:
         kept.append(_norm_and_faults(args[0]))

@@ -1,4 +1,4 @@
-"""One training from a recipe: batches, objective, micro-batch, compilation and metrics put together for the loop."""
+"""The session: everything that the loop needs for one training, built from a recipe."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ln_removal.files.atomic import check_room_for_run
 from ln_removal.models.attention import EntropyRegulariser
 from ln_removal.models.precision import export_bytes
 from ln_removal.training.checkpoint import BESIDE_TENSORS, checkpoints
-from ln_removal.training.divergence import SpikeSchedule
+from ln_removal.training.divergence import WaitingSchedule
 from ln_removal.training.loss import Auxiliary, Distillation, EntropyPenalty, Objective
 from ln_removal.training.metrics import Tracker
 from ln_removal.training.probe import Probe
@@ -34,22 +34,22 @@ if TYPE_CHECKING:
     from ln_removal.norms.surgery import NormSites
 
 ODD_SEQUENCES = 64
-"""Of each kind, from which those that are mixed in are drawn."""
+"""Sequences of each kind of odd text; the ones that are mixed into the training are drawn from them."""
 
 ODD_SEED = 1_000_003
 
 
 @dataclass(frozen=True)
 class Removal:
-    """What turns a fine-tuning into a removal: the installed sites and when each one freezes."""
+    """What makes a fine-tuning a removal: the installed sites, and the schedule that says when each one freezes."""
 
     sites: NormSites
-    schedule: RemovalSchedule | SpikeSchedule
+    schedule: RemovalSchedule | WaitingSchedule
 
     @property
-    def waiting_schedule(self) -> SpikeSchedule | None:
+    def waiting_schedule(self) -> WaitingSchedule | None:
         """The schedule if it is one that waits while the loss spikes."""
-        return self.schedule if isinstance(self.schedule, SpikeSchedule) else None
+        return self.schedule if isinstance(self.schedule, WaitingSchedule) else None
 
 
 @dataclass(frozen=True)
@@ -111,8 +111,8 @@ def sampler_of(recipe: Recipe, data: TokenDataset, tokenizer: PreTrainedTokenize
 def _odd_text(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Mixture | None:
     if recipe.data.odd_text == 0:
         return None
-    # Another seed than that of evaluation, and not the first of a kind, which is the same for all seeds: what is scored was
-    # not trained on.
+    # The evaluation has another seed, and the first sequence of a kind is the same for all seeds. So what is scored is not
+    # trained on.
     kinds = stress_sequences(
         tokenizer, context=recipe.data.context + 1, count=ODD_SEQUENCES + 1, seed=recipe.seed + ODD_SEED
     )
@@ -157,7 +157,7 @@ def open_session(
     probe = _probe(recipe, data)  # on every rank, so that all of them find what is wrong with it
     objective = _objective(model.to(accelerator.device), spec, data.eot_token_id, removal=removal, teacher=teacher)
     with _attention(objective, recipe.data.context), tracker:
-        if warning := _room(objective, recipe, directory):
+        if warning := _disk_space_warning(objective, recipe, directory):
             tracker.say(warning)
         micro_batch = choose_micro_batch(recipe, objective, accelerator)
         compile_if_worthwhile(objective, spec.compile, tokens=recipe.tokens, device=accelerator.device)
@@ -188,8 +188,8 @@ def _attention(objective: Objective, context: int) -> Iterator[None]:
         yield
 
 
-def _room(objective: Objective, recipe: Recipe, directory: Path) -> str | None:
-    """As `check_room_for_run`, with AdamW's two moments of every parameter in a checkpoint (Muon has fewer)."""
+def _disk_space_warning(objective: Objective, recipe: Recipe, directory: Path) -> str | None:
+    """As `check_room_for_run`. A checkpoint is counted with AdamW's two moments of every parameter; Muon's is smaller."""
     saved = checkpoints(directory / "state")
     if saved and saved[-1][0] >= recipe.training.steps:  # nothing is left to train
         return None
@@ -206,7 +206,7 @@ def _room(objective: Objective, recipe: Recipe, directory: Path) -> str | None:
 
 
 def _probe(recipe: Recipe, data: TokenDataset) -> Probe | None:
-    """Reads whole windows that are spread evenly over the held-out tokens."""
+    """The probe that the recipe's [observation] asks for. Its batch is spread evenly over the held-out tokens."""
     spec, split, context = recipe.observation, data.split("validation"), recipe.data.context
     if spec is None:
         return None

@@ -1,4 +1,4 @@
-"""What a run needs before its first step: the device, the attention, the micro-batch and compilation."""
+"""Before the first step: device, attention, micro-batch and compilation."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ COMPILE_FROM_TOKENS = 400_000
 """On a CPU, compiling costs about as much time as it saves over this many tokens (measured: docs/LOG.md)."""
 
 RANKS_WAIT = timedelta(hours=3)
-"""How long a rank waits for another: the main process prepares a corpus and scores models while the rest wait."""
+"""How long a rank waits for another. The main process prepares a corpus and scores models while the others wait."""
 
 CAUSAL_ATTENTION = "ln_removal_causal"
 
@@ -38,7 +38,7 @@ T = 256."""
 
 
 def build_accelerator(device: str) -> Accelerator:
-    """An Accelerator on `device` ("auto", "cpu", "cuda"): it knows the ranks. The step does its own autocast.
+    """An Accelerator on `device` ("auto", "cpu" or "cuda"), for the ranks alone: the loop does its own autocast.
 
     Raises:
         UserError: CUDA was asked for and there is none, or this process has already trained on another device.
@@ -68,29 +68,29 @@ def build_accelerator(device: str) -> Accelerator:
 def causal_attention(model: PreTrainedModel) -> AbstractContextManager[None]:
     """Give `model` attention that is causal by definition, for batches without padding or packing.
 
-    transformers else looks at the position ids of each batch for packed sequences: in eager mode that waits for the device,
-    and a compiled step gets a (B, T, T) mask, which flash attention does not take.
+    Without this, transformers looks for packed sequences in the position ids of each batch. In eager mode that waits for the
+    device, and in a compiled step it makes a (B, T, T) mask, which flash attention does not accept.
     """
     return attention_without_mask(model, CAUSAL_ATTENTION, sdpa_attention_forward)  # without a mask SDPA is causal
 
 
 def training_attention(model: PreTrainedModel, *, context: int, shown: bool = False) -> AbstractContextManager[None]:
-    """The fastest attention for batches without padding or packing, or the one that shows its probabilities.
+    """The fastest attention for batches without padding or packing, or one that returns its probabilities.
 
     Args:
-        context: T. On a CPU and for few positions the probabilities fit into the caches, and holding them is faster than PyTorch's
-            fused kernel (measured: docs/LOG.md).
-        shown: something needs the probabilities.
+        context: T. On a CPU and with few positions the probabilities fit into the caches; computing them explicitly is then
+            faster than PyTorch's fused kernel (measured: docs/LOG.md).
+        shown: the loss needs the probabilities.
     """
     explicit = shown or (model.device.type == "cpu" and context <= EXPLICIT_UP_TO_CONTEXT)
     return explicit_attention(model) if explicit else causal_attention(model)
 
 
 def choose_micro_batch(recipe: Recipe, objective: Objective, accelerator: Accelerator) -> int:
-    """Sequences of one forward pass: what the recipe says, or the largest that fits when it says "auto".
+    """Sequences of one forward pass: the recipe's number, or the largest that fits if the recipe says "auto".
 
-    On a GPU it tries the divisors of the batch from the top; where not even a single sequence fits, it tries once more with
-    `checkpoint_activations`. On a CPU it takes 4,096 tokens: more is not faster there.
+    On a GPU it tries the divisors of the batch, from the largest down. If not even one sequence fits, it tries them once more
+    with `checkpoint_activations`. On a CPU it takes 4,096 tokens, because more is not faster there.
 
     Raises:
         UserError: a single sequence does not fit into the GPU's memory, or the ranks do not divide the global batch.
@@ -124,8 +124,8 @@ def choose_micro_batch(recipe: Recipe, objective: Objective, accelerator: Accele
 def checkpoint_activations(model: PreTrainedModel) -> None:
     """Keep only the input of each block for the backward pass, which then computes the block once more.
 
-    Memory of a sequence falls from about 40 to 4 bytes a layer, token and unit of width (see config/estimate.py); a step takes about
-    a third longer. Norms that see a batch twice count it twice, which leaves their means as they are.
+    A sequence then needs about 4 bytes for each layer, token and unit of width, instead of 40 (see config/estimate.py), and a step
+    takes about a third longer. The norms see each batch twice and count it twice, which does not change their means.
     """
     # The second is its name in older versions of transformers.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -161,9 +161,9 @@ def _fits(objective: Objective, size: int, recipe: Recipe, accelerator: Accelera
 def compile_if_worthwhile(
     objective: Objective, setting: bool | Literal["auto"], *, tokens: int, device: torch.device
 ) -> bool:
-    """Compile the whole step's forward and backward in place; returns whether it did.
+    """Compile the forward and backward pass of a whole step in place; returns whether it did.
 
-    "auto" compiles on CUDA, and on a CPU that has a C++ compiler when the run is long enough to earn the time back.
+    "auto" compiles on CUDA, and on a CPU with a C++ compiler if the run is long enough to save more time than compiling takes.
 
     Raises:
         UserError: `setting` is True on a machine without a C++ compiler.
@@ -177,7 +177,7 @@ def compile_if_worthwhile(
         setting == "auto" and compiler is not None and (device.type == "cuda" or tokens >= COMPILE_FROM_TOKENS)
     )
     if wanted:
-        # What this process compiled for an earlier model would count against the number of graphs that are kept.
+        # Graphs that this process compiled for an earlier model would count against the number that is kept.
         torch.compiler.reset()
         objective.compile(dynamic=False)
     return wanted
