@@ -28,7 +28,7 @@ from typer.testing import CliRunner
 
 from ln_removal.cli.pretrain import app
 from ln_removal.config.recipe import load_recipe
-from ln_removal.config.sweep import Arm, Grid, load_grid
+from ln_removal.config.sweep import Arm, Sweep, load_sweep
 from ln_removal.data.tokens import TokenDataset
 from ln_removal.pipelines import pretraining, sweep
 from ln_removal.report.sweep_table import (
@@ -226,7 +226,7 @@ def test_an_interrupted_grid_goes_on_to_the_same_weights(
 
 def test_an_unfinished_grid_has_a_table(file: str, copy: Path) -> None:
     results = {("one + layer", 0): read_result(copy / RUNS[0]), ("two layers", 0): read_result(copy / RUNS[1])}
-    table = build_table(load_grid(file), {run: result for run, result in results.items() if result is not None})
+    table = build_table(load_sweep(file), {run: result for run, result in results.items() if result is not None})
     text = to_markdown(table)
     assert "Unfinished: 2 of 4 runs are over." in text and "| 1 of 2 |" in text
     assert [cells[2] for cells in table.cells_by_seed()] == ["-", "-"]
@@ -482,7 +482,7 @@ def table_of(perplexities: dict[str, list[float | None]], baseline: str = "a") -
         for seed, value in enumerate(values)
         if value != math.inf
     }
-    return build_table(Grid("grid", "", seeds, baseline, arms), results)
+    return build_table(Sweep("grid", "", seeds, baseline, arms), results)
 
 
 def test_means_changes_and_spreads_by_hand() -> None:

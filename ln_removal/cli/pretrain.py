@@ -10,7 +10,7 @@ import typer
 from ln_removal.cli import console
 
 if TYPE_CHECKING:
-    from ln_removal.config.sweep import Grid
+    from ln_removal.config.sweep import Sweep
 
 DEFAULT_RECIPE = "tiny-gpt2"
 
@@ -73,17 +73,17 @@ def pretrain(
     if grid is not None:
         if recipe is not None:
             raise UserError("--grid names its base recipe itself; leave --recipe out, or --grid")
-        from ln_removal.config.sweep import load_grid
+        from ln_removal.config.sweep import load_sweep
 
-        found = load_grid(grid, overrides=overrides, steps=steps)
+        found = load_sweep(grid, overrides=overrides, steps=steps)
         if dry_run:
             _print_grid_plan(found, device=device, as_json=as_json)
             return
-        from ln_removal.pipelines.sweep import run_grid
+        from ln_removal.pipelines.sweep import run_sweep
         from ln_removal.report.sweep_table import TABLE_MARKDOWN, render_table
 
         place = out or Path("checkpoints") / f"{found.name}-grid"
-        table = run_grid(
+        table = run_sweep(
             found,
             place,
             tokens=tokens,
@@ -129,13 +129,13 @@ def pretrain(
     typer.echo(f"model: {result.model}   validation cross-entropy {result.cross_entropy:.4f} nats per token{per_byte}")
 
 
-def _print_grid_plan(grid: Grid, *, device: console.Device, as_json: bool) -> None:
+def _print_grid_plan(grid: Sweep, *, device: console.Device, as_json: bool) -> None:
     """What --dry-run prints: every arm with tokens, parameters and estimates, and the total."""
     import json
 
-    from ln_removal.pipelines.plan import plan_grid
+    from ln_removal.pipelines.plan import plan_sweep
 
-    found = plan_grid(grid, device=console.planned_device(device))
+    found = plan_sweep(grid, device=console.planned_device(device))
     if as_json:
         typer.echo(json.dumps(found.to_json(), indent=2))
         return

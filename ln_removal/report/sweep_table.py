@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ln_removal.config.sweep import Grid
+from ln_removal.config.sweep import Sweep
 from ln_removal.errors import UserError
 from ln_removal.files.atomic import write_json_atomically
 
@@ -119,7 +119,7 @@ class ArmRow:
 class GridTable:
     """The results of a grid as far as it is finished."""
 
-    grid: Grid
+    grid: Sweep
     rows: tuple[ArmRow, ...]
     results: Mapping[tuple[str, int], RunResult]
 
@@ -225,7 +225,7 @@ class GridTable:
 _FURTHER = ["±", "± of change", "seeds", "tokens", "time", "tokens/s"]
 
 
-def build_table(grid: Grid, results: Mapping[tuple[str, int], RunResult]) -> GridTable:
+def build_table(grid: Sweep, results: Mapping[tuple[str, int], RunResult]) -> GridTable:
     """Put the results of a grid's runs together.
 
     Args:
