@@ -23,10 +23,10 @@ from small_model import write_corpus, write_tokenizer
 from test_grid_file import GOOD, grid_file
 
 from ln_removal.config.recipe import load_recipe
-from ln_removal.config.sweep import Arm, Grid
+from ln_removal.config.sweep import Arm, Sweep
 from ln_removal.data.tokens import TokenDataset
 from ln_removal.pipelines import pretraining, sweep
-from ln_removal.report.sweep_table import GridTable, RunResult, build_table, write_result
+from ln_removal.report.sweep_table import RunResult, SweepTable, build_table, write_result
 from ln_removal.training.session import sampler_of
 
 BASE = """
@@ -414,7 +414,7 @@ def test_a_grid_has_its_own_base(file: str) -> None:
 # --------------------------------------------------------------------------------------------------------- the table
 
 
-def table_of(perplexities: dict[str, list[float | None]], baseline: str = "a") -> GridTable:
+def table_of(perplexities: dict[str, list[float | None]], baseline: str = "a") -> SweepTable:
     """The table of arms with these perplexities, one a seed; None is a run that diverged, infinity one still to come."""
     recipe = load_recipe("tiny-gpt2")
     seeds = tuple(range(max(map(len, perplexities.values()))))
@@ -429,7 +429,7 @@ def table_of(perplexities: dict[str, list[float | None]], baseline: str = "a") -
         for seed, value in enumerate(values)
         if value != math.inf
     }
-    return build_table(Grid("grid", "", seeds, baseline, arms), results)
+    return build_table(Sweep("grid", "", seeds, baseline, arms), results)
 
 
 def test_means_changes_and_spreads_by_hand() -> None:

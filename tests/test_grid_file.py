@@ -1,4 +1,4 @@
-"""Grid files: what they resolve to, and every fault of a file and of its arms at once."""
+"""Sweep files: what they resolve to, and every fault of a file and of its arms at once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ln_removal.config.recipe import load_recipe
-from ln_removal.config.sweep import Arm, Grid, available_grids, dump_grid, load_grid, slug_of
+from ln_removal.config.sweep import Arm, Sweep, available_sweeps, dump_sweep, load_sweep, slug_of
 from ln_removal.errors import UserError
 
 BASE = """
@@ -52,7 +52,7 @@ def grid_file(directory: Path, text: str, base: str = BASE) -> str:
 
 def faults_of(directory: Path, text: str, *, base: str = BASE, overrides: dict[str, object] | None = None) -> list[str]:
     with pytest.raises(UserError) as caught:
-        load_grid(grid_file(directory, text, base), overrides=overrides)
+        load_sweep(grid_file(directory, text, base), overrides=overrides)
     first, *faults = str(caught.value).splitlines()
     assert first.endswith("has a fault:" if len(faults) == 1 else f"has {len(faults)} faults:")
     return [fault.strip() for fault in faults]
@@ -66,7 +66,7 @@ def arm(name: str, settings: str = "") -> str:
 
 
 def test_arms_are_the_base_with_their_settings(tmp_path: Path) -> None:
-    grid = load_grid(grid_file(tmp_path, GOOD))
+    grid = load_sweep(grid_file(tmp_path, GOOD))
     base = load_recipe(str(tmp_path / "base.toml"))
     assert (grid.name, grid.seeds, grid.baseline, grid.tokens) == ("mine", (0, 1), "one + layer", 25_600)
     one, two = grid.arms
@@ -79,7 +79,7 @@ def test_arms_are_the_base_with_their_settings(tmp_path: Path) -> None:
 
 
 def test_runs_go_seed_by_seed(tmp_path: Path) -> None:
-    grid = load_grid(grid_file(tmp_path, GOOD))
+    grid = load_sweep(grid_file(tmp_path, GOOD))
     assert [grid.directory_name(*run) for run in grid.order()] == [
         *("one-layer-seed0", "two-layers-seed0"),
         *("one-layer-seed1", "two-layers-seed1"),
@@ -89,11 +89,11 @@ def test_runs_go_seed_by_seed(tmp_path: Path) -> None:
 def test_a_table_of_a_section_is_as_good_as_dotted_keys(tmp_path: Path) -> None:
     nested = GOOD.replace('"architecture.n_layer" = 2', "architecture.n_layer = 2, training = { clip = 0.5 }")
     dotted = GOOD.replace('"architecture.n_layer" = 2', '"architecture.n_layer" = 2, "training.clip" = 0.5')
-    assert load_grid(grid_file(tmp_path, nested)) == load_grid(grid_file(tmp_path, dotted))
+    assert load_sweep(grid_file(tmp_path, nested)) == load_sweep(grid_file(tmp_path, dotted))
 
 
 def test_settings_and_steps_apply_to_every_arm(tmp_path: Path) -> None:
-    grid = load_grid(grid_file(tmp_path, GOOD), overrides={"training.clip": 0.5}, steps=50)
+    grid = load_sweep(grid_file(tmp_path, GOOD), overrides={"training.clip": 0.5}, steps=50)
     assert [each.recipe.training.clip for each in grid.arms] == [0.5, 0.5]
     assert [each.recipe.training.warmup_steps for each in grid.arms] == [5, 5]  # scaled with the steps
     assert grid.tokens == 50 * 256
@@ -105,27 +105,27 @@ def test_base_by_path_with_or_without_suffix_or_by_built_in_name(tmp_path: Path)
     file = tmp_path / "below" / "grid.toml"
     for base in ("../base.toml", "../base"):
         file.write_text(GOOD.replace('"base"', f'"{base}"'), encoding="utf-8")
-        assert load_grid(str(file)).tokens == 25_600
+        assert load_sweep(str(file)).tokens == 25_600
     file.write_text(GOOD.replace('"base"', '"tiny-gpt2"'), encoding="utf-8")
-    assert load_grid(str(file)).arms[0].recipe == load_recipe("tiny-gpt2")
+    assert load_sweep(str(file)).arms[0].recipe == load_recipe("tiny-gpt2")
 
 
 def test_built_in_grids_load_by_name() -> None:
-    assert "normfree/table" in available_grids()
-    for name in available_grids():
-        grid = load_grid(name)
+    assert "normfree/table" in available_sweeps()
+    for name in available_sweeps():
+        grid = load_sweep(name)
         assert grid.baseline in [each.name for each in grid.arms]
-    arms = {each.name: each.recipe.architecture for each in load_grid("normfree/table").arms}
+    arms = {each.name: each.recipe.architecture for each in load_sweep("normfree/table").arms}
     assert list(arms) == ["LN + GELU", "LN + ReLU", "norm-free + GELU", "norm-free + ReLU"]
 
 
 def test_what_is_kept_in_the_directory_tells_grids_apart(tmp_path: Path) -> None:
-    grid = load_grid(grid_file(tmp_path, GOOD))
-    assert load_grid(grid_file(tmp_path, GOOD)) == grid
-    kept = tomllib.loads(dump_grid(grid))
+    grid = load_sweep(grid_file(tmp_path, GOOD))
+    assert load_sweep(grid_file(tmp_path, GOOD)) == grid
+    kept = tomllib.loads(dump_sweep(grid))
     assert kept["arms"]["two layers"]["architecture"]["n_layer"] == 2
-    other = load_grid(grid_file(tmp_path, GOOD), overrides={"training.clip": 0.5})
-    assert dump_grid(other) != dump_grid(grid)
+    other = load_sweep(grid_file(tmp_path, GOOD), overrides={"training.clip": 0.5})
+    assert dump_sweep(other) != dump_sweep(grid)
 
 
 @given(st.text())
@@ -138,7 +138,7 @@ def test_slugs_are_plain_file_names(name: str) -> None:
 @given(st.integers(1, 5), st.lists(st.integers(0, 9), min_size=1, max_size=4, unique=True))
 def test_the_order_has_each_run_once_and_finishes_a_seed_first(arms: int, seeds: list[int]) -> None:
     recipe = load_recipe("tiny-gpt2")
-    grid = Grid("grid", "", tuple(seeds), "0", tuple(Arm(str(number), str(number), recipe) for number in range(arms)))
+    grid = Sweep("grid", "", tuple(seeds), "0", tuple(Arm(str(number), str(number), recipe) for number in range(arms)))
     order = [(each.name, seed) for each, seed in grid.order()]
     assert len(set(order)) == len(order) == arms * len(seeds)
     assert [seed for _, seed in order[::arms]] == seeds
@@ -222,12 +222,12 @@ def test_arms_that_cannot_be_compared_are_refused(tmp_path: Path, settings: str,
 
 def test_equal_tokens_in_other_steps_are_fine(tmp_path: Path) -> None:
     text = GOOD.replace('n_layer" = 2', 'n_layer" = 2, "training.steps" = 50, "training.tokens_per_step" = 512')
-    assert load_grid(grid_file(tmp_path, text)).tokens == 25_600
+    assert load_sweep(grid_file(tmp_path, text)).tokens == 25_600
 
 
 def test_vocabularies_may_differ_where_the_tokenizer_is_given(tmp_path: Path) -> None:
     text = GOOD.replace('n_layer" = 2', 'vocab_size" = 600')
-    assert len(load_grid(grid_file(tmp_path, text), overrides={"data.tokenizer": "tiny"}).arms) == 2
+    assert len(load_sweep(grid_file(tmp_path, text), overrides={"data.tokenizer": "tiny"}).arms) == 2
 
 
 def test_an_override_that_makes_arms_equal_is_refused(tmp_path: Path) -> None:
@@ -249,11 +249,11 @@ def test_an_override_that_makes_arms_equal_is_refused(tmp_path: Path) -> None:
 )
 def test_other_mistakes(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
-        load_grid(grid_file(tmp_path, text))
+        load_sweep(grid_file(tmp_path, text))
 
 
 def test_a_grid_that_is_not_there_names_those_that_are() -> None:
     with pytest.raises(UserError, match="'normfree/table'"):
-        load_grid("normfree/tabel")
+        load_sweep("normfree/tabel")
     with pytest.raises(UserError, match=r"no/such\.toml"):
-        load_grid("no/such.toml")
+        load_sweep("no/such.toml")

@@ -10,7 +10,7 @@ carried=benchmarks/gpu/carried
 rm -rf $carried/wheels $carried/site
 .venv/bin/python -m pip download --quiet --disable-pip-version-check --no-deps --dest $carried/wheels --only-binary=:all: \
     --python-version 3.12 --implementation cp --platform manylinux2014_x86_64 -c constraints.txt \
-    pydantic pydantic-core annotated-types typing-inspection tomli-w
+    pydantic pydantic-core annotated-types typing-inspection tomli-w filelock
 if [ $# -ge 1 ]; then
     mkdir -p $carried/peers
     cp -r "$1"/*gpt2_noLN* "$1"/*removing-layer-norm* $carried/peers/

@@ -12,9 +12,9 @@ from ln_removal.cli import console
 from ln_removal.errors import UserError
 
 if TYPE_CHECKING:
-    from ln_removal.config.sweep import Grid
+    from ln_removal.config.sweep import Sweep
     from ln_removal.pipelines.pretraining import PretrainResult
-    from ln_removal.report.sweep_table import GridTable
+    from ln_removal.report.sweep_table import SweepTable
 
 DEFAULT_RECIPE = "tiny-gpt2"
 
@@ -81,16 +81,16 @@ def pretrain(
     if grid is not None:
         if recipe is not None:
             raise UserError("--grid names its base recipe itself; leave --recipe out, or --grid")
-        from ln_removal.config.sweep import load_grid
+        from ln_removal.config.sweep import load_sweep
 
-        found = load_grid(grid, overrides=overrides, steps=steps)
+        found = load_sweep(grid, overrides=overrides, steps=steps)
         if dry_run:
             _print_grid_plan(found, device=device, as_json=as_json)
             return
-        from ln_removal.pipelines.sweep import run_grid
+        from ln_removal.pipelines.sweep import run_sweep
 
         place = out or Path("checkpoints") / f"{found.name}-grid"
-        _print_table(run_grid(found, place, progress=console.progress(), **common), place, as_json=as_json)
+        _print_table(run_sweep(found, place, progress=console.progress(), **common), place, as_json=as_json)
         return
     resolved = resolve_pretraining(recipe or DEFAULT_RECIPE, overrides=overrides, steps=steps)
     if dry_run:
@@ -118,7 +118,7 @@ def _print_scores(result: PretrainResult, *, as_json: bool) -> None:
     typer.echo(f"model: {result.model}   validation cross-entropy {result.cross_entropy:.4f} nats per token{per_byte}")
 
 
-def _print_table(table: GridTable, place: Path, *, as_json: bool) -> None:
+def _print_table(table: SweepTable, place: Path, *, as_json: bool) -> None:
     from ln_removal.report.sweep_table import TABLE_MARKDOWN, render_table
 
     if as_json:
@@ -128,11 +128,11 @@ def _print_table(table: GridTable, place: Path, *, as_json: bool) -> None:
     typer.echo(f"table: {place / TABLE_MARKDOWN}")
 
 
-def _print_grid_plan(grid: Grid, *, device: console.Device, as_json: bool) -> None:
+def _print_grid_plan(grid: Sweep, *, device: console.Device, as_json: bool) -> None:
     """What --dry-run prints: every arm with tokens, parameters and estimates, and the total."""
-    from ln_removal.pipelines.plan import plan_grid
+    from ln_removal.pipelines.plan import plan_sweep
 
-    found = plan_grid(grid, device=console.planned_device(device))
+    found = plan_sweep(grid, device=console.planned_device(device))
     if as_json:
         typer.echo(json.dumps(found.to_json(), indent=2))
         return

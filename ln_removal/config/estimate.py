@@ -1,4 +1,4 @@
-"""Estimates for a run from its sizes alone: parameters, memory and time, without weights or network.
+"""Estimates of a run's parameters, memory and time from its sizes alone, without weights or network.
 
 Memory is estimated as parameters, gradients and moments in float32, plus what the forward pass keeps for the backward
 pass: for B sequences of T tokens, L layers of width D and a vocabulary of V,
@@ -31,7 +31,7 @@ KNOWN_ARCHITECTURES = {
     "gpt2-large": _published(36, 20, 1280),
     "gpt2-xl": _published(48, 25, 1600),
 }
-"""Published sizes, so that planning them needs neither weights nor network."""
+"""The published sizes. Planning a run of one of them needs no network."""
 
 _OWNERS = ("openai-community/", "distilbert/")
 
@@ -45,7 +45,7 @@ def published_architecture(name: str) -> ArchitectureSpec | None:
 
 @dataclass(frozen=True)
 class DevicePeak:
-    """A GPU's dense peak in FLOP/s, for bfloat16 or float16 and for float32 inputs (TensorFloat-32), and its memory in bytes."""
+    """A GPU's dense peak in FLOP/s, for bfloat16 and float16 inputs and for float32 ones (TensorFloat-32), and its memory in bytes."""
 
     bfloat16: float
     float32: float
@@ -61,15 +61,15 @@ DEVICE_PEAKS = {
     "RTX 3090": DevicePeak(71e12, 35.6e12, 24 * 10**9),
     "L4": DevicePeak(121e12, 60e12, 24 * 10**9),
 }
-"""From the makers' data sheets; the part of a name that identifies the GPU, the first match counts."""
+"""By a part of the GPU's name, of which the first match counts. The numbers are those of the makers' data sheets."""
 
 ASSUMED_UTILISATION = 0.30
-"""Share of the peak: nanoGPT reaches it with GPT-2 small on an A100 (107k tokens/s), llm.c reaches 0.41 on an H100."""
+"""Share of the peak. nanoGPT reaches this share with GPT-2 small on an A100 (107k tokens/s), llm.c 0.41 on an H100."""
 
 ACTIVATION_BYTES = {("bfloat16", True): 40, ("bfloat16", False): 82, ("float32", True): 76, ("float32", False): 140}
 """c of the module's formula, by (precision, compiled)."""
 
-# The same numbers as in training/cross_entropy.py and training/setup.py, which import torch: planning answers without it.
+# The same numbers as in training/cross_entropy.py and training/setup.py. Those import torch, which planning does without.
 POSITIONS_IN_A_CHUNK = 8192  # on a GPU
 CPU_TOKENS_IN_A_PASS = 4096
 LARGEST_AUTOMATIC_MICRO_BATCH = 128
@@ -92,10 +92,10 @@ class Memory:
 
 
 def count_parameters(shape: ArchitectureSpec) -> int:
-    """Parameters of a model of this architecture, a tied unembedding counted once.
+    """Parameters of a model of this architecture, with a tied unembedding counted once.
 
-    GPT-2 as published: V D + P D + L (12 D^2 + 13 D) + 2 D, P positions. Pythia has 2 V D and no P D. Without norms L 4 D
-    and 2 D are missing, with the paper's biases 7 of the 9 D that a layer has.
+    The published GPT-2 has V D + P D + L (12 D^2 + 13 D) + 2 D with P positions, and Pythia 2 V D in place of V D + P D. A model
+    without norms lacks L 4 D and 2 D of these. With the paper's biases a layer has 2 D in place of 9 D biases.
     """
     width, layers = shape.n_embd, shape.n_layer
     embeddings = 2 * shape.vocab_size if shape.family == "pythia" else shape.vocab_size + shape.n_positions
@@ -143,12 +143,12 @@ def has_teacher(recipe: Recipe) -> bool:
 
 
 def peak_of(device: str) -> DevicePeak | None:
-    """The peak of a GPU by its name; None for a CPU and for GPUs that the table does not know."""
+    """The peak of a GPU by its name; None for a CPU and for a GPU that is not in the table."""
     return next((peak for name, peak in DEVICE_PEAKS.items() if name.lower() in device.lower()), None)
 
 
 def micro_batch_of(recipe: Recipe, shape: ArchitectureSpec, peak: DevicePeak | None, processes: int) -> int:
-    """What the recipe says, or for "auto" the largest divisor of a process's share that should do."""
+    """The recipe's micro-batch, or for "auto" the largest divisor of a process's share that should fit into memory."""
     context = recipe.data.context
     sequences = recipe.training.tokens_per_step // context
     if sequences % processes:
@@ -176,7 +176,7 @@ def memory_assumption(recipe: Recipe) -> str:
 
 
 def readable_size(count: float) -> str:
-    """Bytes in a unit that keeps the number readable (powers of 1,000)."""
+    """A number of bytes in a unit that suits it (powers of 1,000), such as "3.2 GB"."""
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.0f} {unit}"
@@ -185,7 +185,7 @@ def readable_size(count: float) -> str:
 
 
 def readable_duration(seconds: float) -> str:
-    """Seconds as the largest two units that matter."""
+    """A number of seconds in a unit that suits it, such as "12 min"."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     if seconds < 90 * 60:

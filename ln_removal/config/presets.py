@@ -1,4 +1,4 @@
-"""The same recipe for a shorter or longer run or for another model, and the recipe to start from for any model."""
+"""Recipes for other lengths and depths than they were written for, and the default recipe of every model."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ _MOMENTS = ("ln_2_start", "qk_start", "v_start", "ln_f_at")
 _GAPS = ("ln_2_gap", "qk_gap", "v_gap")
 
 _WRITTEN_FOR = {"distilgpt2": 6, "gpt2": 12, "gpt2-medium": 24, "gpt2-large": 36, "gpt2-xl": 48}
-"""Default recipes and the layers of their models."""
+"""The default recipes, and the number of layers of the models that they were written for."""
 
 
 def default_recipe(model: str, shape: ArchitectureSpec) -> Recipe:
     """The removal recipe for a model when none is named.
 
-    That is the built-in recipe of the model's own name (a Hub owner is ignored); for any other model the one written
-    for the closest depth, with gaps and context fitted to the model.
+    That is the built-in recipe of the model's own name, without a Hub owner. For any other model it is the recipe written for
+    the closest depth, with gaps and context fitted to the model.
 
     Args:
         model: "tiny", a local directory or a Hub id.
@@ -40,7 +40,7 @@ def default_recipe(model: str, shape: ArchitectureSpec) -> Recipe:
 def resolve_pretraining(
     recipe: str, *, overrides: Mapping[str, object] | None = None, steps: int | None = None
 ) -> Recipe:
-    """The pretraining that a user asks for; arguments as of `resolve_recipe`.
+    """The pretraining recipe for what a user names; the arguments are those of `plan.resolve_recipe`.
 
     Raises:
         UserError: there is no such recipe, it is a removal recipe, or the result has faults.
@@ -63,13 +63,13 @@ def check_is_pretraining(recipe: Recipe) -> None:
 
 
 def with_steps(recipe: Recipe, steps: int) -> Recipe:
-    """Compress or stretch a run to another number of steps: schedule, warm-up and decay scale with it.
+    """Change the number of steps of a run; schedule, warm-up and decay are scaled with it.
 
-    Step 1 stays step 1 (statistics need one step before the first freeze) and the last step stays the last; numbers are
-    rounded down. So a schedule that fits its run fits the scaled one, whatever the model's depth.
+    Step 1 stays step 1, because statistics need one step before the first freeze, and the last step stays the last. Numbers are
+    rounded down. A schedule that fits its run therefore also fits the scaled run, whatever the model's depth.
 
     Raises:
-        UserError: too few steps: a removal needs 2, one that gathers statistics and one with everything frozen.
+        UserError: too few steps. A removal needs 2: one that gathers statistics and one with everything frozen.
     """
     least = 1 if recipe.schedule is None else 2
     if steps < least:
@@ -86,12 +86,12 @@ def with_steps(recipe: Recipe, steps: int) -> Recipe:
 
 
 def with_layers(recipe: Recipe, *, written_for: int, n_layer: int) -> Recipe:
-    """Fit a removal to a model of another depth: gaps change so that each kind of site takes no longer than before.
+    """Fit a removal to a model of another depth. The gaps change so that no kind of site takes longer than before.
 
     Args:
-        recipe: a removal recipe; a pretraining recipe comes back unchanged.
-        written_for: number of layers of the model the recipe was written for.
-        n_layer: number of layers of the model to be used.
+        recipe: a removal recipe; a pretraining recipe is returned unchanged.
+        written_for: the number of layers that the recipe was written for.
+        n_layer: the number of layers of the model.
     """
     if recipe.schedule is None or written_for == n_layer:
         return recipe
@@ -100,7 +100,7 @@ def with_layers(recipe: Recipe, *, written_for: int, n_layer: int) -> Recipe:
 
 
 def _scaled(spec: ScheduleSpec, new: int, old: int) -> ScheduleSpec:
-    """Durations times new / old, rounded down; moments likewise, counted from step 1."""
+    """The schedule with every duration multiplied by new / old and rounded down; so are moments, counted from step 1."""
     changes: dict[str, object] = {}
     for key, value in dict(spec).items():
         if key in _MOMENTS and value is not None:

@@ -1,4 +1,6 @@
-"""The schema of a grid file: several arms, changes to one base recipe each, trained with the same seeds on the same tokens.
+"""The schema of a sweep's file, which `ln-pretrain --grid` takes.
+
+A sweep has several arms. Each arm is a base recipe with some changes, and is trained with the same seeds on the same tokens.
 
     name = "table"
     base = "small-python"        # a recipe: a file beside the grid file, with or without .toml, or a built-in's name
@@ -9,8 +11,8 @@
     name = "LN + GELU"
     set = { "architecture.activation" = "gelu" }
 
-An arm's settings replace values of the base literally. All arms are resolved and checked before anything is trained, and
-every fault of all of them is reported at once.
+An arm's settings replace values of the base literally. All arms are resolved and checked before anything is trained, and all
+faults of all arms are reported at once.
 """
 
 from __future__ import annotations
@@ -32,8 +34,8 @@ from ln_removal.config.validation import did_you_mean
 from ln_removal.errors import UserError
 from ln_removal.files.resources import recipes_directory
 
-SET_BY_THE_GRID = ("name", "seed")
-"""Keys of a recipe that an arm may not set: the grid gives each run its name and its seed."""
+SET_BY_THE_SWEEP = ("name", "seed")
+"""Keys of a recipe that an arm may not set, because the sweep gives each run its name and its seed."""
 
 
 class _Spec(BaseModel):
@@ -42,7 +44,7 @@ class _Spec(BaseModel):
 
 
 class ArmSpec(_Spec):
-    """One arm as written. `set` holds dotted keys of a recipe; a section's keys may stand in a table of its name instead."""
+    """One arm as written. `set` has dotted keys of a recipe, or tables with the keys of a section."""
 
     name: Annotated[str, Field(min_length=1)]
     set: dict[str, Any] = Field(default_factory=dict)
@@ -58,8 +60,8 @@ class ArmSpec(_Spec):
         return found
 
 
-class GridSpec(_Spec):
-    """A grid file as written."""
+class SweepSpec(_Spec):
+    """The file of a sweep as written."""
 
     name: Annotated[str, Field(min_length=1)]
     description: str = ""
@@ -71,7 +73,7 @@ class GridSpec(_Spec):
 
 @dataclass(frozen=True)
 class Arm:
-    """A row of the table: its name, the start of its directories' names, and its recipe but for the seed."""
+    """An arm: its name, the beginning of its directories' names, and its recipe, in which the seed is still to be set."""
 
     name: str
     slug: str
@@ -79,8 +81,8 @@ class Arm:
 
 
 @dataclass(frozen=True)
-class Grid:
-    """A resolved grid: every arm is a valid recipe, and all of them train on equally many tokens of the same text."""
+class Sweep:
+    """A resolved sweep: every arm is a valid recipe, and all of them train on equally many tokens of the same text."""
 
     name: str
     description: str
@@ -89,15 +91,15 @@ class Grid:
     arms: tuple[Arm, ...]
 
     def recipe_of(self, arm: Arm, seed: int) -> Recipe:
-        """The recipe of one run: that of the arm with this seed, under the name of its directory."""
+        """The recipe of one run: that of the arm, with this seed, named after the run's directory."""
         return arm.recipe.model_copy(update={"seed": seed, "name": self.directory_name(arm, seed)})
 
     def directory_name(self, arm: Arm, seed: int) -> str:
-        """Where in the grid's directory a run lies, such as "ln-gelu-seed0"."""
+        """The name of a run's directory inside the sweep's, such as "ln-gelu-seed0"."""
         return f"{arm.slug}-seed{seed}"
 
     def order(self) -> list[tuple[Arm, int]]:
-        """The runs in training order, seed by seed: an unfinished grid has whole columns of arms for its first seeds."""
+        """The runs in training order, seed by seed, so that an unfinished sweep has all arms for its first seeds."""
         return [(arm, seed) for seed in self.seeds for arm in self.arms]
 
     @property
@@ -106,15 +108,15 @@ class Grid:
         return self.arms[0].recipe.tokens
 
 
-def available_grids() -> list[str]:
-    """Names of the built-in grids, sorted."""
+def available_sweeps() -> list[str]:
+    """Names of the built-in sweeps, sorted."""
     directory = recipes_directory()
     names = {path.relative_to(directory).with_suffix("").as_posix() for path in directory.rglob("*.toml")}
     return sorted(names - {*available_recipes()})
 
 
-def load_grid(name_or_path: str, *, overrides: Mapping[str, object] | None = None, steps: int | None = None) -> Grid:
-    """Load a grid file, or a built-in grid such as "normfree/table", with the recipes of all its arms.
+def load_sweep(name_or_path: str, *, overrides: Mapping[str, object] | None = None, steps: int | None = None) -> Sweep:
+    """Load a sweep's file, or a built-in one such as "normfree/table", with the recipes of all its arms.
 
     Args:
         name_or_path: a path, or a built-in name.
@@ -135,7 +137,7 @@ def load_grid(name_or_path: str, *, overrides: Mapping[str, object] | None = Non
         raise UserError(f"{path} is a recipe, not a grid: it has no [[arms]]; train it with --recipe")
     document.setdefault("name", path.stem)
     try:
-        spec = GridSpec.model_validate(document)
+        spec = SweepSpec.model_validate(document)
     except ValidationError as error:
         raise _refused(path, _schema_faults(error.errors(include_url=False), document)) from None
     changed = dict(overrides or {})
@@ -144,29 +146,29 @@ def load_grid(name_or_path: str, *, overrides: Mapping[str, object] | None = Non
     faults += arm_faults or _comparison_faults(arms, spec.baseline)
     if faults:
         raise _refused(path, faults)
-    return Grid(spec.name, spec.description, tuple(spec.seeds), spec.baseline, tuple(arms))
+    return Sweep(spec.name, spec.description, tuple(spec.seeds), spec.baseline, tuple(arms))
 
 
 def slug_of(name: str) -> str:
-    """An arm's name as a file name: letters and digits, in lower case, joined by dashes."""
+    """An arm's name as a file name: its letters and digits in lower case, joined by dashes."""
     return "-".join(re.findall(r"[a-z0-9](?:[a-z0-9.]*[a-z0-9])?", name.lower()))
 
 
-def dump_grid(grid: Grid) -> str:
+def dump_sweep(grid: Sweep) -> str:
     """The resolved grid as TOML: what is kept in its directory, to find out at --resume whether it is the same one."""
-    arms = {arm.name: arm.recipe.model_dump(exclude={*SET_BY_THE_GRID}, exclude_none=True) for arm in grid.arms}
+    arms = {arm.name: arm.recipe.model_dump(exclude={*SET_BY_THE_SWEEP}, exclude_none=True) for arm in grid.arms}
     return tomli_w.dumps({"name": grid.name, "seeds": grid.seeds, "baseline": grid.baseline, "arms": arms})
 
 
 def _find(name_or_path: str) -> Path:
-    """The given path, or the file of a built-in grid."""
+    """The given path, or the file of a built-in sweep."""
     path = Path(name_or_path)
     if path.is_file():
         return path
     built_in = recipes_directory() / f"{name_or_path}.toml"
     if not name_or_path.endswith(".toml") and built_in.is_file():
         return built_in
-    names = available_grids()
+    names = available_sweeps()
     hint = did_you_mean(name_or_path, names)
     raise UserError(
         f"there is no grid {name_or_path}{hint}; give the path of a grid file, or one of: {', '.join(names)}"
@@ -174,7 +176,7 @@ def _find(name_or_path: str) -> Path:
 
 
 def _base(name: str, directory: Path) -> str:
-    """The base recipe as `load_recipe` takes it: a file beside the grid file, or else as it is."""
+    """The base recipe as `load_recipe` takes it: the path of a file beside the sweep's, else the name as it is."""
     for candidate in (directory / name, directory / f"{name}.toml"):
         if candidate.suffix == ".toml" and candidate.is_file():
             return str(candidate)
@@ -182,9 +184,9 @@ def _base(name: str, directory: Path) -> str:
 
 
 def _resolve(
-    spec: GridSpec, base: str, overrides: Mapping[str, object], steps: int | None
+    spec: SweepSpec, base: str, overrides: Mapping[str, object], steps: int | None
 ) -> tuple[list[Arm], list[str]]:
-    """The arms whose recipes are valid, and what is wrong with the base and with the other arms."""
+    """The arms whose recipes are valid, and the faults of the base and of the other arms."""
     found, base_faults = _load(base, overrides, steps)
     faults = [f"base {spec.base}: {fault}" for fault in base_faults]
     if found is not None and found.architecture is None:
@@ -201,7 +203,7 @@ def _resolve(
 
 
 def _load(base: str, overrides: Mapping[str, object], steps: int | None) -> tuple[Recipe | None, list[str]]:
-    """The recipe, or None and what is wrong with it."""
+    """The recipe and no faults, or None and its faults."""
     try:
         recipe = load_recipe(base, overrides)
         return recipe if steps is None else with_steps(recipe, steps), []
@@ -210,8 +212,8 @@ def _load(base: str, overrides: Mapping[str, object], steps: int | None) -> tupl
         return None, [fault.strip() for fault in more or [first]]
 
 
-def _naming_faults(spec: GridSpec) -> list[str]:
-    """Names and seeds that are there twice, and a baseline that is none of the arms."""
+def _naming_faults(spec: SweepSpec) -> list[str]:
+    """Faults of names and seeds: one that is there twice, or a baseline that is none of the arms."""
     faults = []
     names = [arm.name for arm in spec.arms]
     for name in _repeated(names):
@@ -234,11 +236,11 @@ def _naming_faults(spec: GridSpec) -> list[str]:
 
 def _reserved_faults(place: str, settings: Mapping[str, object]) -> list[str]:
     said = {"seed": "list them under seeds, they are the same for all arms", "name": "the grid names its runs"}
-    return [f"{place}: {key} cannot be set here; {said[key]}" for key in SET_BY_THE_GRID if key in settings]
+    return [f"{place}: {key} cannot be set here; {said[key]}" for key in SET_BY_THE_SWEEP if key in settings]
 
 
 def _comparison_faults(arms: Sequence[Arm], baseline: str) -> list[str]:
-    """Why the arms could not be compared: other tokens, other text, or nothing that differs."""
+    """Reasons why the arms could not be compared: they train on other tokens or other text, or two are the same."""
     faults = []
     reference = next((arm for arm in arms if arm.name == baseline), arms[0])
     for arm in arms:
@@ -262,7 +264,7 @@ def _comparison_faults(arms: Sequence[Arm], baseline: str) -> list[str]:
 
 
 def _vocabulary_faults(arm: Arm, reference: Arm) -> list[str]:
-    """A tokenizer that is trained for the grid is trained once, so there is one size for it."""
+    """A tokenizer that is trained for the sweep is trained once, so all arms need the same vocabulary size."""
     assert arm.recipe.architecture is not None and reference.recipe.architecture is not None
     here, there = arm.recipe.architecture.vocab_size, reference.recipe.architecture.vocab_size
     if here == there or arm.recipe.data.tokenizer:
@@ -274,7 +276,7 @@ def _vocabulary_faults(arm: Arm, reference: Arm) -> list[str]:
 
 
 def _schema_faults(errors: Iterable[ErrorDetails], document: Mapping[str, Any]) -> list[str]:
-    """What pydantic found, one line a fault, in the words of config/validation.py."""
+    """The faults that pydantic found, one line each, worded as in config/validation.py."""
     faults = []
     for error in errors:
         location = error["loc"]
@@ -282,7 +284,7 @@ def _schema_faults(errors: Iterable[ErrorDetails], document: Mapping[str, Any]) 
         place = _arm_label(document, location[1]) + ": " if in_arm else ""
         key = ".".join(map(str, location[2:] if in_arm else location[:1]))
         if error["type"] == "extra_forbidden":
-            known = list((ArmSpec if in_arm else GridSpec).model_fields)
+            known = list((ArmSpec if in_arm else SweepSpec).model_fields)
             text = "unknown key" + (did_you_mean(key, known) or f"; known here: {', '.join(known)}")
         elif error["type"] == "missing":
             text = "missing; add it"
@@ -305,7 +307,7 @@ def _arm_label(document: Mapping[str, Any], number: int | str) -> str:
 
 
 def _repeated(values: Iterable[Any]) -> list[Any]:
-    """What is there more than once, in the order in which it comes up."""
+    """The values that are there more than once, in order of their first appearance."""
     counted: dict[Any, int] = {}
     for value in values:
         counted[value] = counted.get(value, 0) + 1

@@ -1,6 +1,6 @@
-"""The dry run: what a recipe, or every arm of a sweep, will do to a model, how much memory it takes and how long.
+"""The dry run: find and resolve the recipe that a command names, and estimate what a run or a sweep of it takes.
 
-The recipe is found and resolved first. Nothing is trained, and no weights are read.
+Nothing is trained, and no weights are read.
 """
 
 from __future__ import annotations
@@ -32,30 +32,30 @@ from ln_removal.config.estimate import (
 )
 from ln_removal.config.presets import check_is_removal, default_recipe, with_steps
 from ln_removal.config.recipe import ArchitectureSpec, Recipe, dump_toml, load_recipe, with_overrides
-from ln_removal.config.sweep import Grid
+from ln_removal.config.sweep import Sweep
 from ln_removal.errors import UserError
 from ln_removal.models.loading import load_config, sizes_of
 from ln_removal.norms.schedule import RemovalSchedule, expand
 
 REMOVABLE = ("gpt2", "normfree_gpt2")
-"""Model types that a removal may be planned for; the latter is refused later, with what it is."""
+"""Model types that a removal may be planned for. An LN-free model is refused later, with a message that says so."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will be.
+    """The plan of one run.
 
     Attributes:
-        recipe: resolved, defaults and overrides applied.
+        recipe: resolved, with defaults and overrides.
         architecture: of the model that the recipe names.
         schedule: None for pretraining.
-        device: as asked for: "cpu", or a GPU's name.
-        micro_batch: sequences of one forward pass, chosen as training would where the recipe says "auto".
-        parameters: of the model, the tied unembedding counted once.
-        memory: estimate for one device.
-        seconds: estimate for the whole run, its control included if planned; None where only a run can tell.
+        device: "cpu", or a GPU's name.
+        micro_batch: sequences of one forward pass; if the recipe says "auto", the number that training would choose.
+        parameters: of the model, with a tied unembedding counted once.
+        memory: an estimate for one device.
+        seconds: an estimate for the whole run, with its control if there is one; None if it cannot be estimated.
         seconds_elsewhere: the same on one GPU of other kinds, by name.
-        assumptions: sentences that say what the estimates rest on.
+        assumptions: what the estimates assume, in sentences.
     """
 
     recipe: Recipe
@@ -161,7 +161,7 @@ def plan(
     control: bool = False,
     processes: int = 1,
 ) -> Plan:
-    """Work out what a run will be, without running any of it.
+    """Plan a run and estimate its memory and time, without running any of it.
 
     Args:
         recipe: a removal or a pretraining recipe.
@@ -209,7 +209,7 @@ def plan(
 
 
 def _flops(recipe: Recipe, shape: ArchitectureSpec, *, control: bool) -> float:
-    """Of the whole run. A teacher's forward pass is a third of forward and backward; the control has no teacher."""
+    """FLOPs of the whole run. A teacher's forward pass adds a third to forward and backward; the control has no teacher."""
     passes = (4 / 3 if has_teacher(recipe) else 1) + (1 if control else 0)
     return recipe.tokens * flops_per_token(shape, recipe.data.context) * passes
 
@@ -217,7 +217,7 @@ def _flops(recipe: Recipe, shape: ArchitectureSpec, *, control: bool) -> float:
 def _assumptions(
     recipe: Recipe, memory: Memory, device: str, tokens_per_second: float | None, *, control: bool
 ) -> tuple[str, ...]:
-    """What the estimates of a plan rest on, in sentences."""
+    """What the estimates of a plan assume, in sentences."""
     peak = peak_of(device)
     found = [memory_assumption(recipe)]
     if peak is not None and memory.total > peak.memory:
@@ -246,7 +246,7 @@ def architecture_of(recipe: Recipe) -> ArchitectureSpec:
 
 
 def architecture_of_model(name: str) -> ArchitectureSpec:
-    """The architecture of a model: a published size, known without asking the Hub, or what config.json says.
+    """The architecture of a model: that of a published size, which needs no Hub, or that of its config.json.
 
     Raises:
         UserError: the model is neither a published size nor a readable GPT-2 (see `loading.load_config`).
@@ -259,7 +259,7 @@ def architecture_of_model(name: str) -> ArchitectureSpec:
     if config.model_type not in REMOVABLE:
         raise UserError(
             f"{name} is a {config.model_type}; LayerNorm can be removed from a GPT-2 (model_type 'gpt2'), and this kind of model "
-            "scored, observed and pretrained"
+            "can only be scored, observed and pretrained"
         )
     return ArchitectureSpec.model_validate(sizes_of(config))
 
@@ -271,7 +271,7 @@ def resolve_recipe(
     overrides: Mapping[str, object] | None = None,
     steps: int | None = None,
 ) -> Recipe:
-    """The removal that a user asks for by a model's name, a recipe's, or both.
+    """The removal recipe for what a user names: a model, a recipe, or both.
 
     Args:
         model: "tiny", a published size, a directory or a Hub id; replaces the recipe's model.
@@ -283,7 +283,6 @@ def resolve_recipe(
         UserError: neither is named, there is no such model or recipe, it is a pretraining recipe, or the result has
             faults.
     """
-
     if model is None and recipe is None:
         raise UserError(
             "name what to remove LayerNorm from: --model tiny, --model gpt2, --model DIRECTORY or --recipe NAME"
@@ -298,28 +297,30 @@ def resolve_recipe(
 
 
 @dataclass(frozen=True)
-class GridPlan:
-    """What a grid will be: the plan of one run of each arm, in the order of the file."""
+class SweepPlan:
+    """The plan of a sweep: that of one run of each arm, in the order of the file."""
 
-    grid: Grid
+    sweep: Sweep
     plans: tuple[Plan, ...]
 
     @property
     def tokens(self) -> int:
         """Training tokens of all runs."""
-        return self.grid.tokens * len(self.grid.order())
+        return self.sweep.tokens * len(self.sweep.order())
 
     @property
     def seconds(self) -> float | None:
-        """Estimate for all runs; None where only a run can tell."""
+        """An estimate for all runs; None if it cannot be estimated."""
         found = [each.seconds for each in self.plans if each.seconds is not None]
-        return sum(found) * len(self.grid.seeds) if len(found) == len(self.plans) else None
+        return sum(found) * len(self.sweep.seeds) if len(found) == len(self.plans) else None
 
     @property
     def seconds_elsewhere(self) -> dict[str, float]:
         """The same on one GPU of other kinds, by name."""
         names = self.plans[0].seconds_elsewhere
-        return {name: sum(each.seconds_elsewhere[name] for each in self.plans) * len(self.grid.seeds) for name in names}
+        return {
+            name: sum(each.seconds_elsewhere[name] for each in self.plans) * len(self.sweep.seeds) for name in names
+        }
 
     def to_json(self) -> dict[str, object]:
         """A dictionary of plain values: what `--grid FILE --dry-run --json` prints."""
@@ -333,16 +334,16 @@ class GridPlan:
                 "micro_batch": each.micro_batch,
                 "memory_bytes": each.memory.total,
                 "seconds": each.seconds,
-                "directories": [self.grid.directory_name(arm, seed) for seed in self.grid.seeds],
+                "directories": [self.sweep.directory_name(arm, seed) for seed in self.sweep.seeds],
             }
-            for arm, each in zip(self.grid.arms, self.plans, strict=True)
+            for arm, each in zip(self.sweep.arms, self.plans, strict=True)
         ]
         return {
-            "name": self.grid.name,
-            "baseline": self.grid.baseline,
-            "seeds": list(self.grid.seeds),
+            "name": self.sweep.name,
+            "baseline": self.sweep.baseline,
+            "seeds": list(self.sweep.seeds),
             "arms": arms,
-            "runs": len(self.grid.order()),
+            "runs": len(self.sweep.order()),
             "tokens": self.tokens,
             "device": self.plans[0].device,
             "seconds": self.seconds,
@@ -351,18 +352,18 @@ class GridPlan:
 
     def render(self, console: Console) -> None:
         """Print the arms as a table, and the total."""
-        grid = self.grid
-        if grid.description:
-            console.print(grid.description, markup=False, highlight=False)
+        sweep = self.sweep
+        if sweep.description:
+            console.print(sweep.description, markup=False, highlight=False)
         table = Table(
-            title=f"grid {grid.name}: {len(grid.arms)} arms, {_count(len(grid.seeds), 'seed')}", title_justify="left"
+            title=f"grid {sweep.name}: {len(sweep.arms)} arms, {_count(len(sweep.seeds), 'seed')}", title_justify="left"
         )
         table.add_column("arm")
         for name in ("parameters", "tokens", "steps", "context", "memory", "time of a run"):
             table.add_column(name, justify="right")
         table.add_column("directories")
-        for arm, each in zip(grid.arms, self.plans, strict=True):
-            mark = " (baseline)" if arm.name == grid.baseline else ""
+        for arm, each in zip(sweep.arms, self.plans, strict=True):
+            mark = " (baseline)" if arm.name == sweep.baseline else ""
             table.add_row(
                 Text(arm.name + mark),
                 f"{each.parameters:,}",
@@ -371,11 +372,11 @@ class GridPlan:
                 f"{arm.recipe.data.context:,}",
                 f"{each.memory.total / 1e9:.1f} GB",
                 "measured" if each.seconds is None else readable_duration(each.seconds),
-                f"{arm.slug}-seed{','.join(map(str, grid.seeds))}",
+                f"{arm.slug}-seed{','.join(map(str, sweep.seeds))}",
             )
         console.print(table)
         time = "measured when it runs" if self.seconds is None else f"about {readable_duration(self.seconds)}"
-        total = f"all {_count(len(grid.order()), 'run')}: {self.tokens:,} tokens, {time} on {self.plans[0].device}"
+        total = f"all {_count(len(sweep.order()), 'run')}: {self.tokens:,} tokens, {time} on {self.plans[0].device}"
         elsewhere = [
             f"about {readable_duration(seconds)} on one {name}" for name, seconds in self.seconds_elsewhere.items()
         ]
@@ -383,17 +384,13 @@ class GridPlan:
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def plan_grid(grid: Grid, *, device: str = "cpu") -> GridPlan:
-    """Work out what a grid will be, arm by arm.
-
-    Args:
-        grid: the resolved grid.
-        device: as of `plan.plan`.
+def plan_sweep(sweep: Sweep, *, device: str = "cpu") -> SweepPlan:
+    """Plan one run of each arm; `device` as for `plan`.
 
     Raises:
-        UserError: as `plan.plan`.
+        UserError: as `plan`.
     """
-    return GridPlan(grid, tuple(plan(arm.recipe, device=device) for arm in grid.arms))
+    return SweepPlan(sweep, tuple(plan(arm.recipe, device=device) for arm in sweep.arms))
 
 
 def _count(number: int, word: str) -> str:

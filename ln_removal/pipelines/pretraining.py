@@ -1,4 +1,4 @@
-"""Pretrain a GPT-2 or a Pythia from a recipe: tokenizer, tokens, model, training, Hugging Face directory."""
+"""Pretrain a GPT-2 or a Pythia: prepare tokenizer and tokens, build the model, train it, write and measure it."""
 
 from __future__ import annotations
 
@@ -33,15 +33,18 @@ if TYPE_CHECKING:
     from ln_removal.training.metrics import Progress
 
 CHOICES = {"block_norm", "final_norm", "biases", "activation", "negative_slope", "slopes"}
-"""Entries of [architecture] that go into the configuration of a `revival_models` class as they are."""
+"""Entries of [architecture] that the configurations of models/norm_choice.py take as they are."""
 
 TOKENIZER_BYTES_PER_SOURCE = 15_000_000
-"""Text from each source of the corpus that the tokenizer is trained on."""
+"""How much text of each source of the corpus a tokenizer is trained on."""
 
 
 @dataclass(frozen=True)
 class PretrainResult:
-    """Where the model lies and what the training and its last evaluation measured."""
+    """The directory of the model, the result of its training, and its loss on the whole validation split.
+
+    `cross_entropy` is in nats per token. `bits_per_byte` is None if the tokens do not say how many bytes they were.
+    """
 
     model: Path
     training: TrainResult
@@ -82,7 +85,7 @@ def pretrain(
 
 
 def pretrain_in(context: RunContext, recipe: Recipe) -> PretrainResult:
-    """As `pretrain`, in a context that is there already."""
+    """As `pretrain`, in a context that exists already."""
     recipe = context.recipe_of(recipe)
     architecture = recipe.architecture
     assert architecture is not None
@@ -143,10 +146,11 @@ def _export(
 
 
 def build_model(architecture: ArchitectureSpec, *, eot_token_id: int) -> PreTrainedModel:
-    """A freshly initialised model (by its class: transformers' way, or see `revival_models`) without dropout, on the CPU, in float32.
+    """A freshly initialised model without dropout, on the CPU and in float32.
 
-    transformers' own class where it has the architecture, else one of `revival_models`. Models of one shape that are
-    built from the same random state begin with the same matrices if they have the same `biases`, whatever else they choose.
+    It is of transformers' own class if that has the architecture, else of a class of models/norm_choice.py, and initialised as
+    its class does it. Models of one shape and with the same `biases` begin with the same matrices if they are built from the
+    same random state, whatever else differs.
     """
     entries: dict[str, Any] = {
         "vocab_size": architecture.vocab_size,
@@ -173,7 +177,7 @@ def build_model(architecture: ArchitectureSpec, *, eot_token_id: int) -> PreTrai
 
 
 def _tokenizer(recipe: Recipe, corpus: Corpus, directory: Path) -> PreTrainedTokenizerFast:
-    """The recipe's tokenizer, or one trained on the corpus (once: a resumed run finds it in `directory`)."""
+    """The recipe's tokenizer, or one trained on the corpus. That is trained once: a resumed run finds it in `directory`."""
     assert recipe.architecture is not None
     if recipe.data.tokenizer:
         return load_tokenizer(recipe.data.tokenizer)
@@ -199,7 +203,7 @@ def _tokenizer_texts(corpus: Corpus) -> Iterator[str]:
 
 
 def prepare_tokens(context: RunContext, recipe: Recipe) -> tuple[PreTrainedTokenizerFast, TokenDataset]:
-    """The tokenizer and the corpus, prepared into `tokenizer` and `tokens` in the context's directory, or found there.
+    """The tokenizer and the tokens, made in the context's directory (`tokenizer` and `tokens`) or found there.
 
     Raises:
         UserError: as `open_corpus`, `load_tokenizer` and `prepare`.
@@ -211,7 +215,7 @@ def prepare_tokens(context: RunContext, recipe: Recipe) -> tuple[PreTrainedToken
 
 
 def _tokenizer_of(data: TokenDataset, recipe: Recipe) -> PreTrainedTokenizerFast:
-    """The tokenizer that made the given tokens: the recipe's, or else the one they name."""
+    """The tokenizer that made the given tokens: the one that the recipe names, or else the one that the tokens name."""
     name = recipe.data.tokenizer or data.tokenizer["name"]
     try:
         tokenizer = load_tokenizer(name)

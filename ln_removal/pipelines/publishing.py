@@ -1,4 +1,4 @@
-"""What is published of a run, or of an exported model: the models, scores, report, plots and a card for the repository."""
+"""Publish a run or an exported model: its models, scores, report and plots, with a card for the repository."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ LEFT_OUT = ("README.md", ".*", "*.tmp")
 
 
 def publish_run(run: Path, target: HubTarget, *, progress: bool = False) -> Published:
-    """Publish what a finished run has exported: its LN-free model, its stock form, scores, plots and card.
+    """Publish what a finished run has exported: its LN-free model, the stock form of it, scores, plots and a card.
 
     Raises:
         UserError: the run has no model yet, or publishing failed; the message says how to publish later.
@@ -49,13 +49,13 @@ def publish_run(run: Path, target: HubTarget, *, progress: bool = False) -> Publ
 
 
 def publish_export(directory: Path, source: str, target: HubTarget, *, form: Form, progress: bool = False) -> Published:
-    """Publish a model that `ln-export` has written, with the scores of the run it comes from, if it does.
+    """Publish a model that `ln-export` has written, with the scores of the run that it comes from, if there is one.
 
     Args:
-        directory: what was written.
+        directory: the exported model.
         source: what it was exported from: a run, a model's directory or a Hub id.
         target: the repository.
-        form: the format written.
+        form: the format of the exported model.
         progress: show progress bars.
 
     Raises:
@@ -71,7 +71,7 @@ def publish_export(directory: Path, source: str, target: HubTarget, *, form: For
 
 
 def run_files(run: Path, target: HubTarget) -> Files:
-    """Everything of a run that is published, with a card for the repository.
+    """All files of a run that are published, with a card for the repository.
 
     Raises:
         UserError: it is no run of ln-remove, or has not exported its model yet.
@@ -90,7 +90,7 @@ def run_files(run: Path, target: HubTarget) -> Files:
 
 
 def export_files(directory: Path, source: str, target: HubTarget, *, form: Form) -> Files:
-    """An exported model, and the scores, plots and card of the run it comes from, if it comes from one."""
+    """The files of an exported model and a card, with scores and plots if the model comes from a run."""
     run = run_of(Path(source))
     files = _model_files(directory)
     beside = {} if run is None else _beside(run)
@@ -98,7 +98,7 @@ def export_files(directory: Path, source: str, target: HubTarget, *, form: Form)
 
 
 def _model_files(directory: Path, *, prefix: str = "") -> dict[str, Path | bytes]:
-    """The files of a saved model; its card is left out, because a repository gets one of its own."""
+    """The files of a saved model. Its card is left out, because the repository gets another one."""
     return {
         prefix + path.name: path
         for path in sorted(directory.iterdir())
@@ -107,10 +107,10 @@ def _model_files(directory: Path, *, prefix: str = "") -> dict[str, Path | bytes
 
 
 def _beside(run: Path) -> dict[str, Path | bytes]:
-    """Scores, report and plots of a run, as far as it has them.
+    """Scores, report and plots of a run, as far as there are any.
 
-    Text of data that is not public stays here: where there is any, samples and continuations are left out of both. The
-    report is written anew, because the one on disk may be older than the scores.
+    Text from data that is not public is not published: samples and continuations are then left out of scores and report. The
+    report is rendered again, because the one on disk may be older than the scores.
     """
     files: dict[str, Path | bytes] = {
         f"plots/{path.name}": path
@@ -154,7 +154,7 @@ def _card(files: Files, source: str, run: Path | None, target: HubTarget, *, for
 
 
 def _hub_license(model: str) -> str | None:
-    """The license that a Hub model's own card names; None when it is no Hub model or cannot be asked."""
+    """The license that the card of a Hub model names; None if it is no Hub model or the Hub does not answer."""
     repo_id = hub_id(model)
     if model in LICENSES or repo_id is None:
         return None

@@ -1,6 +1,6 @@
-"""The main job: take a GPT-2, freeze its LayerNorms one site after the other while fine-tuning, fold, export, score.
+"""Remove the LayerNorms of a GPT-2: freeze them site by site while fine-tuning, then fold, export and score.
 
-Everything lands in one directory:
+Everything is written into one directory:
 
     recipe.toml  metrics.jsonl  training.json  results.json  tokens/  state/  model/  stock/
     control/{metrics.jsonl, state/, model/}
@@ -54,10 +54,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 VERIFY_TOKENS = 4096
-"""Held-out tokens on which the folded model is compared with the frozen one before anything is written."""
+"""The folded model is compared with the frozen one on this many held-out tokens before anything is written."""
 
 CHEAP_TOKENS = 1_000_000
-"""Tokens so few that preparing them again costs nothing."""
+"""Fewer tokens than this are prepared again in a moment."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,8 @@ def remove(
         progress: show progress bars; "lines" prints a line now and then instead.
 
     Raises:
-        UserError: anything that the user can mend. What was trained before stays in `out`; when nothing was, `out` is
-            left as it was found.
+        UserError: anything that the user can correct. What has been trained stays in `out`; if nothing has, `out` is left as
+            it was found.
     """
     began = time.perf_counter()
     check_is_removal(recipe)
@@ -130,7 +130,7 @@ def remove(
 
 
 def _finished(spec: ExportSpec, out: Path, *, control: bool, questions: str | None) -> Results | None:
-    """The results of a run that has nothing left to do, or None."""
+    """The results of a run that is complete, else None."""
     has_control = _is_model(out / "control" / "model")
     if not _is_exported(out, spec) or (control and not has_control):
         return None
@@ -205,10 +205,10 @@ def _fitting_schedule(recipe: Recipe, model: GPT2LMHeadModel) -> RemovalSchedule
 
 
 def _own_tokens(context: RunContext, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> TokenDataset:
-    """The recipe's corpus, prepared into the run's directory (once: a resumed run finds it there)."""
+    """The recipe's corpus, prepared in the run's directory. A resumed run finds it there."""
     place = context.out / "tokens"
     was_there = place.is_dir()
-    if was_there and has_trained(context.out):  # the run goes on with them, whatever has become of the corpus
+    if was_there and has_trained(context.out):  # it goes on with its tokens, even if the corpus has changed or is gone
         data = TokenDataset.open(place)
         scoring.check_same_tokenizer(tokenizer, recipe.model, data)
         return data
@@ -221,7 +221,7 @@ def _own_tokens(context: RunContext, recipe: Recipe, tokenizer: PreTrainedTokeni
         _check_enough(recipe, data)
     except UserError:
         if not was_there and data.split("train").tokens < CHEAP_TOKENS:
-            shutil.rmtree(place)  # made again in a moment, from the corpus that is meant
+            shutil.rmtree(place)  # so that the same --out can be used with another corpus
         raise
     return data
 
@@ -271,14 +271,14 @@ def export(context: RunContext, recipe: Recipe, inputs: Inputs, trained: TrainRe
     elif not report.exists():  # killed after the last step: nothing was left to train in this session
         write_json_atomically(report, asdict(trained) | last_logged(context.out / METRICS_FILE))
     validation = inputs.data.split("validation")
-    # Scoring takes a split shorter than the context too, so this must.
+    # Scoring accepts a split that is shorter than the context, so this must too.
     length = min(recipe.data.context, max(shard.tokens for shard in validation.shards))
     held_out = next(validation.windows(length, limit_tokens=VERIFY_TOKENS, batch=VERIFY_TOKENS))
     write_exports(inputs.model, inputs.tokenizer, context.out, held_out=held_out, export=recipe.export)
 
 
 def train_control(context: RunContext, recipe: Recipe, data: TokenDataset) -> None:
-    """The same fine-tuning on the same batches with every LayerNorm kept; written to `control/model`, if not there yet.
+    """Make the same fine-tuning on the same batches with every LayerNorm kept, and write `control/model`, unless it is there.
 
     Raises:
         UserError: as `remove`.
@@ -324,7 +324,7 @@ def score(
 
 
 def write_pages(context: RunContext, recipe: Recipe, results: Results, *, missing: bool = False) -> None:
-    """Write the model card and the report; with `missing`, only what a run killed after its results left unwritten."""
+    """Write the model card and the report; with `missing`, only those that are not there yet."""
     out = context.out
     if not context.is_main:
         return

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ln_removal.config.estimate import readable_duration
-from ln_removal.config.sweep import Grid
+from ln_removal.config.sweep import Sweep
 from ln_removal.errors import UserError
 from ln_removal.files.atomic import write_json_atomically
 from ln_removal.report.tables import markdown_table, text_table
@@ -118,10 +118,10 @@ class ArmRow:
 
 
 @dataclass(frozen=True)
-class GridTable:
+class SweepTable:
     """The results of a sweep so far."""
 
-    grid: Grid
+    grid: Sweep
     rows: tuple[ArmRow, ...]
     results: Mapping[tuple[str, int], RunResult]
 
@@ -227,7 +227,7 @@ class GridTable:
 _FURTHER = ["±", "± of change", "seeds", "tokens", "time", "tokens/s"]
 
 
-def build_table(grid: Grid, results: Mapping[tuple[str, int], RunResult]) -> GridTable:
+def build_table(grid: Sweep, results: Mapping[tuple[str, int], RunResult]) -> SweepTable:
     """Put the results of a sweep's runs together: a row for each arm.
 
     Args:
@@ -259,7 +259,7 @@ def build_table(grid: Grid, results: Mapping[tuple[str, int], RunResult]) -> Gri
                 changes=changes,
             )
         )
-    return GridTable(grid, tuple(rows), results)
+    return SweepTable(grid, tuple(rows), results)
 
 
 def spread_over_seeds(values: Sequence[float]) -> float | None:
@@ -269,7 +269,7 @@ def spread_over_seeds(values: Sequence[float]) -> float | None:
     return abs(values[0] - values[1]) / 2 if len(values) == 2 else statistics.stdev(values)
 
 
-def write_table(table: GridTable, out: Path) -> None:
+def write_table(table: SweepTable, out: Path) -> None:
     """Write table.json and table.md, each whole or not at all."""
     write_json_atomically(out / TABLE_JSON, table.to_json())
     temporary = out / f".{TABLE_MARKDOWN}.tmp"
@@ -277,7 +277,7 @@ def write_table(table: GridTable, out: Path) -> None:
     temporary.replace(out / TABLE_MARKDOWN)
 
 
-def to_markdown(table: GridTable) -> str:
+def to_markdown(table: SweepTable) -> str:
     """The table in Markdown; below it the perplexities by seed and the notes."""
     parts = [
         f"# {table.grid.name}",
@@ -290,7 +290,7 @@ def to_markdown(table: GridTable) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def render_table(table: GridTable, console: Console) -> None:
+def render_table(table: SweepTable, console: Console) -> None:
     """Print the table, the perplexities by seed and the notes."""
     console.print(text_table(f"{table.grid.name}: validation perplexity", ["", *table.header()[1:]], table.cells()))
     if len(table.grid.seeds) > 1:
