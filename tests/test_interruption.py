@@ -269,7 +269,7 @@ def test_a_second_ctrl_c_stops_at_once(place: Path, forked: Commands) -> None:
     when(command, lambda: (out / "metrics.jsonl").exists())
     time.sleep(1)
     command.send(signal.SIGINT)
-    when(command, lambda: "once more" in command.said())
+    when(command, lambda: "a second signal" in command.said())
     sent = time.monotonic()
     command.send(signal.SIGINT)
     assert command.wait() == 130
