@@ -240,7 +240,7 @@ def test_a_second_ctrl_c_stops_at_once(place: Path, forked: Commands) -> None:
     command.wait_until(lambda: (out / "metrics.jsonl").exists())
     time.sleep(1)
     command.send(signal.SIGINT)
-    command.wait_until(lambda: "once more" in command.said())
+    command.wait_until(lambda: "a second signal" in command.said())
     command.send(signal.SIGINT)
     assert command.wait() == 130
     assert last_line(command.said(), asks=True).startswith("stopped by Ctrl-C")
