@@ -9,6 +9,7 @@ import importlib
 import json
 import os
 import pkgutil
+import select
 import shlex
 import signal
 import subprocess
@@ -17,7 +18,7 @@ import time
 import tomllib
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -85,19 +86,16 @@ class Command:
 
     pid: int
     errors: Path
-    _answers: IO[str]
+    _answers: IO[bytes]
     _code: int | None = None
 
     def send(self, number: int) -> None:
-        with suppress(ProcessLookupError):  # it has ended; `wait` says how
-            os.kill(self.pid, number)
+        """Send a signal, unless `wait` has returned: from the next command on the pid may be another process's."""
+        if self._code is None:
+            os.kill(self.pid, number)  # one that has ended is a zombie until the next command starts
 
     def ended(self) -> bool:
-        try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
-            return True
-        return False
+        return self._code is not None or bool(select.select([self._answers], [], [], 0)[0])
 
     def wait(self) -> int:
         """The exit code, or the negative number of the signal that killed it."""
@@ -122,7 +120,7 @@ class Command:
 class Commands:
     """Starts forked commands, one at a time. One that still runs when the next is started is killed."""
 
-    def __init__(self, process: subprocess.Popen[str], errors: Path) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], errors: Path) -> None:
         self._process = process
         self._errors = errors
         self._place = errors
@@ -137,13 +135,12 @@ class Commands:
     def start(self, name: str, *arguments: str) -> Command:
         """Start `name`, such as "ln-remove"."""
         assert self._process.stdin is not None and self._process.stdout is not None
-        if self._last:
+        if self._last and self._last[-1]._code is None:
             self._last[-1].send(signal.SIGKILL)
             self._last[-1].wait()
         errors = self._errors / f"errors-{len(self._last)}.txt"
         request = {"name": name, "arguments": arguments, "errors": str(errors), "cwd": str(self._place)}
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
+        self._process.stdin.write(json.dumps(request).encode() + b"\n")
         self._last.append(Command(int(self._process.stdout.readline()), errors, self._process.stdout))
         return self._last[-1]
 
@@ -158,8 +155,9 @@ class Commands:
 @contextmanager
 def commands(errors: Path) -> Iterator[Commands]:
     """A process that forks commands; their standard error goes to files in `errors`."""
+    # Unbuffered, so that `Command.ended` sees an answer that nobody has read.
     process = subprocess.Popen(
-        [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment()
+        [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, env=environment()
     )
     try:
         yield Commands(process, errors)
@@ -174,14 +172,18 @@ def _serve() -> None:
     ours = [module.name for module in pkgutil.walk_packages(ln_removal.__path__, "ln_removal.")]
     for module in [*IMPORTED, *ours]:
         importlib.import_module(module)
+    child = 0
     for line in sys.stdin:
+        if child:
+            os.waitpid(child, 0)  # only now may its pid be given to another process
         request = json.loads(line)
         child = os.fork()
         if child == 0:
             _become(request)
         print(child, flush=True)
-        _, status = os.waitpid(child, 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)
+        ended = os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+        assert ended is not None
+        print(ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status, flush=True)
 
 
 def _become(request: dict[str, str]) -> None:

@@ -22,8 +22,9 @@ import pytest
 import torch
 from command_line import Commands, code_of, environment
 from small_model import write_corpus, write_model
+from typer.testing import CliRunner
 
-from ln_removal.cli.console import guard
+from ln_removal.cli.console import build
 from ln_removal.files.signals import Interrupted, StopRequest, deferred, termination_raises
 
 STEPS = 60
@@ -111,19 +112,13 @@ def test_one_ctrl_c_that_reaches_a_rank_twice_is_one() -> None:
 
 
 @pytest.mark.parametrize(("raised", "code"), [(KeyboardInterrupt(), 130), (Interrupted(signal.SIGTERM), 143)])
-def test_a_command_that_is_interrupted_says_one_line(
-    raised: BaseException, code: int, capsys: pytest.CaptureFixture[str]
-) -> None:
-    import typer
-
-    def evaluate_hellaswag() -> None:
+def test_a_command_that_is_interrupted_says_one_line(raised: BaseException, code: int) -> None:
+    def evaluate_hellaswag(model: str) -> None:
         raise raised
 
-    with pytest.raises(typer.Exit) as caught:
-        guard(evaluate_hellaswag)()
-    assert caught.value.exit_code == code
-    told = capsys.readouterr().err
-    assert told.startswith("stopped by ") and told.count("\n") == 1 and "; to start again: evaluate-hellaswag" in told
+    stopped = CliRunner().invoke(build(evaluate_hellaswag), ["tiny"])
+    assert stopped.exit_code == code and stopped.stderr.count("\n") == 1
+    assert stopped.stderr.startswith("stopped by ") and stopped.stderr.endswith(": evaluate-hellaswag tiny\n")
 
 
 # -------------------------------------------------------------------------------------------------------- whole commands

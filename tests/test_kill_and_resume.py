@@ -89,6 +89,9 @@ class RealCommand(Command):
             )
         self.pid, self.errors = self._process.pid, errors
 
+    def send(self, number: int) -> None:
+        self._process.send_signal(number)
+
     def ended(self) -> bool:
         return self._process.poll() is not None
 
