@@ -151,7 +151,7 @@ def interrupted_at(monkeypatch: pytest.MonkeyPatch, label: str) -> list[str]:
     begun: list[str] = []
 
     def open_session(*args: Any, **kwargs: Any) -> Any:
-        begun.append(kwargs["label"])
+        begun.append("control" if kwargs["removal"] is None else "removal")
         if begun[-1] == label:
             raise KeyboardInterrupt
         return real(*args, **kwargs)
