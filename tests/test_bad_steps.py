@@ -124,7 +124,7 @@ def test_nothing_is_saved_and_nothing_pruned_while_steps_are_bad(tmp_path: Path)
 def test_a_run_without_a_checkpoint_is_back_at_its_beginning(tmp_path: Path) -> None:
     run = TinyRun(tmp_path / "run", spec=tiny_spec(checkpoint_every=1000), objective=FaultyObjective)
     run.objective.bad_steps = frozenset(range(2, STEPS))
-    assert "back at its beginning, for want of a sound checkpoint" in diverge(run)
+    assert "back at its beginning" in diverge(run)
     assert run.metrics() == [] and [row["step"] for row in run.metrics("rollback")] == [0]
 
 
@@ -132,7 +132,7 @@ def test_a_run_without_a_checkpoint_is_back_at_its_beginning(tmp_path: Path) -> 
 def test_an_exploding_learning_rate_stops_the_run_and_leaves_no_ruins(tmp_path: Path, rate: float) -> None:
     spec = tiny_spec(learning_rate=rate, minimum_learning_rate=0.0, checkpoint_every=1, keep_checkpoints=3, clip=1e3)
     run = TinyRun(tmp_path / "run", spec=spec)
-    assert "To mend it, start again with another --out and --set training.learning_rate=" in diverge(run)
+    assert "another --out and --set training.learning_rate=" in diverge(run)
     saved = checkpoints(run.state)
     for _, path in saved:
         assert all(torch.isfinite(tensor.float()).all() for tensor in tensors_of(path).values()), path
@@ -199,9 +199,7 @@ def test_after_a_rollback_the_run_goes_on_with_a_lower_learning_rate(
         patched.setattr(Objective, "forward", sick)
         with pytest.raises(DivergedError) as caught:
             remove(recipe, out, questions=None, device="cpu", progress=False)
-    assert "go on with the same command, --resume and --set training.learning_rate=0.001, or start again" in str(
-        caught.value
-    )
+    assert "--resume and --set training.learning_rate=0.001" in str(caught.value)
     for other in (
         {"seed": 1},
         {"training.learning_rate": 4e-3},
