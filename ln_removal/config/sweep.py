@@ -132,7 +132,7 @@ def load_sweep(name_or_path: str, *, overrides: Mapping[str, object] | None = No
     except OSError as error:
         raise UserError(f"cannot read the grid {path}: {error.strerror}; give a readable TOML file") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"the grid {path} is not TOML: {error}; mend that line") from error
+        raise UserError(f"the grid {path} is not TOML: {error}; correct that line") from error
     if "arms" not in document and "training" in document:
         raise UserError(f"{path} is a recipe, not a grid: it has no [[arms]]; train it with --recipe")
     document.setdefault("name", path.stem)
