@@ -31,8 +31,6 @@ CONTESTANTS = HERE / "contestants"
 WHAT = {
     "ours": "this project: freezable norms, all real, compiled, statistics gathered",
     "ours_teacher": "this project with the losses of recipes/gpt2.toml: teacher, std loss at every norm",
-    "ours_cudnn": "this project with cuDNN's attention",
-    "ours_flash": "this project with PyTorch's flash attention",
     "ours_eager": "this project, not compiled",
     "hf_trainer_compiled": "Hugging Face Trainer, GPT2LMHeadModel, SDPA, torch_compile",
     "hf_trainer": "Hugging Face Trainer, GPT2LMHeadModel, SDPA, not compiled",
@@ -40,7 +38,7 @@ WHAT = {
     "removing_layer_norm": "removing-layer-norm: its LayerNorm wrapper and Trainer arguments, dropout 0, masters in float32",
     "removing_layer_norm_as_published": "removing-layer-norm as published: bfloat16 weights, dropout 0.1",
 }
-OURS = ("ours", "ours_teacher", "ours_cudnn", "ours_flash", "ours_eager")
+OURS = ("ours", "ours_teacher", "ours_eager")
 PEER_FOLDERS = {
     "gpt2_noln": "gpt2_noLN",
     "removing_layer_norm": "removing-layer-norm",
@@ -111,8 +109,7 @@ def report(run: dict[str, Any]) -> str:
 
 
 def _available(options: argparse.Namespace, precision: str, shape: Shape) -> list[str]:
-    names = [name for name in OURS if name not in ("ours_cudnn", "ours_flash") or options.device == "cuda"]
-    names += ["hf_trainer_compiled", "hf_trainer"]
+    names = [*OURS, "hf_trainer_compiled", "hf_trainer"]
     if options.peers is not None:
         # Its table of constants ends at layer 11.
         names += ["gpt2_noln"] if shape.n_layer <= 12 else []
@@ -141,8 +138,7 @@ def _start(
         "sample_steps": 10 if who in OURS else options.sample_steps,
     }
     if who in OURS:
-        variant = who.removeprefix("ours").strip("_")
-        settings |= {"teacher": variant == "teacher", "attention": variant if variant in ("cudnn", "flash") else None}
+        settings["teacher"] = who == "ours_teacher"
         if options.together:
             settings["micro_batch"] = min(micro_batch, tokens_per_step // shape.context)
         settings |= {"profile": str(options.profile)} if options.profile and who == "ours" else {}

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.attention
 from pacing import Finished, Pace
 from shapes import Shape
 
@@ -32,10 +31,6 @@ from ln_removal.training.session import Removal, Session
 from ln_removal.training.setup import build_accelerator, causal_attention, choose_micro_batch, compile_if_worthwhile
 
 NEVER = 10**6
-KERNELS = {
-    "flash": torch.nn.attention.SDPBackend.FLASH_ATTENTION,
-    "cudnn": torch.nn.attention.SDPBackend.CUDNN_ATTENTION,
-}
 
 
 class PacedTracker:
@@ -127,7 +122,7 @@ def stages(n_layer: int, half_at: int, all_at: int) -> RemovalSchedule:
 def main() -> None:
     """Settings: shape, precision, compile, tokens_per_step, half_at, all_at, folded, device, last_step.
 
-    Also: teacher (with the losses of recipes/gpt2.toml), attention ("flash" or "cudnn"), profile (a path), watch_syncs.
+    Also: teacher (with the losses of recipes/gpt2.toml), profile (a path), watch_syncs.
     """
     pace = Pace()
     settings = pace.settings
@@ -185,8 +180,6 @@ def main() -> None:
         for each in (model, teacher):
             if each is not None:
                 attention.enter_context(causal_attention(each))
-        if kernel := settings.get("attention"):
-            attention.enter_context(torch.nn.attention.sdpa_kernel(KERNELS[kernel]))
         micro_batch = choose_micro_batch(recipe, objective, accelerator)
         compile_if_worthwhile(objective, spec.compile, tokens=recipe.tokens, device=accelerator.device)
         try:

@@ -16,10 +16,8 @@ part 60 benchmarks/stages.py --shape "$shape" --device "$device" --teacher --wit
     --tokens-per-step $((step / 4)) --out "$out/stages.json" >"$out/stages.log" 2>&1 &
 throughput=(benchmarks/train_throughput.py --precision bfloat16 --device "$device" --together --peers benchmarks/gpu/carried/peers
     --out "$out/throughput.json" --threads $threads)
-ours=(ours ours_cudnn)
-[ "$device" = cpu ] && ours=(ours)
 part 60 "${throughput[@]}" --shape "$shape" --tokens-per-step $step --samples 3 --warmup-steps 2 --sample-steps 5 \
-    --only "${ours[@]}" ours_teacher hf_trainer_compiled --profile "$out/profile.txt"
+    --only ours ours_teacher hf_trainer_compiled --profile "$out/profile.txt"
 wait
 cat "$out/parity.log" "$out/stages.log"
 part 30 "${throughput[@]}" --shape "$shape" --tokens-per-step $step --samples 2 --warmup-steps 1 --sample-steps 2 \

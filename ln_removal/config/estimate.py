@@ -175,15 +175,6 @@ def memory_assumption(recipe: Recipe) -> str:
     return f"memory for a {compiled} model in {recipe.training.precision}, float32 weights and moments; estimate"
 
 
-def readable_size(count: float) -> str:
-    """A number of bytes in a unit that suits it (powers of 1,000), such as "3.2 GB"."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}"
-        count /= 1000
-    return f"{count:.1f} GB"
-
-
 def readable_duration(seconds: float) -> str:
     """A number of seconds in a unit that suits it, such as "12 min"."""
     if seconds < 90:

@@ -28,12 +28,12 @@ from ln_removal.config.estimate import (
     peak_of,
     published_architecture,
     readable_duration,
-    readable_size,
 )
 from ln_removal.config.presets import check_is_removal, default_recipe, with_steps
 from ln_removal.config.recipe import ArchitectureSpec, Recipe, dump_toml, load_recipe, with_overrides
 from ln_removal.config.sweep import Sweep
 from ln_removal.errors import UserError
+from ln_removal.files.atomic import readable
 from ln_removal.models.loading import load_config, sizes_of
 from ln_removal.norms.schedule import RemovalSchedule, expand
 
@@ -140,8 +140,8 @@ class Plan:
         if self.schedule is not None:
             length, start = self.schedule.recovery_steps, self.schedule.complete_at
             lines.append(("recovery", f"{length:,} steps with everything constant, from step {start:,}"))
-        parts = ", ".join(f"{name} {readable_size(size)}" for name, size in asdict(self.memory).items() if size)
-        lines.append(("memory", f"about {readable_size(self.memory.total)}: {parts}"))
+        parts = ", ".join(f"{name} {readable(size)}" for name, size in asdict(self.memory).items() if size)
+        lines.append(("memory", f"about {readable(self.memory.total)}: {parts}"))
         time = "measured when it runs" if self.seconds is None else f"about {readable_duration(self.seconds)}"
         lines.append(("time", f"{time} on {self.device}"))
         lines += [
@@ -221,7 +221,7 @@ def _assumptions(
     peak = peak_of(device)
     found = [memory_assumption(recipe)]
     if peak is not None and memory.total > peak.memory:
-        found.append(f"this does not fit into the {readable_size(peak.memory)} of {device}")
+        found.append(f"this does not fit into the {readable(peak.memory)} of {device}")
     if tokens_per_second is not None:
         found.append(f"measured speed of {tokens_per_second:,.0f} tokens/s")
     else:
