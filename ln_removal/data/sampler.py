@@ -46,6 +46,8 @@ class WindowSampler:
         seed: of the shuffle.
         weights: how often the windows of a source come up in an epoch, by source name; 1 when not named, 0 leaves it out.
         mixed_in: stress text that takes the place of some sequences.
+        bos_rows: share of the sequences that begin with the end-of-text token. It stands in front of a document's start in
+            half of them, and in front of any window in the others.
 
     Raises:
         UserError: when the split has no full window, or `weights` names a source that the corpus does not have.
@@ -60,9 +62,11 @@ class WindowSampler:
         seed: int,
         weights: dict[str, int] | None = None,
         mixed_in: Mixture | None = None,
+        bos_rows: float = 0.0,
     ) -> None:
         self._split = split
         self._mixed_in = mixed_in
+        self._bos_rows = bos_rows
         self._context = context
         self._sequences_per_step = sequences_per_step
         self._seed = seed
@@ -110,8 +114,19 @@ class WindowSampler:
                 continue
             epoch, entry = divmod(number, self.windows_per_epoch)
             windows = self._epoch(epoch)
-            rows.append(self._split.read(int(windows.shard[entry]), int(windows.start[entry]), self._context + 1))
+            rows.append(self._window(number, int(windows.shard[entry]), int(windows.start[entry])))
         return np.stack(rows)
+
+    def _window(self, number: int, shard: int, start: int) -> Tokens:
+        """Sequence `number` of the run, (T + 1,): the window itself, or one that begins with the end-of-text token."""
+        generator = np.random.Generator(np.random.Philox(key=[self._seed, number], counter=[2, 0, 0, 0]))
+        draw = generator.random()
+        if draw >= self._bos_rows:
+            return self._split.read(shard, start, self._context + 1)
+        if draw < self._bos_rows / 2:
+            starts = self._split.document_starts[shard]
+            start = int(starts[np.searchsorted(starts, start, side="right") - 1])
+        return np.concatenate([[self._split.eot_token_id], self._split.read(shard, start, self._context)])
 
     def micro_batches(self, step: int, *, rank: int = 0, ranks: int = 1, micro_batch: int) -> Iterator[Tokens]:
         """The batches of one rank at one step, each of shape (n <= micro_batch, T + 1)."""

@@ -78,10 +78,7 @@ def stress_sequences(
         raise UserError(
             f"stress text needs a context and a count of at least 1, found {context} and {count}; raise them"
         )
-    special = set(tokenizer.all_special_ids)
-    ordinary = np.array(sorted(set(tokenizer.get_vocab().values()) - special), dtype=np.int64)
-    if not len(ordinary):
-        raise UserError("the tokenizer has only special tokens; use that of a language model")
+    ordinary = _ordinary_tokens(tokenizer)
 
     def runs(characters: str) -> Callable[[np.random.Generator, int], Tokens]:
         return lambda random, number: _runs(tokenizer, characters, context, random, plain=number == 0)
@@ -98,6 +95,45 @@ def stress_sequences(
         kind: np.stack([make(np.random.default_rng([seed, at, number]), number) for number in range(count)])
         for at, (kind, make) in enumerate(makers.items())
     }
+
+
+def repeated_sequences(
+    tokenizer: PreTrainedTokenizerBase, *, context: int, count: int, seed: int = 0, period: int | None = None
+) -> Tokens:
+    """Random tokens that are said again and again, which only a model that copies from its context can predict.
+
+    Copying is the work of induction heads (Olsson et al. 2022, arXiv 2209.11895).
+
+    Args:
+        tokenizer: its vocabulary without special tokens is drawn from, uniformly.
+        context: T, tokens in a sequence.
+        count: N, how many sequences.
+        seed: of all draws. A sequence does not depend on how many are asked for.
+        period: tokens before the first one comes again; None draws it for each sequence, up to T / 2.
+
+    Returns:
+        (N, T) token ids.
+    """
+    ordinary = _ordinary_tokens(tokenizer)
+    rows = []
+    for number in range(count):
+        random = np.random.default_rng([seed, len(KINDS), number])
+        length = period or int(random.integers(max(1, context // 16), max(2, context // 2 + 1)))
+        rows.append(np.resize(random.choice(ordinary, size=length), context))
+    return np.stack(rows)
+
+
+def _ordinary_tokens(tokenizer: PreTrainedTokenizerBase) -> Tokens:
+    """The ids of the vocabulary without its special tokens, sorted.
+
+    Raises:
+        UserError: there is none.
+    """
+    special = set(tokenizer.all_special_ids)
+    ordinary = np.array(sorted(set(tokenizer.get_vocab().values()) - special), dtype=np.int64)
+    if not len(ordinary):
+        raise UserError("the tokenizer has only special tokens; use that of a language model")
+    return ordinary
 
 
 def _runs(

@@ -88,6 +88,7 @@ class TokenSplit:
         self.tokens = index.total(split, "tokens")
         self.documents = index.total(split, "documents")
         self.bytes = index.total(split, "bytes")
+        self.eot_token_id = index.eot_token_id
         self._directory = directory
         self._dtype = np.dtype(index.dtype)
 
@@ -95,6 +96,12 @@ class TokenSplit:
     def maps(self) -> list[npt.NDArray[Any]]:
         """The shards as read-only memory maps, in the order of `shards`."""
         return [np.memmap(self._directory / shard.file, dtype=self._dtype, mode="r") for shard in self.shards]
+
+    @cached_property
+    def document_starts(self) -> list[Tokens]:
+        """Where the documents of each shard begin: 0, and behind every end-of-text token but the shard's last token."""
+        ends = (np.flatnonzero(data[:-1] == self.eot_token_id) for data in self.maps)
+        return [np.concatenate([np.zeros(1, np.int64), end + 1]) for end in ends]
 
     def read(self, shard: int, start: int, count: int) -> Tokens:
         """`count` tokens of one shard from `start`, as int64 of shape (count,)."""
