@@ -74,7 +74,7 @@ class Reference:
         std = np.sqrt(((x - mean) ** 2).mean(-1, keepdims=True) + self.eps)
         self.stds[name] = std[..., 0]
         constant = np.array(setting.constants)[self.classes][..., None]
-        scale = (1 - setting.mix) / std + setting.mix / constant
+        scale = std ** (setting.mix - 1) * constant**-setting.mix
         return (x - mean) * scale * self.weights[f"{path}.weight"] + self.weights[f"{path}.bias"]
 
     def _attention(self, x: Array, i: int, sites: Mapping[str, SiteSetting]) -> Array:

@@ -52,7 +52,7 @@ def by_hand(norm: FreezableNorm, x: Tensor, mix: float, constants: list[float]) 
             centred = row - row.mean()
             std = (centred.square().mean() + norm.eps).sqrt()
             constant = constants[int(norm.classes.current[b, t])]
-            out[b, t] = centred * ((1 - mix) / std + mix / constant) * weight + bias
+            out[b, t] = centred * std ** (mix - 1) * constant**-mix * weight + bias
     return out
 
 
