@@ -93,9 +93,11 @@ class TrainingSpec(_Spec):
     ] = (0.9, 0.95)
     clip: PositiveFloat = 1.0
     std_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    std_statistic: Literal["mean", "median"] = "mean"  # of a batch's stds, whose running mean becomes the constant
     auxiliary_weight: NonNegativeFloat = 0.0  # of the residual-std loss, see loss.Auxiliary
     auxiliary_target: Literal["batch", "constants"] = "batch"
     auxiliary_sites: Literal["ln_f", "all"] = "ln_f"
+    outlier_weight: NonNegativeFloat = 0.0  # of the pull on outlying positions, see loss.outlier_loss
     distillation: Annotated[float, Field(ge=0, le=1)] = 0.0  # share of the loss that is KL from the original model
     distillation_end: Annotated[float, Field(ge=0, le=1)] | None = None  # that share in the last step; None: the same
     entropy_weight: NonNegativeFloat = 0.0  # of the attention entropy penalty, see attention.EntropyRegulariser

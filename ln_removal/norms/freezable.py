@@ -4,9 +4,9 @@
     y     = (x - mean(x)) * scale * gamma + beta
 
 Mix 0 is LayerNorm (arXiv 1607.06450); mix 1 is the frozen norm of arXiv 2409.13710; between the two the logarithm of the
-scale moves in a straight line. A weighted mean of both scales would give a position whose std is 150 times the constant 16 times
-its real scale at mix 0.1; this gives it 1.65 times. Mix and constants are buffers, so freezing only writes memory: one compiled graph serves a whole
-run, and nothing in a forward pass waits for the device.
+scale moves in a straight line. A weighted mean of both scales would give a position whose std is 150 times the constant 16
+times its real scale at mix 0.1; this gives it 1.65 times. Mix and constants are buffers, so freezing only writes memory: one
+compiled graph serves a whole run, and nothing in a forward pass waits for the device.
 
 Shapes: B batch, T positions, D model width, R readers of a norm, K position classes (3).
 """
@@ -23,6 +23,9 @@ ORDINARY, END_OF_TEXT, FIRST = 0, 1, 2
 """Position classes. FIRST, a sequence's position 0, wins over END_OF_TEXT where both hold."""
 
 N_CLASSES = 3
+
+MEDIAN_POSITIONS = 4096
+"""About as many stds of a batch are sorted for their median."""
 
 _FORWARD_ORDER = (
     "input_ids",
@@ -113,13 +116,15 @@ class FreezableNorm(nn.Module):
         eps: added to the variance, as in LayerNorm.
         classes: the model's shared position classes.
         readers: R, how many readers with a mix of their own the norm has.
+        median: the statistic of a batch's ordinary positions is the median of their stds, not the mean. A few positions with
+            massive activations then do not move the constant.
 
     Buffers (float32, or float64 for float64 weights):
         mix: (R,) 0 real, 1 frozen.
         frozen_std: (R, K) the constants in use, units of the residual stream.
         captured_std: (R, K) what they were when the reader left mix 0, before any special value was dropped.
         dropped: (K,) how far each special class has moved from its own constant (0) to the ordinary one (1).
-        running_std: (K,) running mean over steps of the batch's mean std of each class, a std being sqrt(var + eps).
+        running_std: (K,) running mean over steps of the batch's mean (or median) std of each class, a std being sqrt(var + eps).
         running_initialized: (K,) bool, whether a class was ever seen.
         std_sum, std_count: (K,) sum and number of the stds since the last `update_running`.
     """
@@ -141,6 +146,7 @@ class FreezableNorm(nn.Module):
         *,
         classes: PositionClasses,
         readers: int = 1,
+        median: bool = False,
     ) -> None:
         super().__init__()
         assert weight.shape == bias.shape and weight.ndim == 1, (weight.shape, bias.shape)
@@ -149,6 +155,7 @@ class FreezableNorm(nn.Module):
         self.bias = bias
         self.eps = eps
         self.readers = readers
+        self.median = median
         self.classes = classes
         dtype = torch.promote_types(weight.dtype, torch.float32)
 
@@ -196,9 +203,16 @@ class FreezableNorm(nn.Module):
         """Add sqrt(variance) (B, T, 1) of each class to the sums, unless all readers are frozen."""
         members = classes.expand(variance.shape[:-1]).unsqueeze(-1) == torch.arange(N_CLASSES, device=variance.device)
         counted = members * (self.mix < 1).any()  # (B, T, K); false everywhere once nothing is real: no branch, no sync
+        std, count = variance.sqrt(), counted.sum((0, 1))
         # where, not a product: a non-finite std of one class must not reach the others
-        self.std_sum.add_(torch.where(counted, variance.sqrt(), 0.0).sum((0, 1)))
-        self.std_count.add_(counted.sum((0, 1)))
+        sums = torch.where(counted, std, 0.0).sum((0, 1))
+        if self.median:
+            ordinary = torch.where(counted, std, torch.nan)[..., ORDINARY].flatten()
+            # A few thousand positions are enough and quickly sorted. The stride is odd, so it meets all places of a sequence.
+            middle = ordinary[:: ordinary.numel() // MEDIAN_POSITIONS | 1].nanmedian().nan_to_num()
+            sums = torch.cat(((middle * count[ORDINARY]).unsqueeze(0), sums[1:]))
+        self.std_sum.add_(sums)
+        self.std_count.add_(count)
 
     @torch.no_grad()
     def update_running(self, momentum: float, discard: Tensor | None = None) -> None:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _CLASS_OF_SPECIAL = dict(zip(SPECIALS, (END_OF_TEXT, FIRST), strict=True))
 
 
-def install(model: GPT2LMHeadModel, *, eot_token_id: int | None) -> NormSites:
+def install(model: GPT2LMHeadModel, *, eot_token_id: int | None, median: bool = False) -> NormSites:
     """Replace every LayerNorm of `model`, in place, by a freezable norm at mix 0. Its outputs stay the same.
 
     Parameters keep their identity (the same nn.Parameter objects, weights still tied); names change only for ln_1,
@@ -42,6 +42,7 @@ def install(model: GPT2LMHeadModel, *, eot_token_id: int | None) -> NormSites:
         model: a GPT-2 with its LayerNorms.
         eot_token_id: id of the end-of-text token, whose positions get a constant of their own until it is dropped;
             None when the vocabulary has none.
+        median: the constants are running medians of the stds, not running means; see `FreezableNorm`.
 
     Raises:
         UserError: the model is not a GPT-2 with LayerNorms, or the norms are already installed.
@@ -52,7 +53,7 @@ def install(model: GPT2LMHeadModel, *, eot_token_id: int | None) -> NormSites:
 
     def freezable(norm: nn.Module, readers: int = 1) -> FreezableNorm:
         assert isinstance(norm, nn.LayerNorm)
-        return FreezableNorm(norm.weight, norm.bias, norm.eps, classes=classes, readers=readers)
+        return FreezableNorm(norm.weight, norm.bias, norm.eps, classes=classes, readers=readers, median=median)
 
     for block in model.transformer.h:
         projection = block.attn.c_attn

@@ -10,6 +10,7 @@ Shape legend: B batch, T positions, D model width, V vocabulary, N = B * T.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+OUTLYING = math.log(1.5)
+"""A position is outlying where its std is more than 1.5 times the constant, or less than the constant over 1.5."""
+
+
 @dataclass(frozen=True)
 class Auxiliary:
     """The residual-std loss, which makes the stds that the norms see at different positions more alike.
@@ -37,11 +42,13 @@ class Auxiliary:
         target: "batch" is the published loss (`residual_std_loss`). With "constants" (`constant_std_loss`) the target is what
             each norm divides by once it is frozen; that target does not drift with the scale of the logits.
         sites: the norm in front of the unembedding alone, or every norm.
+        outlier_weight: of `outlier_loss`, which is added with the target "constants".
     """
 
     weight: float
     target: Literal["batch", "constants"] = "batch"
     sites: Literal["ln_f", "all"] = "ln_f"
+    outlier_weight: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -96,8 +103,29 @@ def constant_std_loss(residual: Tensor, constant: Tensor) -> Tensor:
     Returns:
         Scalar in float32, without a unit.
     """
+    return _log_ratio(residual, constant).square().mean()
+
+
+def outlier_loss(residual: Tensor, constant: Tensor) -> Tensor:
+    """Mean of max(0, |log(std / constant)| - log 1.5)^2 over the positions where it is not 0.
+
+    Unlike in `constant_std_loss`, a single position with a massive activation weighs as much as if all positions had one. While
+    the norms are still real they hardly mind what they divide by, so this takes massive activations away before anything freezes.
+
+    Args:
+        residual, constant: as for `constant_std_loss`.
+
+    Returns:
+        Scalar in float32, without a unit; 0 where no position is outlying.
+    """
+    beyond = (_log_ratio(residual, constant).abs() - OUTLYING).clamp(min=0)
+    return beyond.square().sum() / (beyond > 0).sum().clamp(min=1)
+
+
+def _log_ratio(residual: Tensor, constant: Tensor) -> Tensor:
+    """log(std / constant) of each position, (B, T)."""
     variance = residual.float().var(dim=-1, correction=0)
-    return (0.5 * torch.log(variance + 1e-5) - constant.log()).square().mean()
+    return 0.5 * torch.log(variance + 1e-5) - constant.log()
 
 
 @dataclass(frozen=True)
@@ -218,7 +246,7 @@ class Objective(nn.Module):
         )
         total = loss.total
         if self.auxiliary is not None:
-            total = total + self.auxiliary.weight * self._auxiliary_loss(inputs)
+            total = total + self._auxiliary_loss(inputs)
         if self.entropy is not None:
             total = total + self.entropy_weight * self.entropy(self._attended)
         self.forget()
@@ -239,20 +267,28 @@ class Objective(nn.Module):
         return taught
 
     def _auxiliary_loss(self, inputs: Tensor) -> Tensor:
-        """The residual-std loss, as the mean over the norms chosen by `auxiliary.sites`."""
+        """The weighted residual-std loss, as the mean over the norms chosen by `auxiliary.sites`."""
         assert self.auxiliary is not None
         if self.auxiliary.target == "constants":
             losses = []
             for norm, residual in self._read:
                 constant, known = _constant_of(norm)
-                losses.append(known * constant_std_loss(residual, constant))
+                losses.append(known * self._towards(residual, constant))
         else:
             special = torch.zeros_like(inputs, dtype=torch.bool)
             special[:, 0] = True
             if self.eot_token_id is not None:
                 special |= inputs == self.eot_token_id
-            losses = [residual_std_loss(residual, special) for _, residual in self._read]
+            losses = [self.auxiliary.weight * residual_std_loss(residual, special) for _, residual in self._read]
         return torch.stack(losses).mean()
+
+    def _towards(self, residual: Tensor, constant: Tensor) -> Tensor:
+        """The pull of the stream in front of one norm towards its constant."""
+        assert self.auxiliary is not None
+        pull = self.auxiliary.weight * constant_std_loss(residual, constant)
+        if self.auxiliary.outlier_weight == 0:
+            return pull
+        return pull + self.auxiliary.outlier_weight * outlier_loss(residual, constant)
 
 
 def _head(model: PreTrainedModel) -> Head:
