@@ -134,6 +134,25 @@ class TestForward:
         expected = by_hand(norm, x, float(norm.mix[0]), [2.0, 5.0, 11.0])
         torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
 
+    def test_mix_1_is_exactly_the_constants_scale(self) -> None:
+        norm, x = make_norm(tokens(3, 6)).eval(), stream(3, 6)
+        constants = torch.tensor([2.7, 5.3, 11.1])
+        norm.frozen_std.copy_(constants.unsqueeze(0))
+        norm.mix.fill_(1)
+        centred = (x - torch.var_mean(x, dim=-1, correction=0, keepdim=True)[1]) * norm.weight
+        expected = torch.addcmul(norm.bias, centred, constants.reciprocal()[norm.classes.current].unsqueeze(-1))
+        assert torch.equal(norm(x), expected)
+
+    def test_an_outlier_keeps_nearly_its_real_scale_early_in_a_taper(self) -> None:
+        norm, x = make_norm(tokens(1, 6)).eval(), stream(1, 6)
+        x = x / x.std(-1, correction=0, keepdim=True)
+        x[0, 2] *= 150
+        real = norm(x) - norm.bias
+        norm.mix.fill_(0.1)  # all constants are 1
+        ratio = (norm(x) - norm.bias) / real
+        torch.testing.assert_close(ratio[0, 2], torch.full((WIDTH,), 150**0.1), rtol=1e-4, atol=0)  # 1.65, not 16
+        torch.testing.assert_close(ratio[0, 1], torch.ones(WIDTH), rtol=1e-4, atol=0)
+
     def test_each_reader_has_its_own_mix_and_constants(self) -> None:
         norm, x = make_norm(tokens(2, 6), readers=2, dtype=torch.float64).eval(), stream(2, 6, dtype=torch.float64)
         norm.mix.copy_(torch.tensor([0.25, 1.0]))
@@ -385,3 +404,20 @@ def test_the_constant_is_the_mean_of_the_stds() -> None:
     norm.train()(x)
     norm.update_running(0.9)
     assert norm.running_std[ORDINARY].item() == pytest.approx(x.std(-1, correction=0).mean().item(), rel=1e-5)
+
+
+def test_a_median_is_not_moved_by_a_few_outliers() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 65, 8) * (1 + torch.rand(4, 65, 1))
+    stds = x[:, 1:].std(-1, correction=0)
+    x[:, 7] *= 1e4
+    norm = FreezableNorm(
+        nn.Parameter(torch.ones(8)), nn.Parameter(torch.zeros(8)), 0.0, classes=PositionClasses(None), median=True
+    )
+    norm.classes.fill(torch.ones(4, 65, dtype=torch.int64))
+    norm.train()(x)
+    norm.update_running(0.9)
+    median = x[:, 1:].std(-1, correction=0).median()
+    torch.testing.assert_close(norm.running_std[ORDINARY], median, rtol=1e-6, atol=0)
+    assert abs(norm.running_std[ORDINARY] / stds.median() - 1) < 0.05
+    torch.testing.assert_close(norm.running_std[FIRST], x[:, 0].std(-1, correction=0).mean())  # the others have means

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import TYPE_CHECKING, Literal
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor
 from ln_removal.errors import UserError
 from ln_removal.norms.surgery import install
 from ln_removal.training import cross_entropy as linear
-from ln_removal.training.loss import Auxiliary, Distillation, Objective, as_teacher, residual_std_loss
+from ln_removal.training.loss import Auxiliary, Distillation, Objective, as_teacher, outlier_loss, residual_std_loss
 from ln_removal.training.setup import checkpoint_activations
 
 if TYPE_CHECKING:
@@ -151,6 +152,37 @@ def test_the_loss_towards_the_constants(
     expected = torch.stack([part.mean() for part in parts]).mean()
     assert found.total.item() == pytest.approx(plain.total.item() + 0.5 * expected.item(), rel=1e-4)
     found.total.backward()
+
+
+def test_the_loss_of_outlying_positions_is_their_own_mean() -> None:
+    torch.manual_seed(0)
+    stream = torch.randn(2, 50, 64, dtype=torch.float64)
+    stream /= stream.std(-1, correction=0, keepdim=True)
+    assert outlier_loss(stream, torch.tensor(1.0)) == 0
+    stream[0, 3] *= 40
+    stream[1, 7] /= 5
+    expected = ((math.log(40) - math.log(1.5)) ** 2 + (math.log(5) - math.log(1.5)) ** 2) / 2
+    assert outlier_loss(stream, torch.tensor(1.0)).item() == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_pull_on_outliers_is_added(tiny_gpt2: GPT2LMHeadModel, token_ids: Tensor) -> None:
+    installed = install(tiny_gpt2, eot_token_id=EOT)
+    tiny_gpt2.train()
+    tiny_gpt2(token_ids)
+    installed.update_running(0.9)
+    for norm in installed.norms.values():
+        norm.running_std /= 3  # every position is outlying
+    losses = {
+        weight: Objective(
+            tiny_gpt2, eot_token_id=EOT, auxiliary=Auxiliary(0.5, "constants", "all", outlier_weight=weight)
+        )
+        .eval()(token_ids)
+        .total
+        for weight in (0.0, 1.0, 2.0)
+    }
+    pull = losses[1.0] - losses[0.0]
+    assert pull > 0.2  # about log(2) squared
+    torch.testing.assert_close(losses[2.0] - losses[1.0], pull, rtol=1e-3, atol=1e-5)
 
 
 def test_before_there_are_statistics_nothing_is_pulled_to_constants(

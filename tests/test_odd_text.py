@@ -9,7 +9,7 @@ import pytest
 from small_model import write_tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ln_removal.data.stress_text import KINDS, stress_sequences
+from ln_removal.data.stress_text import KINDS, repeated_sequences, stress_sequences
 from ln_removal.errors import UserError
 
 
@@ -69,6 +69,17 @@ def test_repeated_and_random(tokenizer: PreTrainedTokenizerBase) -> None:
     counts = np.bincount(made["random tokens"].ravel(), minlength=len(tokenizer))
     ordinary = np.setdiff1d(np.arange(len(tokenizer)), tokenizer.all_special_ids)
     assert (counts[ordinary] > 0).all(), "10,000 draws from a few hundred tokens miss none"
+
+
+def test_repeated_sequences_say_the_same_again(tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = repeated_sequences(tokenizer, context=100, count=6, seed=0, period=30)
+    assert rows.shape == (6, 100)
+    assert (rows[:, 30:] == rows[:, :-30]).all()
+    assert not np.isin(rows, tokenizer.all_special_ids).any()
+    assert len({tuple(row) for row in rows.tolist()}) == 6
+    drawn = repeated_sequences(tokenizer, context=100, count=6, seed=0)
+    periods = [next(p for p in range(1, 100) if (row[p:] == row[:-p]).all()) for row in drawn]
+    assert len(set(periods)) > 2 and max(periods) <= 50
 
 
 def test_impossible_requests(tokenizer: PreTrainedTokenizerBase) -> None:

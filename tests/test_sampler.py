@@ -176,3 +176,26 @@ def test_other_sequences_can_be_mixed_in() -> None:
     again = sampler(Mixture(odd, 0.25))
     halves = [again.sequences(11, first, 5) for first in (5, 0)][::-1]
     assert (np.concatenate(halves) == ours[11]).all(), "ranks and resuming change nothing"
+
+
+def test_a_share_of_rows_begins_with_the_end_of_text_token() -> None:
+    context, eot = 7, 0
+    split = split_of(500, 300)
+    for data in split.maps:
+        data[20::40] = eot  # documents end at 20, 60, 100, ...
+    plain = WindowSampler(split, context=context, sequences_per_step=10, seed=3)
+    sampler = WindowSampler(split, context=context, sequences_per_step=10, seed=3, bos_rows=0.5)
+    ours = np.concatenate([sampler.sequences(step, 0, 10) for step in range(60)])
+    usual = np.concatenate([plain.sequences(step, 0, 10) for step in range(60)])
+    changed = (ours != usual).any(axis=1)
+    assert 0.4 < changed.mean() < 0.6
+    begun, before = ours[changed], usual[changed]
+    assert (begun[:, 0] == eot).all()
+    as_it_was = (begun[:, 1:] == before[:, :-1]).all(axis=1)
+    assert 0.3 < as_it_was.mean() < 0.7, "in front of any window"
+    starts = {
+        int(place) for number in range(2) for place in (PLACE * number, 1, *(PLACE * number + np.arange(21, 500, 40)))
+    }
+    assert {int(row[1]) for row in begun[~as_it_was]} <= starts, "in front of a document"
+    again = WindowSampler(split, context=context, sequences_per_step=10, seed=3, bos_rows=0.5)
+    assert (again.sequences(41, 4, 3) == ours[414:417]).all(), "a function of seed and number"

@@ -92,6 +92,12 @@ def test_windows(dataset: TokenDataset) -> None:
     assert list(train.windows(11)) == []
 
 
+def test_where_documents_start(tmp_path: Path) -> None:
+    shards = [[5, 6, EOT, 7, EOT, EOT, 8, 9], [4, EOT]]
+    split = write_dataset(tmp_path / "tokens", shards, [[1, 2]]).split("train")
+    assert [starts.tolist() for starts in split.document_starts] == [[0, 3, 5, 6], [0]]
+
+
 def test_verify_finds_a_flipped_bit(dataset: TokenDataset) -> None:
     dataset.verify()
     shard = dataset.directory / "train-made-00002.bin"
