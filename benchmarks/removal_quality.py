@@ -7,7 +7,8 @@ Each (arm, seed) is one run of `ln_removal.remove`, written to OUT/NAME/ARM-SEED
 not trained again. The table has, for each arm, mean and standard error over seeds of the held-out cross-entropy, of the gap
 (minus the control's with the same seed); the tokens until the held-out loss is within 0.05 of the control's, and until it is that
 of the best published arm at its end, LayerNorms gone for good in both cases (medians); the worst training loss and the worst loss
-on odd text; runs that diverged are counted.
+on odd text, without and with the end-of-text token (BOS) in front; what the loss on prompts is above the control's, without and
+with BOS: the first tokens of documents, the second copy of random tokens and of text. Runs that diverged are counted.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from measuring import machine
@@ -33,6 +36,16 @@ from ln_removal.pipelines.removal import remove
 
 CLOSE = 0.05
 """Nats per token: the gap whose tokens are counted."""
+
+BOS = {"without": False, "with": True}
+"""The end-of-text token in front of a prompt, by the name of its figure."""
+
+PROMPT_COLUMNS = {
+    "document start": "document start: gap",
+    "second copy, random tokens": "copied random tokens: gap",
+    "second copy, text": "copied text: gap",
+}
+"""Column of each kind of prompt; each has a figure without and one with BOS."""
 
 BASE: dict[str, Any] = {
     # The schema's defaults, so that an arm has no term of the tiny recipe but those that it names itself.
@@ -102,7 +115,7 @@ def train_control(recipe: Recipe, tokens: Path, work: Path, device: str) -> None
 
 
 def scores(recipe: Recipe, model: Path, tokens: Path, device: str) -> dict[str, Any]:
-    """Held-out cross-entropy and loss on odd text of a finished model."""
+    """Held-out cross-entropy of a finished model, and its losses on prompts and on odd text."""
     from ln_removal.data.tokens import TokenDataset
     from ln_removal.evaluation.loss import cross_entropy
     from ln_removal.models.loading import load_model
@@ -114,16 +127,34 @@ def scores(recipe: Recipe, model: Path, tokens: Path, device: str) -> dict[str, 
         context=recipe.data.context,
         max_tokens=recipe.data.validation_tokens,
     )
-    return {"cross_entropy": loss.cross_entropy, "odd_text": worst_stress_losses(loaded, recipe.data.context)}
+    return {"cross_entropy": loss.cross_entropy, **scores_on_prompts(loaded, tokens, recipe.data.context)}
 
 
-def worst_stress_losses(loaded: Any, context: int) -> dict[str, float]:
-    """Largest mean loss of a sequence, for each kind of odd text."""
+def scores_on_prompts(loaded: Any, tokens: Path, context: int) -> dict[str, Any]:
+    """Mean loss on each kind of prompt, and the largest mean loss of a sequence of each kind of odd text."""
+    from ln_removal.data.tokens import TokenDataset
+    from ln_removal.evaluation.prompts import KINDS, prompt_losses, prompt_sets
+
+    data = TokenDataset.open(tokens)
+    positions = loaded.model.config.max_position_embeddings
+    prompts = prompt_sets(loaded.tokenizer, data.split("validation"), positions=positions)
+    losses = prompt_losses(loaded.model, prompts, eot_token_id=data.eot_token_id)
+    means = {key: float(np.average(found, weights=prompts[key[0]].counts)) for key, found in losses.items()}
+    return {
+        "prompts": {kind: {name: means[kind, bos] for name, bos in BOS.items()} for kind in KINDS if kind in prompts},
+        "odd_text": worst_stress_losses(loaded, context),
+        "odd_text_bos": worst_stress_losses(loaded, context, bos=data.eot_token_id),
+    }
+
+
+def worst_stress_losses(loaded: Any, context: int, *, bos: int | None = None) -> dict[str, float]:
+    """Largest mean loss of a sequence, for each kind of odd text, with the token `bos` in front if it is given."""
     from ln_removal.data.stress_text import stress_sequences
     from ln_removal.evaluation.compare import stress_losses
 
     sequences = stress_sequences(loaded.tokenizer, context=context, count=16, seed=0)
-    return {kind: float(losses.mean(axis=1).max()) for kind, losses in stress_losses(loaded.model, sequences).items()}
+    losses = stress_losses(loaded.model, sequences, bos=bos)
+    return {kind: float(found.mean(axis=1).max()) for kind, found in losses.items()}
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -163,10 +194,33 @@ def table(
                 "tokens_to_published": tokens_per_step * statistics.median(caught_up),
                 "worst_training_loss": max(by_seed[seed]["worst_training_loss"] for seed in seeds),
                 "worst_odd_loss": max(odd),
+                "worst_odd_loss_bos": worst_with_bos([by_seed[seed] for seed in seeds]),
+                "prompt_gaps": prompt_gaps([by_seed[seed] for seed in seeds], [controls[seed] for seed in seeds]),
                 "tokens_per_second": statistics.median(by_seed[seed]["tokens_per_second"] for seed in seeds),
             }
         )
     return sorted(rows, key=lambda row: row["gap"][0])
+
+
+def worst_with_bos(runs: list[dict[str, Any]]) -> float:
+    """The largest loss on odd text with BOS of all runs; NaN where one lacks it."""
+    return float(np.max([value for run in runs for value in run.get("odd_text_bos", {"": math.nan}).values()]))
+
+
+def prompt_gaps(runs: list[dict[str, Any]], controls: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """How much higher the loss on each kind of prompt is than the control's; means over seeds, NaN where one lacks it."""
+
+    def loss(run: dict[str, Any], kind: str, name: str) -> float:
+        return float(run.get("prompts", {}).get(kind, {}).get(name, math.nan))
+
+    pairs = list(zip(runs, controls, strict=True))
+    return {
+        kind: {
+            name: statistics.mean(loss(run, kind, name) - loss(control, kind, name) for run, control in pairs)
+            for name in BOS
+        }
+        for kind in PROMPT_COLUMNS
+    }
 
 
 def stays_below(result: dict[str, Any], goal: float, complete_at: int) -> float:
@@ -206,11 +260,16 @@ def show(rows: list[dict[str, Any]]) -> str:
         "tokens to the published",
         "worst training",
         "worst odd text",
+        "with BOS",
+        *(column for title in PROMPT_COLUMNS.values() for column in (title, "with BOS")),
     )
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
 
     def tokens(count: float) -> str:
         return f"{count:,.0f}" if math.isfinite(count) else "-"
+
+    def known(value: float, form: str) -> str:
+        return "-" if math.isnan(value) else f"{value:{form}}"
 
     for row in rows:
         error = row["gap"][1]
@@ -223,6 +282,8 @@ def show(rows: list[dict[str, Any]]) -> str:
             tokens(row["tokens_to_published"]),
             f"{row['worst_training_loss']:,.2f}",
             f"{row['worst_odd_loss']:.2f}",
+            known(row["worst_odd_loss_bos"], ".2f"),
+            *(known(gap, "+.4f") for gaps in row["prompt_gaps"].values() for gap in gaps.values()),
         )
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -247,7 +308,7 @@ def main() -> None:
     loaded = load_model(given.model)
     place = given.out / given.name
     place.mkdir(parents=True, exist_ok=True)
-    original = {"odd_text": worst_stress_losses(loaded, BASE["data.context"])}
+    original = scores_on_prompts(loaded, given.tokens, BASE["data.context"])
     n_layer = loaded.model.config.n_layer
     del loaded
     for seed in given.seeds:
@@ -280,7 +341,7 @@ def main() -> None:
     print(show(rows))
     if gone := [arm for arm in diverged if arm not in results]:
         print("diverged with every seed:", ", ".join(gone))
-    print("worst odd text of the original:", max(original["odd_text"].values()))
+    print("original:", json.dumps(original))
     if given.json:
         report = {
             "testbed": given.name,

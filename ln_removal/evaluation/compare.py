@@ -216,26 +216,30 @@ def _last_role(found: Mapping[str, object]) -> str:
 
 
 def stress_losses(
-    model: nn.Module, sequences: Mapping[str, Tokens], *, precision: Precision = "float32"
+    model: nn.Module, sequences: Mapping[str, Tokens], *, bos: int | None = None, precision: Precision = "float32"
 ) -> dict[str, Array]:
     """Loss in nats of every token but the first of each sequence: an array (N, T - 1) for each kind.
 
     Args:
         model: a language model, on the device where it is to run.
-        sequences: (N, T) tokens by kind, from `stress_text`; T is at least 2 and at most the model's positions.
+        sequences: (N, T) tokens by kind, from `stress_text`; T - 1 is at most the model's positions.
+        bos: this token is put in front of each sequence, which loses its last token so that it stays as long. The first
+            token of the sequence is not scored in this case either, so the arrays are (N, T - 2).
     """
     device = next(model.parameters()).device
     losses: dict[str, Array] = {}
     with scoring(model, device, precision):
         for kind, rows in sequences.items():
-            assert rows.shape[1] > 1, "a single token predicts nothing"
+            assert rows.shape[1] > 1 + (bos is not None), "nothing is scored"
+            if bos is not None:
+                rows = np.concatenate([np.full((len(rows), 1), bos), rows[:, :-1]], axis=1)
             batch = max(1, BATCH_TOKENS.get(device.type, BATCH_TOKENS["cpu"]) // rows.shape[1])
             parts = []
             for start in range(0, len(rows), batch):
                 ids = torch.from_numpy(rows[start : start + batch]).to(device)
                 part = position_losses(model, ids[:, :-1], ids[:, 1:].flatten())
                 parts.append(part.view(len(ids), -1).cpu().numpy())
-            losses[kind] = np.concatenate(parts)
+            losses[kind] = np.concatenate(parts)[:, bos is not None :]
     return losses
 
 
