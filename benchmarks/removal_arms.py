@@ -100,7 +100,12 @@ def v_apart(*, until: float, taper: float, special: float) -> Any:
     return schedule
 
 
+PROMPTS = {"bos_rows": 0.1, "odd_text": 0.03}
+"""Training rows that begin with the end-of-text token, and stress text with repeated sequences, as in recipe tiny."""
+
 CONTROL = "control"
+CONTROLS = {CONTROL: {}, "control-prompts": PROMPTS}
+"""The controls, each with its changes to [data]. An arm is compared with the one that trained on the same tokens."""
 
 KL = {"distillation": 0.5}
 KL_ONLY = {"distillation": 1.0}
@@ -141,3 +146,8 @@ ARMS: dict[str, Arm] = {
     "at-once-std-teacher": Arm("the same, everything in step 1", together(), {**STD, **KL_ONLY}),
     "std-then-taper": Arm("the std loss alone for a fifth, then taper", together(start=0.2, taper=0.2), {**STD, **KL}),
 }
+
+
+def control_of(arm: str) -> str:
+    """The control that trained on the same tokens as an arm."""
+    return next(name for name, data in CONTROLS.items() if data == ARMS[arm].data)

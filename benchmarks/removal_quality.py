@@ -28,7 +28,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from measuring import machine
-from removal_arms import ARMS, CONTROL
+from removal_arms import ARMS, CONTROLS, Arm, control_of
 
 from ln_removal.config.recipe import Recipe, TrainingSpec, load_recipe, parse_overrides
 from ln_removal.norms.schedule import expand
@@ -72,8 +72,8 @@ BASE: dict[str, Any] = {
 def recipe_of(arm: str, model: str, seed: int, steps: int, n_layer: int) -> Recipe:
     """The shared recipe with an arm's changes. The control's schedule is never used."""
     changed = {**BASE, "model": model, "seed": seed, "training.steps": steps, "name": f"{arm}-{seed}"}
-    chosen = ARMS["at-once" if arm == CONTROL else arm]
-    changed |= {f"training.{key}": value for key, value in chosen.training.items() if arm != CONTROL}
+    chosen = Arm("", ARMS["at-once"].schedule, data=CONTROLS[arm]) if arm in CONTROLS else ARMS[arm]
+    changed |= {f"training.{key}": value for key, value in chosen.training.items()}
     changed |= {f"data.{key}": value for key, value in chosen.data.items()}
     changed["schedule"] = chosen.schedule(n_layer, steps).model_dump(exclude_none=True)
     return load_recipe("tiny", changed)
@@ -172,8 +172,8 @@ def table(
     `complete_at` is the step from which on an arm is constant, where its run does not say; `diverged` counts failed runs.
     """
     rows = []
-    controls = results.get(CONTROL, {})
     for arm, by_seed in results.items():
+        controls = results.get(arm if arm in CONTROLS else control_of(arm), {})
         seeds = sorted(set(by_seed) & set(controls))
         if not seeds:
             continue
@@ -295,7 +295,7 @@ def main() -> None:
     parser.add_argument("--name", default="embedded", help="of the testbed, in file names")
     parser.add_argument("--tokens", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True, help="one JSON a run goes to OUT/NAME")
-    parser.add_argument("--arms", nargs="+", default=[CONTROL, *ARMS], choices=[CONTROL, *ARMS])
+    parser.add_argument("--arms", nargs="+", default=[*CONTROLS, *ARMS], choices=[*CONTROLS, *ARMS])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -318,7 +318,7 @@ def main() -> None:
                 continue
             recipe = recipe_of(arm, given.model, seed, given.steps, n_layer)
             try:
-                result = run_arm(recipe, given.tokens, place / "work", control=arm == CONTROL, device=given.device)
+                result = run_arm(recipe, given.tokens, place / "work", control=arm in CONTROLS, device=given.device)
             except ValueError as error:  # a run that diverged is a result
                 result = {"failed": str(error)}
             file.write_text(json.dumps(result, indent=1))
@@ -326,7 +326,7 @@ def main() -> None:
             print(f"{given.name} {arm} seed {seed}: {shown} in {result.get('seconds')} s", flush=True)
     results: dict[str, dict[int, dict[str, Any]]] = {}
     diverged: dict[str, int] = {}
-    for arm in (CONTROL, *ARMS):
+    for arm in (*CONTROLS, *ARMS):
         for file in sorted(place.glob(f"{arm}-{given.steps}-*.json")):
             if "failed" in (result := json.loads(file.read_text())):
                 diverged[arm] = diverged.get(arm, 0) + 1

@@ -188,6 +188,15 @@ def test_stages_in_order() -> None:
     assert stages[25:27] == ["special", "recovery"]
 
 
+def test_stages_of_overlapping_tapers() -> None:
+    staged = expand(spec(taper=9, special_taper=9, eot_after=0, first_after=0), 2, 60)
+    assert list(dict.fromkeys(staged.stage(step) for step in range(60))) == [
+        "real", "ln_2 1/2", "ln_2 2/2", "ln_1_qk 1/2", "ln_1_qk 2/2", "ln_1_v 1/2", "ln_1_v 2/2", "ln_f", "special", "recovery",
+    ]  # fmt: skip
+    together = expand(spec(ln_2_start=1, ln_2_gap=0, qk_gap=0, v_gap=0, taper=3, eot_after=0, first_after=0), 2, 60)
+    assert [together.stage(step) for step in range(4)] == ["real", "freezing 25 %", "freezing 50 %", "freezing 75 %"]
+
+
 def test_json_lists_every_event_with_its_tokens() -> None:
     rows = expand(spec(taper=2), 3, 60).to_json(tokens_per_step=1000)
     assert len(rows) == 3 * 3 + 1 + 2

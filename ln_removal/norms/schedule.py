@@ -103,20 +103,21 @@ class RemovalSchedule:
     def stage(self, step: int) -> str:
         """A label for the progress bar: "real", "ln_2 3/12", "ln_1_qk 1/12", "ln_f", "special" or "recovery".
 
-        "freezing 35 %" where the special constants go while the sites still do.
+        The counts are those of the latest kind of which a site has begun to freeze. "freezing 35 %" where all sites begin together.
         """
         if step > self.complete_at:
             return "recovery"
-        started = [event for event in self.events if event.step <= step]
-        if not started:
+        freezes = [event for event in self.events if event.action == "freeze"]
+        begun = Counter(_kind(event) for event in freezes if event.step <= step)
+        if not begun:
             return "real"
-        if any(event.action == "drop_special" for event in started):
-            mixes = self.freeze_values(step)
-            share = sum(mixes.values()) / len(mixes)
-            return "special" if share == 1 else f"freezing {int(100 * share)} %"
-        counts = Counter(_kind(event) for event in started)
-        latest = max(counts, key=SITE_KINDS.index)
-        return latest if latest == "ln_f" else f"{latest} {counts[latest]}/{self.n_layer}"
+        share = sum(event.value(step) for event in freezes) / len(freezes)
+        if share == 1 and any(self.special_values(step).values()):
+            return "special"
+        if share < 1 and freezes[0].step == freezes[-1].step:
+            return f"freezing {int(100 * share)} %"
+        latest = max(begun, key=SITE_KINDS.index)
+        return latest if latest == "ln_f" else f"{latest} {begun[latest]}/{self.n_layer}"
 
     def to_json(self, tokens_per_step: int | None = None) -> list[dict[str, object]]:
         """One dictionary an event: site, step, action, taper, and with tokens_per_step the tokens seen before it."""
