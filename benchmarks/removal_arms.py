@@ -100,8 +100,8 @@ def v_apart(*, until: float, taper: float, special: float) -> Any:
     return schedule
 
 
-PROMPTS = {"bos_rows": 0.1, "odd_text": 0.03}
-"""Training rows that begin with the end-of-text token, and stress text with repeated sequences, as in recipe tiny."""
+PROMPTS = {"bos_rows": 0.1, "copies": 0.05}
+"""Training rows that begin with the end-of-text token, and rows that repeat themselves, as in recipe tiny."""
 
 CONTROL = "control"
 CONTROLS = {CONTROL: {}, "control-prompts": PROMPTS}

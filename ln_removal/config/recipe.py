@@ -46,6 +46,7 @@ class DataSpec(_Spec):
     validation_tokens: PositiveInt | None = None
     weights: dict[str, PositiveInt] = Field(default_factory=dict)  # how often a source is repeated
     bos_rows: Annotated[float, Field(ge=0, le=1)] = 0.0  # share of sequences that begin with the end-of-text token
+    copies: Annotated[float, Field(ge=0, le=0.5)] = 0.0  # share of sequences that repeat text or random tokens
     odd_text: Annotated[float, Field(ge=0, le=0.5)] = 0.0  # share of sequences of tabs, random tokens and the like
 
 

@@ -48,6 +48,8 @@ class WindowSampler:
         mixed_in: stress text that takes the place of some sequences.
         bos_rows: share of the sequences that begin with the end-of-text token. It stands in front of a document's start in
             half of them, and in front of any window in the others.
+        copies: share of the sequences that say the same again and again: text in half of them, random tokens in the others. Only
+            a model that copies from its context, as induction heads do, can predict them (Olsson et al. 2022, arXiv 2209.11895).
 
     Raises:
         UserError: when the split has no full window, or `weights` names a source that the corpus does not have.
@@ -63,10 +65,12 @@ class WindowSampler:
         weights: dict[str, int] | None = None,
         mixed_in: Mixture | None = None,
         bos_rows: float = 0.0,
+        copies: float = 0.0,
     ) -> None:
         self._split = split
         self._mixed_in = mixed_in
         self._bos_rows = bos_rows
+        self._copies = copies
         self._context = context
         self._sequences_per_step = sequences_per_step
         self._seed = seed
@@ -118,15 +122,28 @@ class WindowSampler:
         return np.stack(rows)
 
     def _window(self, number: int, shard: int, start: int) -> Tokens:
-        """Sequence `number` of the run, (T + 1,): the window itself, or one that begins with the end-of-text token."""
+        """Sequence `number` of the run, (T + 1,): the window itself, a copied sequence, or one that begins as a prompt does."""
         generator = np.random.Generator(np.random.Philox(key=[self._seed, number], counter=[2, 0, 0, 0]))
-        draw = generator.random()
+        draw, copied = generator.random(2)
+        if copied < self._copies:
+            return self._copied(self._split.read(shard, start, self._context), generator)
         if draw >= self._bos_rows:
             return self._split.read(shard, start, self._context + 1)
         if draw < self._bos_rows / 2:
             starts = self._split.document_starts[shard]
             start = int(starts[np.searchsorted(starts, start, side="right") - 1])
         return np.concatenate([[self._split.eot_token_id], self._split.read(shard, start, self._context)])
+
+    def _copied(self, text: Tokens, generator: np.random.Generator) -> Tokens:
+        """(T + 1,) tokens that are said again and again: the beginning of `text`, or random ones; half with end-of-text in front."""
+        period = int(generator.integers(max(1, self._context // 16), self._context // 2 + 1))
+        random, begins = generator.random(2) < 0.5
+        first = text[:period]
+        if random:
+            drawn = generator.integers(self._split.vocab_size - 1, size=period)
+            first = drawn + (drawn >= self._split.eot_token_id)  # every token but that one
+        row: Tokens = np.resize(first, self._context + 1)
+        return np.concatenate([[self._split.eot_token_id], row[:-1]]) if begins else row
 
     def micro_batches(self, step: int, *, rank: int = 0, ranks: int = 1, micro_batch: int) -> Iterator[Tokens]:
         """The batches of one rank at one step, each of shape (n <= micro_batch, T + 1)."""

@@ -89,6 +89,7 @@ class TokenSplit:
         self.documents = index.total(split, "documents")
         self.bytes = index.total(split, "bytes")
         self.eot_token_id = index.eot_token_id
+        self.vocab_size = index.vocab_size
         self._directory = directory
         self._dtype = np.dtype(index.dtype)
 

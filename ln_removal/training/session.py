@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ln_removal.data.sampler import WindowSampler, plan_windows
-from ln_removal.data.stress_text import Mixture, repeated_sequences, stress_sequences
+from ln_removal.data.stress_text import Mixture, stress_sequences
 from ln_removal.errors import UserError
 from ln_removal.files.atomic import check_room_for_run
 from ln_removal.models.attention import EntropyRegulariser
@@ -106,6 +106,7 @@ def sampler_of(recipe: Recipe, data: TokenDataset, tokenizer: PreTrainedTokenize
         weights=recipe.data.weights,
         mixed_in=None if tokenizer is None else _odd_text(recipe, tokenizer),
         bos_rows=recipe.data.bos_rows,
+        copies=recipe.data.copies,
     )
 
 
@@ -117,11 +118,7 @@ def _odd_text(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Mixture | N
     kinds = stress_sequences(
         tokenizer, context=recipe.data.context + 1, count=ODD_SEQUENCES + 1, seed=recipe.seed + ODD_SEED
     )
-    rows = [rows[1:] for rows in kinds.values()]
-    # As many as of all other kinds together: copying has to be practised.
-    count, context = len(rows) * ODD_SEQUENCES, recipe.data.context + 1
-    rows.append(repeated_sequences(tokenizer, context=context, count=count, seed=recipe.seed + ODD_SEED))
-    sequences = np.concatenate(rows)
+    sequences = np.concatenate([rows[1:] for rows in kinds.values()])
     if tokenizer.eos_token_id is not None:  # every second one begins with it, as a prompt does
         sequences[::2] = np.concatenate(
             [np.full((len(sequences[::2]), 1), tokenizer.eos_token_id), sequences[::2, :-1]], 1
