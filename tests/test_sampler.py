@@ -199,3 +199,24 @@ def test_a_share_of_rows_begins_with_the_end_of_text_token() -> None:
     assert {int(row[1]) for row in begun[~as_it_was]} <= starts, "in front of a document"
     again = WindowSampler(split, context=context, sequences_per_step=10, seed=3, bos_rows=0.5)
     assert (again.sequences(41, 4, 3) == ours[414:417]).all(), "a function of seed and number"
+
+
+def test_a_share_of_rows_repeats_itself() -> None:
+    context = 32
+    split = split_of(4000)
+    split.vocab_size, split.eot_token_id = 10_000, 4242
+    sampler = WindowSampler(split, context=context, sequences_per_step=10, seed=3, copies=0.3)
+    rows = np.concatenate([sampler.sequences(step, 0, 10) for step in range(60)])
+    begun = rows[:, 0] == split.eot_token_id
+    texts = [row[1:] if begins else row for row, begins in zip(rows, begun, strict=True)]
+    periods = np.array([next((p for p in range(1, 25) if (row[p:] == row[:-p]).all()), 0) for row in texts])
+    copied = periods > 0
+    assert 0.22 < copied.mean() < 0.38 and not begun[~copied].any()
+    assert 2 <= periods[copied].min() and periods[copied].max() <= context // 2
+    assert 0.3 < begun[copied].mean() < 0.7
+    from_text = np.array([(np.diff(row[:period]) == 1).all() for row, period in zip(texts, periods, strict=True)])
+    assert 0.3 < from_text[copied].mean() < 0.7
+    random = np.concatenate([row for row, is_text in zip(texts, from_text, strict=True) if not is_text])
+    assert random.min() < 1000 and random.max() > 9000 and not (random == split.eot_token_id).any()
+    usual = WindowSampler(split, context=context, sequences_per_step=10, seed=3)
+    assert (rows[~copied] == np.concatenate([usual.sequences(step, 0, 10) for step in range(60)])[~copied]).all()
