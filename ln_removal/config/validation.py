@@ -143,6 +143,7 @@ def _batch_faults(tokens: int | None, context: int | None, micro_batch: int | st
 ONLY_IN_REMOVALS = (
     "data.odd_text",
     "training.auxiliary_weight",
+    "training.outlier_weight",
     "training.distillation",
 )
 
@@ -179,6 +180,11 @@ def _removal_faults(value: Callable[[str], Any]) -> list[str]:
             if (found := value(key)) not in (None, usual):
                 advice = "give that, or leave this out"
                 faults.append(f"{key}: has no effect without training.auxiliary_weight, found {found!r}; {advice}")
+    if value("training.outlier_weight") and value("training.auxiliary_target") != "constants":
+        rule = "has an effect only with training.auxiliary_target = 'constants'"
+        faults.append(
+            f"training.outlier_weight: {rule}, found {value('training.auxiliary_target')!r}; change one of them"
+        )
     if value("training.entropy_weight"):
         faults.append("training.entropy_weight: a removal, a recipe with [schedule], has none; leave it out")
     share, end = value("training.distillation"), value("training.distillation_end")

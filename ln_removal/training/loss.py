@@ -181,7 +181,9 @@ class Objective(nn.Module):
         self.entropy_weight = 0.0 if entropy is None else entropy.weight
         self.entropy = None if entropy is None else entropy.regulariser.to(model.device)
         self.eot_token_id = eot_token_id
-        self.auxiliary = auxiliary if auxiliary is not None and auxiliary.weight > 0 else None
+        self.auxiliary = (
+            auxiliary if auxiliary is not None and auxiliary.weight + auxiliary.outlier_weight > 0 else None
+        )
         self.teacher: PreTrainedModel | None = None
         # A buffer: it changes from step to step, and a compiled graph should not.
         self.register_buffer("share", torch.zeros((), device=model.device), persistent=False)

@@ -84,7 +84,10 @@ class Session:
 
     def stage_at(self, step: int) -> str:
         """The stage of the removal in a step, in words; "training" without a removal."""
-        return "training" if self.removal is None else self.removal.schedule.stage(step)
+        if self.removal is None:
+            return "training"
+        stage = self.removal.schedule.stage(step)
+        return "shrinking" if stage == "real" and self.spec.outlier_weight > 0 else stage
 
 
 def sampler_of(recipe: Recipe, data: TokenDataset, tokenizer: PreTrainedTokenizerBase | None = None) -> WindowSampler:
