@@ -17,6 +17,7 @@ from ln_removal.evaluation.results import (
     Difference,
     LossSpread,
     PositionLoss,
+    PromptScores,
     ResidualStd,
     Results,
     Samples,
@@ -112,9 +113,10 @@ def results(*, text: str = "plain") -> Results:
         settings=Settings(
             data=data.data, context=512, questions=2000, question_set=f"completions {text}", protocol="code"
         ),
+        prompts=prompts(),
         by_data=(data, data.model_copy(update={"data": "wikitext"})),
         residual_std=ByRole[ResidualStd](**stds),
-        odd_text=(odd,),
+        odd_text=(odd, odd.model_copy(update={"bos": True})),
         continuations=(
             Samples(
                 prompt=f"def {text}",
@@ -123,6 +125,38 @@ def results(*, text: str = "plain") -> Results:
                 texts=ByRole[str](original=text, control=text, ln_free=text),
             ),
         ),
+    )
+
+
+def prompts() -> tuple[PromptScores, ...]:
+    """Losses on two kinds of prompt: BOS adds 0.25 nats to the LN-free model's gap of the second, nothing to that of the first."""
+    losses = {
+        ("document start", False): (3.3125, 3.3625, 3.4125),
+        ("document start", True): (3.2925, 3.3425, 3.3925),
+        ("second copy, text", False): (0.885, 0.945, 0.995),
+        ("second copy, text", True): (0.905, 0.955, 1.255),
+    }
+    return tuple(
+        PromptScores(
+            kind=kind,
+            bos=bos,
+            sequences=56,
+            tokens=7112,
+            loss=ByRole[float](original=original, control=control, ln_free=ln_free),
+            differences=(
+                Difference(
+                    model="ln_free",
+                    than="control",
+                    mean=ln_free - control,
+                    low=ln_free - control - 0.01,
+                    high=ln_free - control + 0.02,
+                    confidence=0.95,
+                    unit="prompts",
+                    units=56,
+                ),
+            ),
+        )
+        for (kind, bos), (original, control, ln_free) in losses.items()
     )
 
 

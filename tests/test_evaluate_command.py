@@ -64,7 +64,9 @@ def test_odd_text_prompts_and_stride(place: Path) -> None:
     arguments = [str(place / "model"), "--original", str(place / "other"), "--corpus", str(place / "notes.txt")]
     arguments += ["--context", "32", "--odd-text", "--prompt", "def f", "--prompt", "total", "--seed", "5"]
     found = scored(*arguments, "--stride", "8")
-    assert [one["kind"] for one in found["odd_text"]] == list(KINDS)
+    assert [(one["kind"], one["bos"]) for one in found["odd_text"]] == [
+        (kind, bos) for bos in (False, True) for kind in KINDS
+    ]
     assert all(one["loss"]["original"] > 0 for one in found["odd_text"])
     assert [one["prompt"] for one in found["continuations"]] == ["def f", "total"]
     assert found["continuations"][0]["texts"]["original"]
@@ -74,7 +76,10 @@ def test_odd_text_prompts_and_stride(place: Path) -> None:
     overlapping = runner.invoke(app, [*arguments, "--stride", "8", "--device", "cpu"]).stdout
     assert "context 32, stride 8, " in " ".join(overlapping.split())
     table = runner.invoke(app, [*arguments, "--device", "cpu"]).stdout
-    for shown in ("Odd text", "form feeds", "worst window", "calibration error", "--- original", "def f"):
+    for shown in (
+        *("Odd text", "form feeds", "tabs, with BOS", "worst window", "calibration error", "--- original", "def f"),
+        *("document start, with BOS", "second copy, random tokens", "TransformerLens"),
+    ):
         assert shown in table, shown
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
+from report_run import prompts
 
 from ln_removal.config.recipe import Recipe, load_recipe, validate_recipe
 from ln_removal.evaluation.results import ByRole, LossSpread, Results, Settings
@@ -74,6 +75,15 @@ def test_table_has_the_three_models_side_by_side(tmp_path: Path) -> None:
     assert "| accuracy (%) | 31.10 | 30.80 | 30.47 |" in text
     assert "+0.0251 nats per token" in text
     assert "4,430,000 tokens of openwebtext" in text
+
+
+def test_losses_on_prompts_stand_below_the_scores(tmp_path: Path) -> None:
+    write_model_card(tmp_path, load_recipe("gpt2"), results().model_copy(update={"prompts": prompts()}))
+    text = card_of(tmp_path).text
+    assert "| second copy, text, with BOS | 0.905 | 0.955 | 1.255 | +0.300 | +0.290 to +0.320 |" in text
+    assert "+0.300 with BOS and +0.050 without" in text
+    write_model_card(tmp_path, load_recipe("gpt2"), results())
+    assert "BOS" not in card_of(tmp_path).text, "results of an earlier version"
 
 
 @pytest.mark.parametrize("model", ["tiny", "./my-gpt2", "/models/mine"])

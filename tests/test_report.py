@@ -85,6 +85,19 @@ def test_every_section_and_figure_is_there(run: Path) -> None:
     assert "tokens_per_step = 4096" in words and "ln_removal" in words
 
 
+def test_losses_on_prompts_and_which_of_them_bos_harms(run: Path) -> None:
+    html, page = page_of(run)
+    table = re.findall(r'<table id="prompts">.*?</table>', html, re.DOTALL)[0]
+    rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in re.findall(r"<tr>.*?</tr>", table, re.DOTALL)]
+    assert rows[0][1:5] == ["original", "control", "LN-free", "LN-free - control"]
+    assert rows[2] == ["document start, with BOS", "3.292", "3.342", "3.393", "+0.050", "+0.040 to +0.070"]
+    assert len(rows) == 5
+    words = " ".join("".join(page.words).split())
+    assert "+0.300 with BOS and +0.050 without" in words and "(second copy, text)" in words
+    assert "(document start)" not in words, "BOS adds nothing to that gap"
+    assert "TransformerLens" in words and "tabs, with BOS" in words
+
+
 def test_it_needs_nothing_from_outside_and_runs_nothing(run: Path) -> None:
     html, page = page_of(run)
     names = {tag for tag, _ in page.tags}

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from report_run import prompts
 from rich.console import Console
 
 from ln_removal.errors import UserError
 from ln_removal.evaluation.hellaswag import ChoiceResult
 from ln_removal.evaluation.loss import LossResult
-from ln_removal.evaluation.results import Results, Settings, collect, read, write
+from ln_removal.evaluation.results import ByRole, Results, Settings, collect, read, write
 from ln_removal.report.tables import render
 
 
@@ -89,6 +90,21 @@ def test_table(results: Results) -> None:
     row = next(line for line in text.splitlines() if "accuracy" in line)
     assert [part for part in ("70.00", "71.00", "69.50", "± 1.05", "-1.50", "-0.50") if part not in row] == []
     assert "4,096 tokens of held-out modules" in text and "gap (LN-free - control): +0.0400" in text
+
+
+def test_losses_on_prompts_are_shown_for_the_models_that_there_are(results: Results) -> None:
+    text = shown(results.model_copy(update={"prompts": prompts()}))
+    row = next(line for line in text.splitlines() if "second copy, text, with BOS" in line)
+    assert [part for part in ("0.905", "0.955", "1.255", "+0.300", "+0.290 to +0.320") if part not in row] == []
+    assert "+0.300 with BOS and +0.050 without" in " ".join(text.split())
+    alone = tuple(
+        one.model_copy(update={"loss": ByRole[float](ln_free=one.loss.ln_free), "differences": ()}) for one in prompts()
+    )
+    one_model = results.model_copy(update={"prompts": alone, "models": ByRole[str](ln_free="m")})
+    text = shown(one_model)
+    row = next(line for line in text.splitlines() if "second copy, text, with BOS" in line)
+    assert "1.255" in row and "interval" not in text and "with BOS and" not in text
+    assert "BOS" not in shown(results), "results of an earlier version"
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,11 @@ QuestionsOption = Annotated[
     str, typer.Option(metavar="none|completions|hellaswag|FILE", help="Also measure accuracy on these.")
 ]
 StressTextOption = Annotated[
-    bool, typer.Option("--odd-text", help="Also score form feeds, tabs, white space, repeated and random tokens.")
+    bool,
+    typer.Option(
+        "--odd-text",
+        help="Also score form feeds, tabs, white space, repeated and random tokens, without and with BOS in front.",
+    ),
 ]
 PromptOption = Annotated[
     list[str] | None,
@@ -99,7 +103,8 @@ def evaluate(
 
     A model inside a run (DIR/model) takes tokens, context and limit from that run. Besides the mean: median and percentiles,
     the worst windows with their text, calibration, loss by position, and the differences between the models with 95 %
-    paired bootstrap intervals. Before ln-report, write them to RUN/results.json with --out.
+    paired bootstrap intervals; the loss on prompts as TransformerLens makes them, with the end-of-text token in front and
+    without it. Before ln-report, write them to RUN/results.json with --out.
 
     \b
     Examples:

@@ -139,7 +139,12 @@ class Comparison:
         readings = self._readings
         summaries = {role: reading.summary for role, reading in readings.items()}
         any_summary = next(iter(summaries.values()))
-        intervals, differences = self._bootstrap(self._units, seed)
+        intervals, differences = paired_bootstrap(
+            {role: reading.unit_sums for role, reading in readings.items()},
+            self._units.counts,
+            self._units.name,
+            seed=seed,
+        )
         return DataScores(
             data=self.name,
             tokens=any_summary.tokens,
@@ -156,31 +161,6 @@ class Comparison:
                 **{role: reading.by_position for role, reading in readings.items()}
             ),
             worst=self._worst(tokenizer),
-        )
-
-    def _bootstrap(self, units: Units, seed: int) -> tuple[dict[str, tuple[float, float]], tuple[Difference, ...]]:
-        """The interval of each mean and of each paired difference; none from a single unit."""
-        if len(units.counts) < 2:
-            return {}, ()
-        readings = self._readings
-        roles = list(readings)
-        pairs = [(model, than) for model, than in PAIRS if model in readings and than in readings]
-        rows = [readings[role].unit_sums for role in roles]
-        rows += [readings[model].unit_sums - readings[than].unit_sums for model, than in pairs]
-        found = bootstrap_means(np.stack(rows), units.counts, seed=seed)
-        intervals = {role: (interval.low, interval.high) for role, interval in zip(roles, found, strict=False)}
-        return intervals, tuple(
-            Difference(
-                model=model,
-                than=than,
-                mean=interval.value,
-                low=interval.low,
-                high=interval.high,
-                confidence=CONFIDENCE,
-                unit=units.name,
-                units=len(units.counts),
-            )
-            for (model, than), interval in zip(pairs, found[len(roles) :], strict=True)
         )
 
     def _worst(self, tokenizer: PreTrainedTokenizerBase) -> tuple[WorstSample, ...]:
@@ -210,6 +190,37 @@ class Comparison:
         return tuple(samples)
 
 
+def paired_bootstrap(
+    sums: Mapping[str, Array], counts: Array, unit: str, *, seed: int
+) -> tuple[dict[str, tuple[float, float]], tuple[Difference, ...]]:
+    """The interval of each model's mean loss, and the differences of PAIRS with theirs; none from a single unit.
+
+    Args:
+        sums: by role, (U,) summed loss of each unit, nats.
+        counts: (U,) scored tokens in each unit.
+        unit: what the units are, in the plural.
+    """
+    if len(counts) < 2:
+        return {}, ()
+    pairs = [(model, than) for model, than in PAIRS if model in sums and than in sums]
+    rows = [*sums.values(), *(sums[model] - sums[than] for model, than in pairs)]
+    found = bootstrap_means(np.stack(rows), counts, seed=seed)
+    intervals = {role: (interval.low, interval.high) for role, interval in zip(sums, found, strict=False)}
+    return intervals, tuple(
+        Difference(
+            model=model,
+            than=than,
+            mean=interval.value,
+            low=interval.low,
+            high=interval.high,
+            confidence=CONFIDENCE,
+            unit=unit,
+            units=len(counts),
+        )
+        for (model, than), interval in zip(pairs, found[len(sums) :], strict=True)
+    )
+
+
 def _last_role(found: Mapping[str, object]) -> str:
     """The LN-free model's role if it is among `found`, else the control's, else the original's."""
     return next(role for role in reversed(ROLES) if role in found)
@@ -223,8 +234,8 @@ def stress_losses(
     Args:
         model: a language model, on the device where it is to run.
         sequences: (N, T) tokens by kind, from `stress_text`; T - 1 is at most the model's positions.
-        bos: this token is put in front of each sequence, which loses its last token so that it stays as long. The first
-            token of the sequence is not scored in this case either, so the arrays are (N, T - 2).
+        bos: this token is put in front of each sequence, which loses its last token in exchange. The first token is not
+            scored in this case either, so the arrays are (N, T - 2).
     """
     device = next(model.parameters()).device
     losses: dict[str, Array] = {}
@@ -244,7 +255,11 @@ def stress_losses(
 
 
 def compare_stress_texts(
-    tokenizer: PreTrainedTokenizerBase, sequences: Mapping[str, Tokens], losses: Mapping[str, Mapping[str, Array]]
+    tokenizer: PreTrainedTokenizerBase,
+    sequences: Mapping[str, Tokens],
+    losses: Mapping[str, Mapping[str, Array]],
+    *,
+    bos: bool = False,
 ) -> tuple[StressText, ...]:
     """The losses of several models on stress texts, one entry for each kind.
 
@@ -252,6 +267,7 @@ def compare_stress_texts(
         tokenizer: the one that made the sequences; it decodes the worst of each kind.
         sequences: (N, T) tokens by kind, from `stress_text`.
         losses: by role, from `stress_losses`.
+        bos: whether the end-of-text token stood in front of the sequences.
     """
     ranked_by = _last_role(losses)
     found = []
@@ -261,6 +277,7 @@ def compare_stress_texts(
         found.append(
             StressText(
                 kind=kind,
+                bos=bos,
                 sequences=len(rows),
                 context=rows.shape[1],
                 loss=ByRole[float](**{role: float(values.mean()) for role, values in means.items()}),

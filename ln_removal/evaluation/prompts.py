@@ -1,4 +1,4 @@
-"""Cross-entropy where researchers read a model: at the start of documents, and where it must copy from its context.
+"""Cross-entropy where researchers read a model: at the start of documents, and where it can copy from its context.
 
 TransformerLens puts the end-of-text token, which it calls BOS, in front of every prompt. A model that was fine-tuned on a
 stream of text has hardly seen that token at position 0, so every figure is taken with it and without it, over the same
@@ -9,7 +9,7 @@ Shape legend: N prompts of a kind, T tokens in the longest of them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,9 @@ import torch
 
 from ln_removal.data.stress_text import repeated_sequences
 from ln_removal.data.tokens import Tokens
+from ln_removal.evaluation.compare import paired_bootstrap
 from ln_removal.evaluation.loss import BATCH_TOKENS, position_losses, scoring
+from ln_removal.evaluation.results import ByRole, PromptScores
 from ln_removal.models.precision import Precision
 
 if TYPE_CHECKING:
@@ -44,7 +46,7 @@ DOCUMENTS = 256
 """Most document starts that are scored."""
 
 COPIES = 128
-"""Sequences of random tokens, and at most as many of text, that are said twice."""
+"""Most sequences of random tokens, and of text, that are given twice."""
 
 SHORTEST = 16
 """A document of fewer tokens is not used."""
@@ -74,7 +76,12 @@ class PromptSet:
 
 
 def prompt_sets(
-    tokenizer: PreTrainedTokenizerBase, split: TokenSplit, *, positions: int, seed: int = 0
+    tokenizer: PreTrainedTokenizerBase,
+    split: TokenSplit,
+    *,
+    positions: int,
+    max_tokens: int | None = None,
+    seed: int = 0,
 ) -> dict[str, PromptSet]:
     """Prompts of each of `KINDS`; the same tokenizer, split and arguments give the same ones.
 
@@ -92,6 +99,7 @@ def prompt_sets(
         tokenizer: of the models that will read the prompts.
         split: held-out tokens of the same tokenizer.
         positions: of the model with the fewest.
+        max_tokens: fewer prompts are made, so that those of a kind have about this many tokens at most.
         seed: of all draws.
 
     Returns:
@@ -99,11 +107,13 @@ def prompt_sets(
     """
     length = min(LENGTH, positions)
     period = length // 2
-    copies = repeated_sequences(tokenizer, context=2 * period, count=COPIES, seed=seed, period=period)
+    most = DOCUMENTS if max_tokens is None else max(1, max_tokens // length)
+    count = min(COPIES, most)
+    copies = repeated_sequences(tokenizer, context=2 * period, count=count, seed=seed, period=period)
     found = {
-        DOCUMENT_START: _document_starts(split, length),
-        RANDOM_COPY: PromptSet(copies, np.full(COPIES, period + 1), np.full(COPIES, 2 * period)),
-        TEXT_COPY: _text_copies(split, period, seed),
+        DOCUMENT_START: _document_starts(split, length, min(DOCUMENTS, most)),
+        RANDOM_COPY: PromptSet(copies, np.full(count, period + 1), np.full(count, 2 * period)),
+        TEXT_COPY: _text_copies(split, period, count, seed),
     }
     return {kind: some for kind, some in found.items() if some is not None and (some.counts > 0).all()}
 
@@ -130,6 +140,30 @@ def prompt_losses(
         }
 
 
+def compare_prompts(
+    prompts: Mapping[str, PromptSet], losses: Mapping[str, Mapping[tuple[str, bool], Array]], *, seed: int = 0
+) -> Iterator[PromptScores]:
+    """The losses of several models on the same prompts, one entry for each kind without and with BOS.
+
+    Args:
+        prompts: from `prompt_sets`.
+        losses: by role, from `prompt_losses`.
+        seed: of the bootstrap.
+    """
+    for kind, some in prompts.items():
+        for bos in (False, True):
+            sums = {role: found[kind, bos] * some.counts for role, found in losses.items()}
+            tokens = int(some.counts.sum())
+            yield PromptScores(
+                kind=kind,
+                bos=bos,
+                sequences=len(some.counts),
+                tokens=tokens,
+                loss=ByRole[float](**{role: float(values.sum() / tokens) for role, values in sums.items()}),
+                differences=paired_bootstrap(sums, some.counts, "prompts", seed=seed)[1],
+            )
+
+
 def _mean_losses(model: nn.Module, prompts: PromptSet, bos: int | None, device: torch.device) -> Array:
     """(N,) mean loss of each prompt, with the token `bos` in front if it is given."""
     rows, shift = prompts.tokens, 0
@@ -149,17 +183,17 @@ def _mean_losses(model: nn.Module, prompts: PromptSet, bos: int | None, device: 
     return np.concatenate(means)
 
 
-def _document_starts(split: TokenSplit, length: int) -> PromptSet | None:
+def _document_starts(split: TokenSplit, length: int, count: int) -> PromptSet | None:
     documents = _documents(split, length)
-    documents = documents[_evenly(len(documents), min(DOCUMENTS, len(documents)))]
+    documents = documents[_evenly(len(documents), min(count, len(documents)))]
     return _filled([split.read(shard, start, min(length, size)) for shard, start, size in documents.tolist()])
 
 
-def _text_copies(split: TokenSplit, period: int, seed: int) -> PromptSet | None:
+def _text_copies(split: TokenSplit, period: int, count: int, seed: int) -> PromptSet | None:
     documents = _documents(split, period + 1)  # one more, so that the text begins inside the document
     random = np.random.default_rng([seed, KINDS.index(TEXT_COPY)])
     places = set()
-    for shard, start, size in documents[_evenly(len(documents), COPIES)].tolist():
+    for shard, start, size in documents[_evenly(len(documents), count)].tolist():
         taken = min(period, size - 1)
         places.add((shard, start + int(random.integers(1, size - taken + 1)), taken))
     rows = [split.read(*place) for place in sorted(places)]

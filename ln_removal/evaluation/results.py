@@ -19,13 +19,16 @@ A model has one of three roles: `original` (before any training), `control` (the
       "settings": {"data": ..., "context": ..., "precision": ...,
                    "questions": ..., "question_set": ..., "protocol": ...},
       "by_data": [{"data": ..., "differences": [...], "by_position": {...}, "worst": [...], ...}, ...],
+      "prompts": [{"kind": "document start", "bos": true, "loss": {"original": ..., "control": ..., "ln_free": ...},
+                   "differences": [...], ...}, ...],
       "residual_std": {...}, "odd_text": [...], "continuations": [...],
       "versions": {"ln_removal": ..., "torch": ..., "transformers": ..., "python": ...}
     }
 
 The values at the top are those of the first data set. `by_data` has more about each data set (`DataScores`), the first
-one included. Files of earlier versions lack it and the keys after it. `odd_text` holds the losses on stress texts,
-`continuations` the samples that the models wrote.
+one included. Files of earlier versions lack it and the keys after it. `prompts` holds the losses at the start of documents
+and on sequences that are given twice, without and with the end-of-text token (`bos`) in front; the tokens are those of the
+first data set. `odd_text` holds the losses on stress texts, `continuations` the samples that the models wrote.
 
 `accuracy` is acc_norm, the length-normalised choice that is usually quoted for HellaSwag; it is null when no questions
 were asked.
@@ -37,7 +40,7 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, Literal, TypeVar
@@ -127,7 +130,7 @@ class Difference(Schema):
     Attributes:
         mean, low, high: nats per token.
         confidence: share of the resamples inside the interval.
-        unit: what was drawn, "documents" or "windows".
+        unit: what was drawn, "documents", "windows" or "prompts".
         units: how many of them there are.
     """
 
@@ -192,6 +195,25 @@ class DataScores(Schema):
     worst: tuple[WorstSample, ...] = ()
 
 
+class PromptScores(Schema):
+    """Losses on one kind of prompt.
+
+    Attributes:
+        kind: one of `prompts.KINDS`.
+        bos: whether the end-of-text token stands in front. The scored tokens are the same in both cases.
+        sequences, tokens: how many were scored.
+        loss: mean over the scored tokens, nats.
+        differences: none where there is a single prompt.
+    """
+
+    kind: str
+    bos: bool
+    sequences: PositiveInt
+    tokens: PositiveInt
+    loss: ByRole[float]
+    differences: tuple[Difference, ...] = ()
+
+
 class ResidualStd(Schema):
     """Mean standard deviation of the residual stream over its width, layer by layer, on held-out text.
 
@@ -215,6 +237,7 @@ class StressText(Schema):
 
     Attributes:
         kind: one of `stress_text.KINDS`.
+        bos: whether the end-of-text token stands in front.
         sequences: how many were scored.
         context: tokens in a sequence.
         loss, median: over all tokens, nats.
@@ -224,6 +247,7 @@ class StressText(Schema):
     """
 
     kind: str
+    bos: bool = False
     sequences: PositiveInt
     context: PositiveInt
     loss: ByRole[float]
@@ -277,6 +301,7 @@ class Results(Schema):
     device: str
     settings: Settings
     by_data: tuple[DataScores, ...] = ()
+    prompts: tuple[PromptScores, ...] = ()
     residual_std: ByRole[ResidualStd] = ByRole[ResidualStd]()
     odd_text: tuple[StressText, ...] = ()
     continuations: tuple[Samples, ...] = ()
@@ -310,6 +335,7 @@ def collect(
     seconds: float,
     device: str,
     by_data: Sequence[DataScores] = (),
+    prompts: Iterable[PromptScores] = (),
     residual_std: Mapping[str, ResidualStd] | None = None,
     stress_texts: Sequence[StressText] = (),
     samples: Sequence[Samples] = (),
@@ -340,6 +366,7 @@ def collect(
         device=device,
         settings=settings,
         by_data=tuple(by_data),
+        prompts=tuple(prompts),
         residual_std=ByRole[ResidualStd](**(residual_std or {})),
         odd_text=tuple(stress_texts),
         continuations=tuple(samples),

@@ -13,21 +13,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ln_removal.errors import UserError
 from ln_removal.files.run_directory import RECIPE_FILE
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
     from transformers import PreTrainedTokenizerBase
 
     from ln_removal.config.recipe import Recipe
     from ln_removal.data.tokens import TokenDataset, Tokens
-    from ln_removal.evaluation.compare import Comparison
+    from ln_removal.evaluation.compare import Array, Comparison
     from ln_removal.evaluation.hellaswag import ChoiceResult, QuestionSet
     from ln_removal.evaluation.loss import LossResult
-    from ln_removal.evaluation.results import ResidualStd, Results, Samples
+    from ln_removal.evaluation.prompts import PromptSet
+    from ln_removal.evaluation.results import ResidualStd, Results, Samples, StressText
 
 STRESS_SEQUENCES = 16
 """Sequences of each kind of stress text that `ln-evaluate --odd-text` scores."""
@@ -81,7 +81,8 @@ class _ModelScores:
     loss: LossResult
     residual_std: ResidualStd | None
     choices: ChoiceResult | None
-    stress_losses: dict[str, npt.NDArray[Any]]
+    prompt_losses: dict[tuple[str, bool], Array]
+    stress_losses: dict[bool, dict[str, Array]]  # without and with the end-of-text token in front
     texts: list[str]
 
 
@@ -96,7 +97,8 @@ def score(inputs: ScoringInputs, options: ScoringOptions, *, seconds_before: flo
             are checked before the first one is scored.
     """
     from ln_removal.data.stress_text import stress_sequences
-    from ln_removal.evaluation.compare import Comparison, compare_stress_texts
+    from ln_removal.evaluation.compare import Comparison
+    from ln_removal.evaluation.prompts import compare_prompts, prompt_sets
     from ln_removal.evaluation.results import Settings, collect
 
     began = time.perf_counter()
@@ -106,9 +108,17 @@ def score(inputs: ScoringInputs, options: ScoringOptions, *, seconds_before: flo
         for name, data in inputs.data_sets.items()
     ]
     count, seed = options.stress_sequences, options.seed
-    stress = stress_sequences(tokenizer, context=inputs.context + 1, count=count, seed=seed) if count else {}
+    stress = stress_sequences(tokenizer, context=max(3, inputs.context + 1), count=count, seed=seed) if count else {}
+    prompts = prompt_sets(
+        tokenizer,
+        comparisons[0].data.split("validation"),
+        positions=min(map(_positions, inputs.models.values())),
+        max_tokens=inputs.max_tokens,
+        seed=seed,
+    )
     found = {
-        role: _score_model(role, name, inputs, options, comparisons, stress) for role, name in inputs.models.items()
+        role: _score_model(role, name, inputs, options, comparisons, stress, prompts)
+        for role, name in inputs.models.items()
     }
     by_data = [comparison.scores(tokenizer, seed=seed) for comparison in comparisons]
     choices = {role: one.choices for role, one in found.items() if one.choices is not None}
@@ -127,10 +137,9 @@ def score(inputs: ScoringInputs, options: ScoringOptions, *, seconds_before: flo
         seconds=seconds_before + time.perf_counter() - began,
         device=device_name(options.device),
         by_data=by_data,
+        prompts=compare_prompts(prompts, {role: one.prompt_losses for role, one in found.items()}, seed=seed),
         residual_std={role: one.residual_std for role, one in found.items() if one.residual_std is not None},
-        stress_texts=compare_stress_texts(tokenizer, stress, {role: one.stress_losses for role, one in found.items()})
-        if stress
-        else (),
+        stress_texts=_stress_texts(tokenizer, stress, found),
         samples=list(_samples(found, options)),
     )
 
@@ -164,10 +173,12 @@ def _score_model(
     options: ScoringOptions,
     comparisons: Sequence[Comparison],
     stress: Mapping[str, Tokens],
+    prompts: Mapping[str, PromptSet],
 ) -> _ModelScores:
     """Load one model, add it to the comparisons and take everything else that the options ask for."""
     from ln_removal.evaluation.compare import sample_text, stress_losses
     from ln_removal.evaluation.hellaswag import evaluate_choices
+    from ln_removal.evaluation.prompts import prompt_losses
     from ln_removal.evaluation.statistics import residual_std
     from ln_removal.models.loading import load_model
 
@@ -191,9 +202,25 @@ def _score_model(
             protocol=questions.protocol,
             progress=f"{role}: questions" if options.progress else False,
         ),
-        stress_losses=stress_losses(loaded.model, stress),
+        prompt_losses=prompt_losses(loaded.model, prompts, eot_token_id=first.eot_token_id),
+        stress_losses={
+            bos: stress_losses(loaded.model, stress, bos=first.eot_token_id if bos else None) for bos in (False, True)
+        },
         texts=[sample_text(loaded.model, loaded.tokenizer, prompt, seed=options.seed) for prompt in options.prompts],
     )
+
+
+def _stress_texts(
+    tokenizer: PreTrainedTokenizerBase, stress: Mapping[str, Tokens], found: Mapping[str, _ModelScores]
+) -> list[StressText]:
+    """The losses on stress text: each kind without the end-of-text token in front, then each kind with it."""
+    from ln_removal.evaluation.compare import compare_stress_texts
+
+    texts: list[StressText] = []
+    for bos in (False, True):
+        losses = {role: one.stress_losses[bos] for role, one in found.items()}
+        texts += compare_stress_texts(tokenizer, stress, losses, bos=bos)
+    return texts
 
 
 def _samples(found: Mapping[str, _ModelScores], options: ScoringOptions) -> Iterator[Samples]:

@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING, Any, Literal
 from ln_removal.errors import UserError
 from ln_removal.evaluation.results import TITLES
 from ln_removal.files.hub import is_hub_id
-from ln_removal.report.tables import Score, markdown_table, score_rows, shown_roles
+from ln_removal.report.tables import (
+    PROMPTS_TITLE,
+    Score,
+    markdown_table,
+    prompt_notes,
+    prompt_table,
+    score_rows,
+    shown_roles,
+)
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -290,7 +298,7 @@ tokenizer = AutoTokenizer.from_pretrained("{place}")
 
 
 def _scores(results: Results) -> str:
-    """The table of scores and how they were taken."""
+    """The tables of scores and how they were taken."""
     roles = shown_roles(results)
     rows = [(row.label, *map(row.value, roles)) for row in score_rows(results, _LABELS)]
     settings = results.settings
@@ -306,7 +314,10 @@ def _scores(results: Results) -> str:
             "The control was fine-tuned on the same batches and kept its LayerNorms; the gap, LN-free minus control, "
             f"is {results.gap:+.4f} nats per token."
         )
-    return markdown_table(("", *(TITLES[role] for role in roles)), rows) + "\n\n" + " ".join(notes)
+    parts = [markdown_table(("", *(TITLES[role] for role in roles)), rows), " ".join(notes)]
+    if results.prompts:
+        parts += [f"{PROMPTS_TITLE}:", markdown_table(*prompt_table(results)), *prompt_notes(results)]
+    return "\n\n".join(parts)
 
 
 def _making(recipe: Recipe) -> str:

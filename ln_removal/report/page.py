@@ -27,7 +27,15 @@ from ln_removal.report.run_record import (
     incident_lines,
     read_run,
 )
-from ln_removal.report.tables import Score, score_rows, shown_roles
+from ln_removal.report.tables import (
+    PROMPTS_TITLE,
+    Score,
+    kind_label,
+    prompt_notes,
+    prompt_table,
+    score_rows,
+    shown_roles,
+)
 
 REPORT_FILE = "report.html"
 
@@ -83,6 +91,9 @@ def render_page(record: RunRecord) -> str:
         roles=shown_roles(results),
         titles=TITLES,
         rows=score_rows(results, _LABELS),
+        prompts_title=PROMPTS_TITLE,
+        prompt_table=prompt_table(results),
+        prompt_notes=prompt_notes(results),
         gap_interval=next((one for one in differences if (one.model, one.than) == ("ln_free", "control")), None),
         figures={
             "Training": Markup(loss_figure(record)),
@@ -111,7 +122,7 @@ def _template() -> Template:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters.update(number=_number, spaces=_visible_spaces)
+    environment.filters.update(number=_number, spaces=_visible_spaces, kind=kind_label)
     return environment.get_template("page.html")
 
 

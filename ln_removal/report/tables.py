@@ -1,7 +1,7 @@
 """Tables of scores for the terminal, and what they share with the model card and the report.
 
 `score_rows` builds the table original / control / LN-free. The terminal, the model card and the report each choose rows of
-it and label them.
+it and label them. `prompt_table` is the same in all three.
 """
 
 from __future__ import annotations
@@ -10,7 +10,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from ln_removal.evaluation.results import TITLES, ByRole, DataScores, Results, difference_of
+from ln_removal.evaluation.results import (
+    TITLES,
+    ByRole,
+    DataScores,
+    PromptScores,
+    Results,
+    StressText,
+    difference_of,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,6 +28,11 @@ if TYPE_CHECKING:
 
 WORST_SHOWN = 2
 """Worst windows of a data set that the printed table shows; results.json and the report have more."""
+
+PROMPTS_TITLE = "Prompts: cross-entropy (nats per token)"
+
+HARMED = 0.1
+"""Nats per token that the end-of-text token in front may add to the LN-free model's difference to the control."""
 
 Score = Literal[
     "cross_entropy",
@@ -115,6 +128,56 @@ def score_rows(results: Results, labels: Mapping[Score, str]) -> list[ScoreRow]:
     return [row for row in rows if shown & row.values.keys()]
 
 
+def prompt_table(results: Results) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the losses on prompts, as they are shown; no rows where there are none.
+
+    The columns are a label, one for each of `shown_roles`, and the difference to the control with its interval if there is
+    one.
+    """
+    shown = shown_roles(results)
+    compared = any(_to_control(one) is not None for one in results.prompts)
+    header = ["", *(TITLES[role] for role in shown), *(["LN-free - control", "95 % interval"] if compared else [])]
+    rows = []
+    for one in results.prompts:
+        known = one.loss.known()
+        row = [kind_label(one), *(format(known[role], ".3f") if role in known else "-" for role in shown)]
+        if compared:
+            interval = next((d for d in one.differences if (d.model, d.than) == ("ln_free", "control")), None)
+            difference = _to_control(one)
+            row.append("-" if difference is None else f"{difference:+.3f}")
+            row.append("-" if interval is None else f"{interval.low:+.3f} to {interval.high:+.3f}")
+        rows.append(row)
+    return header, rows
+
+
+def prompt_notes(results: Results) -> list[str]:
+    """What the rows of `prompt_table` are, and a sentence for each kind that the end-of-text token in front harms."""
+    if not results.prompts:
+        return []
+    notes = [
+        "These are the first tokens of held-out documents, and the second copy of a sequence that is given twice, which "
+        "induction heads can copy; TransformerLens puts the end-of-text token (BOS) in front of each prompt."
+    ]
+    differences = {(one.kind, one.bos): _to_control(one) for one in results.prompts}
+    for (kind, bos), with_bos in differences.items():
+        without = differences.get((kind, False))
+        if bos and with_bos is not None and without is not None and not with_bos - without <= HARMED:
+            notes.append(
+                f"The LN-free model does not read BOS as well as the control ({kind}): its difference to the control is "
+                f"{with_bos:+.3f} with BOS and {without:+.3f} without."
+            )
+    return notes
+
+
+def kind_label(one: PromptScores | StressText) -> str:
+    """The kind of a prompt or of a stress text, and whether the end-of-text token stands in front."""
+    return f"{one.kind}, with BOS" if one.bos else one.kind
+
+
+def _to_control(one: PromptScores) -> float | None:
+    return difference_of(one.loss.ln_free, one.loss.control)
+
+
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown, its first column to the left and the others to the right."""
 
@@ -124,13 +187,17 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(header), line(["---", *("---:" for _ in header[1:])]), *map(line, rows)])
 
 
-def text_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """A table for the terminal, its first column to the left and the others to the right; nothing in it is markup."""
+def text_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> Table:
+    """A table for the terminal, its first column to the left and the others to the right; nothing in it is markup.
+
+    `notes` stand below it, each on a line of its own.
+    """
     from rich.markup import escape
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=escape(title), title_justify="left")
+    caption = Text("\n".join(notes)) if notes else None
+    table = Table(title=escape(title), title_justify="left", caption=caption, caption_justify="left")
     table.add_column(header[0], overflow="fold")
     for name in header[1:]:
         table.add_column(escape(name), justify="right")
@@ -167,7 +234,7 @@ def _score_table(results: Results) -> Table:
 
 
 def _further_tables(results: Results) -> Iterator[Table]:
-    """Scores by data set where there are several, and on stress texts."""
+    """Scores by data set where there are several, on prompts and on stress texts."""
     shown = shown_roles(results)
     header = ["", *(TITLES[role] for role in shown)]
 
@@ -181,11 +248,13 @@ def _further_tables(results: Results) -> Iterator[Table]:
             rows.append([data.data, *cells(data.cross_entropy.known(), ".4f")])
             rows.append(["  99.9 % of tokens below", *cells(highest, ".2f")])
         yield text_table("Cross-entropy by data set", header, rows)
+    if results.prompts:
+        yield text_table(PROMPTS_TITLE, *prompt_table(results), prompt_notes(results))
     if results.odd_text:
         rows = []
         for one in results.odd_text:
             pairs = zip(cells(one.loss.known(), ".3f"), cells(one.worst.known(), ".3f"), strict=True)
-            rows.append([one.kind, *(f"{mean} / {worst}" for mean, worst in pairs)])
+            rows.append([kind_label(one), *(f"{mean} / {worst}" for mean, worst in pairs)])
         yield text_table(f"Odd text: mean loss and worst of {results.odd_text[0].sequences} sequences", header, rows)
 
 
