@@ -5,17 +5,20 @@ from __future__ import annotations
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
-from removal_quality import stays_below
+from removal_quality import show, stays_below, table
 from revival_parity import SIZES, disturb, our_model
 from revival_peer import peer_weights
 from revival_throughput import figures, ratio
 from soak import growth, thinned
+
+from ln_removal.evaluation.prompts import KINDS
 
 
 def test_growth_is_that_of_medians_after_the_warm_up() -> None:
@@ -37,6 +40,30 @@ def test_tokens_count_only_when_everything_is_constant() -> None:
     assert stays_below(gentle, 2.75, 50) == 60, "at 20 and 40 LayerNorms were still there"
     assert stays_below(gentle, 2.75, 60) == 80, "the evaluation at 60 saw the mixes of step 59"
     assert stays_below(gentle, 2.6, 0) == math.inf
+
+
+def test_the_table_of_arms_shows_prompts_where_every_run_has_them() -> None:
+    def run(gap: float) -> dict[str, Any]:
+        kinds = {kind: {"without": 2 + gap, "with": 2 + 3 * gap} for kind in KINDS}
+        return {**older, "prompts": kinds, "odd_text_bos": {"tabs": 6.5}}
+
+    older = {
+        "evaluations": [(20, 3.0)],
+        "cross_entropy": 3.0,
+        "worst_training_loss": 4.0,
+        "odd_text": {"tabs": 5.0},
+        "tokens_per_second": 1.0,
+    }
+    rows = table(
+        {"control": {0: run(0), 1: run(0)}, "new": {0: run(0.1), 1: run(0.2)}, "old": {0: run(1), 1: older}}, 1, {}, {}
+    )
+    shown = {
+        cells[1].strip(): [cell.strip() for cell in cells[2:-1]]
+        for line in show(rows).splitlines()
+        for cells in [line.split("|")]
+    }
+    assert shown["new"][-7:] == ["6.50", *["+0.1500", "+0.4500"] * 3]
+    assert shown["old"][-7:] == ["-"] * 7 and shown["old"][-8] == "5.00"
 
 
 def test_ratios_are_taken_round_by_round() -> None:

@@ -186,6 +186,21 @@ def test_stress_texts_are_compared(saved: tuple[Any, Any]) -> None:
         assert one.sample == tokenizer.decode(sequences[one.kind][worst].tolist()[:60])
 
 
+def test_stress_texts_with_a_token_in_front_are_scored_over_the_same_tokens(saved: tuple[Any, Any]) -> None:
+    model, tokenizer = saved
+    sequences = stress_sequences(tokenizer, context=65, count=3, seed=0)  # the model has 64 positions
+    eot = tokenizer.eos_token_id
+    losses = stress_losses(model, sequences, bos=eot)
+    for kind, rows in sequences.items():
+        ids = torch.cat([torch.full((3, 1), eot), torch.from_numpy(rows[:, :-1])], dim=1)
+        with torch.no_grad():
+            logits = model(ids[:, :-1]).logits
+        expected = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")[:, 1:]
+        assert losses[kind] == pytest.approx(expected.numpy(), abs=1e-4), kind
+    found = compare_stress_texts(tokenizer, sequences, {"original": losses}, bos=True)
+    assert all(one.bos for one in found) and [one.kind for one in found] == list(KINDS)
+
+
 def test_samples_depend_on_seed_and_temperature_alone(saved: tuple[Any, Any]) -> None:
     model, tokenizer = saved
     first = sample_text(model, tokenizer, "def f", max_new_tokens=12, seed=3)

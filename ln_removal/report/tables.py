@@ -128,23 +128,25 @@ def score_rows(results: Results, labels: Mapping[Score, str]) -> list[ScoreRow]:
     return [row for row in rows if shown & row.values.keys()]
 
 
-def prompt_table(results: Results) -> tuple[list[str], list[list[str]]]:
+def prompt_table(results: Results, *, intervals: bool = True) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the losses on prompts, as they are shown; no rows where there are none.
 
-    The columns are a label, one for each of `shown_roles`, and the difference to the control with its interval if there is
-    one.
+    The columns are a label, one for each of `shown_roles`, and the difference to the control if there is one, with its
+    interval in a column of its own.
     """
     shown = shown_roles(results)
     compared = any(_to_control(one) is not None for one in results.prompts)
-    header = ["", *(TITLES[role] for role in shown), *(["LN-free - control", "95 % interval"] if compared else [])]
+    header = ["", *(TITLES[role] for role in shown), *(["LN-free - control"] if compared else [])]
+    header += ["95 % interval"] if compared and intervals else []
     rows = []
     for one in results.prompts:
         known = one.loss.known()
         row = [kind_label(one), *(format(known[role], ".3f") if role in known else "-" for role in shown)]
         if compared:
-            interval = next((d for d in one.differences if (d.model, d.than) == ("ln_free", "control")), None)
             difference = _to_control(one)
             row.append("-" if difference is None else f"{difference:+.3f}")
+        if compared and intervals:
+            interval = next((d for d in one.differences if (d.model, d.than) == ("ln_free", "control")), None)
             row.append("-" if interval is None else f"{interval.low:+.3f} to {interval.high:+.3f}")
         rows.append(row)
     return header, rows
@@ -249,7 +251,7 @@ def _further_tables(results: Results) -> Iterator[Table]:
             rows.append(["  99.9 % of tokens below", *cells(highest, ".2f")])
         yield text_table("Cross-entropy by data set", header, rows)
     if results.prompts:
-        yield text_table(PROMPTS_TITLE, *prompt_table(results), prompt_notes(results))
+        yield text_table(PROMPTS_TITLE, *prompt_table(results, intervals=False), prompt_notes(results))
     if results.odd_text:
         rows = []
         for one in results.odd_text:
