@@ -55,15 +55,18 @@ def test_the_table_of_arms_shows_prompts_where_every_run_has_them() -> None:
         "tokens_per_second": 1.0,
     }
     rows = table(
-        {"control": {0: run(0), 1: run(0)}, "new": {0: run(0.1), 1: run(0.2)}, "old": {0: run(1), 1: older}}, 1, {}, {}
+        {"control": {0: run(0), 1: run(0)}, "taper": {0: run(0.1), 1: run(0.2)}, "at-once": {0: run(1), 1: older}},
+        1,
+        {},
+        {},
     )
     shown = {
         cells[1].strip(): [cell.strip() for cell in cells[2:-1]]
         for line in show(rows).splitlines()
         for cells in [line.split("|")]
     }
-    assert shown["new"][-7:] == ["6.50", *["+0.1500", "+0.4500"] * 3]
-    assert shown["old"][-7:] == ["-"] * 7 and shown["old"][-8] == "5.00"
+    assert shown["taper"][-7:] == ["6.50", *["+0.1500", "+0.4500"] * 3]
+    assert shown["at-once"][-7:] == ["-"] * 7 and shown["at-once"][-8] == "5.00"
 
 
 def test_ratios_are_taken_round_by_round() -> None:
