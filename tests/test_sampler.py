@@ -212,7 +212,7 @@ def test_a_share_of_rows_repeats_itself() -> None:
     periods = np.array([next((p for p in range(1, 25) if (row[p:] == row[:-p]).all()), 0) for row in texts])
     copied = periods > 0
     assert 0.22 < copied.mean() < 0.38 and not begun[~copied].any()
-    assert 2 <= periods[copied].min() and periods[copied].max() <= context // 2
+    assert periods[copied].min() >= 2 and periods[copied].max() <= context // 2
     assert 0.3 < begun[copied].mean() < 0.7
     from_text = np.array([(np.diff(row[:period]) == 1).all() for row, period in zip(texts, periods, strict=True)])
     assert 0.3 < from_text[copied].mean() < 0.7

@@ -98,7 +98,7 @@ def stress_sequences(
 
 
 def repeated_sequences(
-    tokenizer: PreTrainedTokenizerBase, *, context: int, count: int, seed: int = 0, period: int | None = None
+    tokenizer: PreTrainedTokenizerBase, *, context: int, count: int, period: int, seed: int = 0
 ) -> Tokens:
     """Random tokens that are said again and again, which only a model that copies from its context can predict.
 
@@ -109,7 +109,7 @@ def repeated_sequences(
         context: T, tokens in a sequence.
         count: N, how many sequences.
         seed: of all draws. A sequence does not depend on how many are asked for.
-        period: tokens before the first one comes again; None draws it for each sequence, up to T / 2.
+        period: tokens before the first one comes again.
 
     Returns:
         (N, T) token ids.
@@ -118,8 +118,7 @@ def repeated_sequences(
     rows = []
     for number in range(count):
         random = np.random.default_rng([seed, len(KINDS), number])
-        length = period or int(random.integers(max(1, context // 16), max(2, context // 2 + 1)))
-        rows.append(np.resize(random.choice(ordinary, size=length), context))
+        rows.append(np.resize(random.choice(ordinary, size=period), context))
     return np.stack(rows)
 
 
