@@ -41,6 +41,9 @@ class DataSpec(_Spec):
     corpus: Annotated[str, Field(min_length=1)]
     tokenizer: str = ""  # empty: the model's own
     context: PositiveInt = 1024
+    # "stream": windows of all documents one after the other. "document": every sequence begins with a document's start, and
+    # no document sees another. The way the model was trained before is the right one.
+    windows: Literal["stream", "document"] = "stream"
     max_bytes: PositiveInt | None = None
     max_tokens: PositiveInt | None = None
     validation_tokens: PositiveInt | None = None

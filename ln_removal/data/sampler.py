@@ -1,8 +1,9 @@
-"""Choose the windows of tokens to read: at random for a training step, one after the other for evaluation.
+"""Choose the tokens to read: at random for a training step, one window or document after the other for evaluation.
 
-The train split is cut into windows of the context length; every epoch shuffles them by a permutation keyed by (seed,
-epoch) and shifts the cuts by a random offset. Sequence number k of the run is entry k of that endless list. So a resumed run
-needs no replay, and a step sees the same sequences whatever the number of ranks or micro-batches.
+The train split is cut into windows of the context length, or its documents are packed into rows of that length
+(`data.windows`). Every epoch is drawn from (seed, epoch) alone: it shuffles the windows and shifts the cuts by a random offset,
+or shuffles documents and rows. Sequence number k of the run is entry k of that endless list. So a resumed run needs no replay,
+and a step sees the same sequences whatever the number of ranks or micro-batches.
 
 Shape legend: N sequences, T positions.
 
@@ -13,10 +14,12 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Generator, Iterable, Iterator
+from abc import ABC, abstractmethod
+from bisect import bisect_left, insort
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -28,30 +31,42 @@ from ln_removal.errors import UserError
 Item = TypeVar("Item")
 
 
-@dataclass(frozen=True)
-class _Epoch:
-    """The windows of one epoch in training order: shard and start of each, of shape (windows,)."""
+class Batch(NamedTuple):
+    """Sequences of one forward pass.
 
-    shard: npt.NDArray[np.int32]
-    start: npt.NDArray[np.int64]
+    Attributes:
+        tokens: (N, T + 1).
+        document_starts: (N, T + 1), for each token the index in its row at which its document starts. Padding at index i has
+            i + 1, and so belongs to no document. None for windows of a stream, which are read as one text.
+        weight: of the batch's mean loss in the mean over the rank's part of the step.
+    """
+
+    tokens: Tokens
+    document_starts: Tokens | None
+    weight: float
 
 
-class WindowSampler:
-    """Draws the training sequences of each step.
+class Sampler(ABC):
+    """Draws the training sequences of each step: `WindowSampler` from a stream, `DocumentSampler` from documents.
 
     Args:
         split: the train split.
         context: T, the number of predicted tokens in a sequence; T + 1 are read.
         sequences_per_step: sequences in the global batch of one step.
         seed: of the shuffle.
-        weights: how often the windows of a source come up in an epoch, by source name; 1 when not named, 0 leaves it out.
+        weights: how often the text of a source comes up in an epoch, by source name; 1 when not named, 0 leaves it out.
         mixed_in: stress text that takes the place of some sequences.
-        bos_rows: share of the sequences that begin with the end-of-text token. It stands in front of a document's start in
-            half of them, and in front of any window in the others.
+        bos_rows: share of the sequences (of the documents, where rows are made of documents) that begin with the end-of-text
+            token.
+
+    Attributes:
+        windows_per_epoch: sequences in an epoch.
 
     Raises:
-        UserError: when the split has no full window, or `weights` names a source that the corpus does not have.
+        UserError: when the split does not fill a sequence, or `weights` names a source that the corpus does not have.
     """
+
+    windows_per_epoch: int
 
     def __init__(
         self,
@@ -78,16 +93,94 @@ class WindowSampler:
                 "the name, or weight all sources alike with data.weights = {}"
             )
         self._repeats = [(weights or {}).get(shard.source, 1) for shard in split.shards]
+        self._plan()
+
+    @abstractmethod
+    def _plan(self) -> None:
+        """Set `windows_per_epoch`."""
+
+    @abstractmethod
+    def _row(self, number: int) -> Tokens:
+        """Sequence `number` of the run, (T + 1,), where no stress text takes its place."""
+
+    def _layout(self, number: int) -> Tokens | None:
+        """The document starts of that sequence, (T + 1,)."""
+        return None
+
+    def _stress_text(self, number: int) -> Tokens | None:
+        return None if self._mixed_in is None else self._mixed_in.draw(self._seed, number)
+
+    def _numbers(self, step: int, first: int, count: int) -> range:
+        begin = step * self._sequences_per_step + first
+        return range(begin, begin + count)
+
+    def sequences(self, step: int, first: int, count: int) -> Tokens:
+        """Sequences `first` to `first + count` of the global batch of `step`, shape (count, T + 1)."""
+        rows = []
+        for number in self._numbers(step, first, count):
+            other = self._stress_text(number)
+            rows.append(self._row(number) if other is None else other)
+        return np.stack(rows)
+
+    def document_starts(self, step: int, first: int, count: int) -> Tokens | None:
+        """`Batch.document_starts` of the same sequences. A sequence of stress text is one document."""
+        rows = []
+        for number in self._numbers(step, first, count):
+            starts = self._layout(number)
+            if starts is None:
+                return None
+            rows.append(starts if self._stress_text(number) is None else np.zeros_like(starts))
+        return np.stack(rows)
+
+    def micro_batches(self, step: int, *, rank: int = 0, ranks: int = 1, micro_batch: int) -> Iterator[Batch]:
+        """The batches of one rank at one step, each of at most `micro_batch` sequences."""
+        assert self._sequences_per_step % ranks == 0, "checked with the recipe"
+        share = self._sequences_per_step // ranks
+        # Every trained target of the global batch weighs the same, on whatever rank and in whatever micro-batch it is: ranks
+        # average their gradients, so a rank's part of the step is the global number of targets divided by the ranks. In a
+        # stream every sequence has T.
+        everything = self.document_starts(step, 0, self._sequences_per_step)
+        for first in range(0, share, micro_batch):
+            place = (step, rank * share + first, min(micro_batch, share - first))
+            starts = self.document_starts(*place)
+            if starts is None or everything is None:
+                weight = place[2] / share
+            else:
+                weight = trained_targets(starts) * ranks / trained_targets(everything)
+            yield Batch(self.sequences(*place), starts, weight)
+
+
+def trained_targets(document_starts: Tokens) -> int:
+    """Targets that lie in the same document as their input, of (N, T + 1) document starts."""
+    return int((document_starts[:, 1:] == document_starts[:, :-1]).sum())
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    """The windows of one epoch in training order: shard and start of each, of shape (windows,)."""
+
+    shard: npt.NDArray[np.int32]
+    start: npt.NDArray[np.int64]
+
+
+class WindowSampler(Sampler):
+    """Windows of the context length, cut from the stream of all documents.
+
+    Of the `bos_rows` that begin with the end-of-text token, one half has it in front of a document's start, the other half
+    in front of any window.
+    """
+
+    def _plan(self) -> None:
         # One window fewer than would fit, so that every offset of an epoch gives the same number of windows.
         self._counts = [
-            max(0, (shard.tokens - 1) // context - 1) * repeats
-            for shard, repeats in zip(split.shards, self._repeats, strict=True)
+            max(0, (shard.tokens - 1) // self._context - 1) * repeats
+            for shard, repeats in zip(self._split.shards, self._repeats, strict=True)
         ]
         self.windows_per_epoch = sum(self._counts)
         if self.windows_per_epoch == 0:
             raise UserError(
-                f"the corpus is too small: {split.tokens} training tokens do not fill two windows of {context}; add text, or "
-                "lower data.context"
+                f"the corpus is too small: {self._split.tokens} training tokens do not fill two windows of {self._context}; "
+                "add text, or lower data.context"
             )
         self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
 
@@ -104,21 +197,10 @@ class WindowSampler:
         order = generator.permutation(self.windows_per_epoch)
         return _Epoch(np.concatenate(shards)[order], np.concatenate(starts)[order])
 
-    def sequences(self, step: int, first: int, count: int) -> Tokens:
-        """Sequences `first` to `first + count` of the global batch of `step`, shape (count, T + 1)."""
-        begin = step * self._sequences_per_step + first
-        rows = []
-        for number in range(begin, begin + count):
-            if self._mixed_in is not None and (other := self._mixed_in.draw(self._seed, number)) is not None:
-                rows.append(other)
-                continue
-            epoch, entry = divmod(number, self.windows_per_epoch)
-            windows = self._epoch(epoch)
-            rows.append(self._window(number, int(windows.shard[entry]), int(windows.start[entry])))
-        return np.stack(rows)
-
-    def _window(self, number: int, shard: int, start: int) -> Tokens:
-        """Sequence `number` of the run, (T + 1,): the window itself, or one that begins with the end-of-text token."""
+    def _row(self, number: int) -> Tokens:
+        epoch, entry = divmod(number, self.windows_per_epoch)
+        windows = self._epoch(epoch)
+        shard, start = int(windows.shard[entry]), int(windows.start[entry])
         generator = np.random.Generator(np.random.Philox(key=[self._seed, number], counter=[2, 0, 0, 0]))
         draw = generator.random()
         if draw >= self._bos_rows:
@@ -128,12 +210,133 @@ class WindowSampler:
             start = int(starts[np.searchsorted(starts, start, side="right") - 1])
         return np.concatenate([[self._split.eot_token_id], self._split.read(shard, start, self._context)])
 
-    def micro_batches(self, step: int, *, rank: int = 0, ranks: int = 1, micro_batch: int) -> Iterator[Tokens]:
-        """The batches of one rank at one step, each of shape (n <= micro_batch, T + 1)."""
-        assert self._sequences_per_step % ranks == 0, "checked with the recipe"
-        share = self._sequences_per_step // ranks
-        for first in range(0, share, micro_batch):
-            yield self.sequences(step, rank * share + first, min(micro_batch, share - first))
+
+@dataclass(frozen=True)
+class _Packed:
+    """The rows of one epoch in training order, each made of several pieces: documents, or beginnings of long ones.
+
+    Attributes:
+        rows: (windows, 2) first piece of each row, and the one behind its last.
+        shard, start, tokens: (pieces,) where a piece is read, and how much.
+        bos: (pieces,) whether the end-of-text token stands in front of it.
+    """
+
+    rows: Tokens
+    shard: Tokens
+    start: Tokens
+    tokens: Tokens
+    bos: npt.NDArray[np.bool_]
+
+
+class DocumentSampler(Sampler):
+    """Rows of whole documents, each with its end-of-text token, that fit into T + 1 tokens; what is left over is padding.
+
+    A document of more than T + 1 tokens is cut there, and its rest is not read. Which lengths share a row is the same in every
+    epoch, so that sequence k of the run needs no replay; which documents have these places is drawn anew.
+    `bos_rows` is the share of the documents that begin with the end-of-text token, wherever they stand in a row.
+    """
+
+    def _plan(self) -> None:
+        longest = self._context + 1
+        shards, starts, lengths = [], [], []
+        for shard, repeats in enumerate(self._repeats):
+            usable = np.flatnonzero(self._split.document_lengths[shard] > 1)  # a single token has no target
+            for _ in range(repeats):
+                starts.append(self._split.document_starts[shard][usable])
+                lengths.append(np.minimum(self._split.document_lengths[shard][usable], longest))
+                shards.append(np.full(len(usable), shard))
+        if not sum(map(len, lengths)):
+            raise UserError(
+                f"the corpus is too small: its {self._split.tokens} training tokens have no document of two tokens or more; "
+                "add text"
+            )
+        length = np.concatenate(lengths)
+        order = np.argsort(length, kind="stable")
+        self._shard, self._start = np.concatenate(shards)[order], np.concatenate(starts)[order]
+        self._length = length[order]
+        # Of the documents of one length always as many have the token in front, so the lengths of the pieces stay the same.
+        counts = np.bincount(self._length, minlength=longest + 1)
+        with_bos = np.diff(np.floor(np.cumsum(counts) * self._bos_rows).astype(np.int64), prepend=0)
+        rank = np.arange(len(self._length)) - (np.cumsum(counts) - counts)[self._length]
+        self._bos = rank < with_bos[self._length]
+        self._size = np.minimum(self._length + self._bos, longest)
+        packed = pack(np.bincount(self._size, minlength=longest + 1).tolist(), longest)
+        self._row_sizes = np.concatenate([np.full(rows, len(sizes)) for rows, sizes in packed])
+        self._places = np.argsort(np.concatenate([np.tile(sizes, rows) for rows, sizes in packed]), kind="stable")
+        self.windows_per_epoch = len(self._row_sizes)
+        self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
+
+    def _draw_epoch(self, epoch: int) -> _Packed:
+        generator = np.random.Generator(np.random.Philox(key=[self._seed, epoch]))
+        # Documents of one length trade places.
+        drawn = np.lexsort((generator.random(len(self._length)), self._length))
+        by_size = np.argsort(self._size, kind="stable")
+        piece = np.empty(len(drawn), np.int64)  # for each place: the document, and with it ...
+        role = np.empty(
+            len(drawn), np.int64
+        )  # ... the number of one of the same length whose size and token in front it has
+        piece[self._places], role[self._places] = drawn[by_size], by_size
+        last = np.cumsum(self._row_sizes)
+        rows = np.stack([last - self._row_sizes, last], axis=1)[generator.permutation(len(last))]
+        bos = self._bos[role]
+        return _Packed(rows, self._shard[piece], self._start[piece], self._size[role] - bos, bos)
+
+    def _pieces(self, number: int) -> tuple[_Packed, range]:
+        epoch, entry = divmod(number, self.windows_per_epoch)
+        packed = self._epoch(epoch)
+        return packed, range(*packed.rows[entry].tolist())
+
+    def _row(self, number: int) -> Tokens:
+        packed, pieces = self._pieces(number)
+        row = np.full(self._context + 1, self._split.eot_token_id, dtype=np.int64)
+        at = 0
+        for piece in pieces:
+            at += int(packed.bos[piece])  # the token is there already
+            count = int(packed.tokens[piece])
+            row[at : at + count] = self._split.read(int(packed.shard[piece]), int(packed.start[piece]), count)
+            at += count
+        return row
+
+    def _layout(self, number: int) -> Tokens:
+        packed, pieces = self._pieces(number)
+        sizes = packed.tokens[pieces.start : pieces.stop] + packed.bos[pieces.start : pieces.stop]
+        ends = np.cumsum(sizes)
+        return np.concatenate([np.repeat(ends - sizes, sizes), np.arange(ends[-1], self._context + 1) + 1])
+
+
+def pack(counts: Sequence[int], length: int) -> list[tuple[int, tuple[int, ...]]]:
+    """Pack pieces into rows of `length` tokens: the longest pieces first, each into the row where it leaves the least room.
+
+    It works on the numbers of pieces and not on the pieces, so millions of them take no longer (Krell et al. 2021, arXiv
+    2107.02027, section 3).
+
+    Args:
+        counts: how many pieces have 0, 1, ..., `length` tokens.
+
+    Returns:
+        (n, sizes): n rows that hold pieces of these sizes. All of them together hold all pieces.
+    """
+    rows_with: dict[int, list[tuple[int, tuple[int, ...]]]] = {length: []}
+    rooms = [length]  # the keys, in order
+    for size in range(length, 0, -1):
+        left = counts[size]
+        while left:
+            room = rooms[bisect_left(rooms, size)]
+            rows, sizes = rows_with[room].pop() if rows_with[room] else (left, ())  # new ones where none has room
+            pieces = min(room // size, left)
+            used = min(rows, left // pieces)
+            if room < length and rows > used:
+                rows_with[room].append((rows - used, sizes))
+            if room < length and not rows_with[room]:
+                del rows_with[room]
+                rooms.remove(room)
+            after = room - pieces * size
+            if after not in rows_with:
+                rows_with[after] = []
+                insort(rooms, after)
+            rows_with[after].append((used, sizes + (size,) * pieces))
+            left -= used * pieces
+    return [group for groups in rows_with.values() for group in groups]
 
 
 def read_ahead(items: Iterable[Item], depth: int = 4) -> Generator[Item, None, None]:
