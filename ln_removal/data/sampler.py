@@ -7,7 +7,7 @@ and a step sees the same sequences whatever the number of ranks or micro-batches
 
 Shape legend: N sequences, T positions.
 
-Evaluation reads the windows of `plan_windows` in order. `read_ahead` lets a thread prepare the next items of an iterator.
+Evaluation reads the windows of `plan_windows` or `plan_documents`. `read_ahead` lets a thread prepare the next items of an iterator.
 """
 
 from __future__ import annotations
@@ -420,5 +420,27 @@ def plan_windows(
     # The first window of a shard scores its whole context: with overlap, leave it out or positions would be mixed.
     whole = [window for window in windows if window.count == context and window.scored == step]
     windows = whole or windows
-    wanted = min(len(windows), max(1, max_tokens // step))
-    return [windows[(2 * i + 1) * len(windows) // (2 * wanted)] for i in range(wanted)]
+    return evenly(windows, max(1, max_tokens // step))
+
+
+def plan_documents(split: TokenSplit, context: int, max_tokens: int | None = None) -> list[Window]:
+    """The documents to score: each from its start, up to `context` inputs, once.
+
+    With `max_tokens` below what is there: as many documents, evenly spread, as have about so many tokens, at least one.
+    """
+    windows = [
+        Window(shard, start, min(context, length - 1))
+        for shard, (starts, lengths) in enumerate(zip(split.document_starts, split.document_lengths, strict=True))
+        for start, length in zip(starts.tolist(), lengths.tolist(), strict=True)
+        if length > 1
+    ]
+    tokens = sum(window.count for window in windows)
+    if max_tokens is None or max_tokens >= tokens:
+        return windows
+    return evenly(windows, max(1, len(windows) * max_tokens // tokens))
+
+
+def evenly(items: Sequence[Item], count: int) -> list[Item]:
+    """`count` of the items, evenly spread, in their order; all of them if there are not more."""
+    count = min(count, len(items))
+    return [items[(2 * number + 1) * len(items) // (2 * count)] for number in range(count)]

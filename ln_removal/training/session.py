@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ln_removal.data.sampler import DocumentSampler, Sampler, WindowSampler, plan_windows
+from ln_removal.data.sampler import DocumentSampler, Sampler, WindowSampler, evenly, plan_windows
 from ln_removal.data.stress_text import Mixture, repeated_sequences, stress_sequences
 from ln_removal.errors import UserError
 from ln_removal.files.atomic import check_room_for_run
@@ -218,7 +218,7 @@ def _disk_space_warning(objective: Objective, recipe: Recipe, directory: Path) -
 
 
 def _probe(recipe: Recipe, data: TokenDataset) -> Probe | None:
-    """The probe that the recipe's [observation] asks for. Its batch is spread evenly over the held-out tokens."""
+    """The probe that the recipe's [observation] asks for. Its batch is spread evenly over the held-out tokens or documents."""
     spec, split, context = recipe.observation, data.split("validation"), recipe.data.context
     if spec is None:
         return None
@@ -238,7 +238,7 @@ def _probe(recipe: Recipe, data: TokenDataset) -> Probe | None:
             f"observation.sequences = {spec.sequences}, but {data.directory} holds out only {len(windows)} sequences of {context} "
             "tokens; lower one of the two, or prepare more text"
         )
-    chosen = [windows[(2 * i + 1) * len(windows) // (2 * spec.sequences)] for i in range(spec.sequences)]
+    chosen = evenly(windows, spec.sequences)
     tokens = np.stack([split.read(window.shard, window.start, context) for window in chosen])
     return _probe_of(tokens, recipe)
 
