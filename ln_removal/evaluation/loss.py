@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ln_removal.data.sampler import Window, evenly, plan_documents, plan_windows
+from ln_removal.data.documents import plan_documents
+from ln_removal.data.sampler import Window, evenly, plan_windows
 from ln_removal.errors import UserError
 from ln_removal.models.precision import Precision, autocast
 
@@ -197,9 +198,10 @@ def padded(split: TokenSplit, windows: Sequence[Window]) -> tuple[Tensor, Tensor
     tokens = np.zeros((len(windows), longest + 1), dtype=np.int64)
     for row, window in zip(tokens, windows, strict=True):
         row[: window.count + 1] = split.read(window.shard, window.start, window.count + 1)
-    index = np.arange(longest)
-    skips, counts = (np.array([[getattr(w, name)] for w in windows]) for name in ("skip", "count"))
-    return torch.from_numpy(tokens), torch.from_numpy((skips <= index) & (index < counts))
+    places = [[window.skip, window.count] for window in windows]
+    first, end = torch.tensor(places).unsqueeze(-1).unbind(1)  # (B, 1) each
+    index = torch.arange(longest)
+    return torch.from_numpy(tokens), (first <= index) & (index < end)
 
 
 def _batches(windows: Sequence[Window], tokens: int, size: int | None = None) -> Iterator[list[int]]:

@@ -18,7 +18,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from ln_removal.data.sampler import Window, plan_documents
+from ln_removal.data.documents import plan_documents
+from ln_removal.data.sampler import Window
 from ln_removal.evaluation.loss import (
     BATCH_TOKENS,
     LossResult,

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ln_removal.data.sampler import DocumentSampler, Sampler, WindowSampler, evenly, plan_windows
+from ln_removal.data.documents import DocumentSampler
+from ln_removal.data.sampler import Sampler, WindowSampler, evenly, plan_windows
 from ln_removal.data.stress_text import Mixture, repeated_sequences, stress_sequences
 from ln_removal.errors import UserError
 from ln_removal.files.atomic import check_room_for_run
