@@ -83,7 +83,8 @@ def test_ranks_and_micro_batches_partition_the_global_batch(
 ) -> None:
     sampler = WindowSampler(split_of(50, 31), context=4, sequences_per_step=ranks * share, seed=1)
     batches = [
-        list(sampler.micro_batches(step, rank=rank, ranks=ranks, micro_batch=micro_batch)) for rank in range(ranks)
+        [batch.tokens for batch in sampler.micro_batches(step, rank=rank, ranks=ranks, micro_batch=micro_batch)]
+        for rank in range(ranks)
     ]
     for of_rank in batches:
         assert sum(map(len, of_rank)) == share

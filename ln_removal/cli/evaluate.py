@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ln_removal.cli import console
+
+
+class Windows(StrEnum):
+    """The values of --windows."""
+
+    stream = "stream"
+    document = "document"
+
 
 SourceArgument = Annotated[
     str,
@@ -56,6 +65,14 @@ StrideOption = Annotated[
         show_default=False,
     ),
 ]
+WindowsOption = Annotated[
+    Windows | None,
+    typer.Option(
+        help="Score windows of the text as one stream, or each document from its start: as the models were trained. "
+        "Default: the run's, else stream.",
+        show_default=False,
+    ),
+]
 QuestionsOption = Annotated[
     str, typer.Option(metavar="none|completions|hellaswag|FILE", help="Also measure accuracy on these.")
 ]
@@ -89,6 +106,7 @@ def evaluate(
     context: ContextOption = None,
     max_tokens: MaxTokensOption = None,
     stride: StrideOption = None,
+    windows: WindowsOption = None,
     questions: QuestionsOption = "none",
     stress_text: StressTextOption = False,
     prompt: PromptOption = None,
@@ -101,7 +119,7 @@ def evaluate(
 ) -> None:
     """Score a run's models, or any models, on held-out tokens.
 
-    A model inside a run (DIR/model) takes tokens, context and limit from that run. Besides the mean: median and percentiles,
+    A model inside a run (DIR/model) takes tokens, context, limit and windows from that run. Besides the mean: median and percentiles,
     the worst windows with their text, calibration, loss by position, and the differences between the models with 95 %
     paired bootstrap intervals; the loss on prompts as TransformerLens makes them, with the end-of-text token in front and
     without it. Before ln-report, write them to RUN/results.json with --out.
@@ -122,7 +140,14 @@ def evaluate(
     from ln_removal.evaluation.scoring import STRESS_SEQUENCES, ScoringOptions, score, scoring_inputs
 
     with scoring_inputs(
-        source, tokens or (), corpus or (), original=original, control=control, context=context, max_tokens=max_tokens
+        source,
+        tokens or (),
+        corpus or (),
+        original=original,
+        control=control,
+        context=context,
+        max_tokens=max_tokens,
+        windows=None if windows is None else windows.value,
     ) as inputs:
         options = ScoringOptions(
             stride=stride,

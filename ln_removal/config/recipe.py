@@ -29,6 +29,12 @@ from ln_removal.config.validation import all_faults, cross_field_faults, did_you
 from ln_removal.errors import UserError
 from ln_removal.files.resources import recipes_directory
 
+WindowKind = Literal["stream", "document"]
+"""What training and evaluation read: windows of all documents one after the other, or documents from their start, each by itself.
+
+The kind with which the model was trained before is the right one.
+"""
+
 
 class _Spec(BaseModel):
     # strict: a recipe that says "20" or true where a number belongs holds a mistake, not a number.
@@ -41,6 +47,7 @@ class DataSpec(_Spec):
     corpus: Annotated[str, Field(min_length=1)]
     tokenizer: str = ""  # empty: the model's own
     context: PositiveInt = 1024
+    windows: WindowKind = "stream"
     max_bytes: PositiveInt | None = None
     max_tokens: PositiveInt | None = None
     validation_tokens: PositiveInt | None = None

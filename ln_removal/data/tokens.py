@@ -30,6 +30,9 @@ SHARD_NAME = re.compile(r"(train|validation)-.*-\d{5,}\.bin")
 
 Tokens = npt.NDArray[np.int64]
 
+TOKENS_AT_ONCE = 1 << 24
+"""Tokens of a shard that are compared with the end-of-text token at once."""
+
 
 @dataclass
 class Shard:
@@ -101,8 +104,36 @@ class TokenSplit:
     @cached_property
     def document_starts(self) -> list[Tokens]:
         """Where the documents of each shard begin: 0, and behind every end-of-text token but the shard's last token."""
-        ends = (np.flatnonzero(data[:-1] == self.eot_token_id) for data in self.maps)
-        return [np.concatenate([np.zeros(1, np.int64), end + 1]) for end in ends]
+        return [np.concatenate([np.zeros(1, np.int64), self._ends(data[:-1]) + 1]) for data in self.maps]
+
+    @cached_property
+    def document_lengths(self) -> list[Tokens]:
+        """Tokens of each document of `document_starts`, with its end-of-text token."""
+        return [np.diff(starts, append=len(data)) for starts, data in zip(self.document_starts, self.maps, strict=True)]
+
+    def _ends(self, data: npt.NDArray[Any]) -> Tokens:
+        """Where the end-of-text tokens are. A part at a time, because the comparison of a whole shard would fill the memory."""
+        parts = range(0, len(data), TOKENS_AT_ONCE)
+        ends = [start + np.flatnonzero(data[start : start + TOKENS_AT_ONCE] == self.eot_token_id) for start in parts]
+        return np.concatenate([np.zeros(0, np.int64), *ends])
+
+    def beginnings(self, count: int, longest: int) -> Tokens | None:
+        """The first tokens of `count` documents, the same number of each, so that no padding is needed.
+
+        They are as many as `count` documents have, at most `longest`. The documents are spread evenly over those that have so
+        many.
+
+        Returns:
+            (count, n) with n <= longest; None if there are not so many documents of at least two tokens.
+        """
+        lengths = np.concatenate([np.zeros(0, np.int64), *self.document_lengths])
+        if count > len(lengths) or (length := min(longest, int(np.sort(lengths)[-count]))) < 2:
+            return None
+        shards = np.repeat(np.arange(len(self.maps)), [len(starts) for starts in self.document_starts])
+        starts = np.concatenate(self.document_starts)
+        enough = np.flatnonzero(lengths >= length)
+        chosen = enough[(2 * np.arange(count) + 1) * len(enough) // (2 * count)]
+        return np.stack([self.read(int(shards[place]), int(starts[place]), length) for place in chosen])
 
     def read(self, shard: int, start: int, count: int) -> Tokens:
         """`count` tokens of one shard from `start`, as int64 of shape (count,)."""
@@ -137,6 +168,7 @@ class TokenDataset:
     def __init__(self, directory: Path, index: TokenIndex) -> None:
         self.directory = directory
         self.index = index
+        self._splits: dict[Split, TokenSplit] = {}
 
     @property
     def vocab_size(self) -> int:
@@ -158,7 +190,10 @@ class TokenDataset:
         return str(corpus.get("path") or corpus.get("name") or self.directory)
 
     def split(self, name: Split) -> TokenSplit:
-        return TokenSplit(self.directory, self.index, name)
+        """The same object each time, so that its documents are looked for once."""
+        if name not in self._splits:
+            self._splits[name] = TokenSplit(self.directory, self.index, name)
+        return self._splits[name]
 
     @classmethod
     def open(cls, directory: Path | str) -> TokenDataset:

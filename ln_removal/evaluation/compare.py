@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
+    from ln_removal.config.recipe import WindowKind
     from ln_removal.data.tokens import TokenDataset
 
 Array = npt.NDArray[Any]
@@ -71,7 +72,7 @@ class Comparison:
 
     Args:
         name: of the data set, for the results.
-        context, stride, max_tokens: as in `statistics.token_statistics`.
+        context, windows, stride, max_tokens: as in `statistics.token_statistics`.
     """
 
     def __init__(
@@ -80,12 +81,14 @@ class Comparison:
         data: TokenDataset,
         *,
         context: int,
+        windows: WindowKind = "stream",
         stride: int | None = None,
         max_tokens: int | None = None,
     ) -> None:
         self.name = name
         self.data = data
         self.context = context
+        self.windows = windows
         self.stride = stride
         self.max_tokens = max_tokens
         self._split = data.split("validation")
@@ -106,6 +109,7 @@ class Comparison:
             model,
             self._split,
             context=self.context,
+            windows=self.windows,
             stride=self.stride,
             max_tokens=self.max_tokens,
             precision=precision,

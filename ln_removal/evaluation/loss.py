@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -21,11 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ln_removal.data.sampler import Window, plan_windows
+from ln_removal.data.documents import plan_documents
+from ln_removal.data.sampler import Window, evenly, plan_windows
 from ln_removal.errors import UserError
 from ln_removal.models.precision import Precision, autocast
 
 if TYPE_CHECKING:
+    from ln_removal.config.recipe import WindowKind
     from ln_removal.data.tokens import TokenSplit
 
 Measure = Callable[[Tensor, Tensor], Tensor]
@@ -36,6 +37,13 @@ CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 28}
 
 BATCH_TOKENS = {"cpu": 1 << 12, "cuda": 1 << 16}
 """Tokens in one forward pass when the batch size is "auto"."""
+
+
+WINDOW_CHECK_TOKENS = 16_384
+"""Tokens that `loss_by_windows` reads: a second or two on a CPU, for a small model."""
+
+WINDOW_CHECK_DOCUMENTS = 20
+"""With fewer documents the difference says little."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,21 +75,24 @@ def cross_entropy(
     split: TokenSplit,
     *,
     context: int,
+    windows: WindowKind = "stream",
     batch_size: int | Literal["auto"] = "auto",
     max_tokens: int | None = None,
     device: torch.device | str | None = None,
     precision: Precision = "float32",
     progress: bool | str = False,
 ) -> LossResult:
-    """Score `model` on windows of `context` input tokens.
+    """Score `model` on windows of `context` input tokens, or on documents.
 
-    Successive windows overlap by one token, so every token but the first of a shard is predicted exactly once. The last
-    window of a shard may be shorter. With `max_tokens`, whole windows that are spread evenly over the split are scored;
-    they are the same for every model.
+    In a stream, successive windows overlap by one token, so every token but the first of a shard is predicted exactly once.
+    The last window of a shard may be shorter. A document is read from its start, without the one before it, and its first
+    `context` targets are scored. With `max_tokens`, whole windows or documents that are spread evenly over the split are
+    scored; they are the same for every model.
 
     Args:
         model: a Hugging Face causal language model; with norms, with freezable norms installed, or without.
         context: input tokens in a window (at most the model's positions).
+        windows: "stream" or "document", as the model was trained.
         batch_size: windows in one forward pass, or "auto".
         max_tokens: score about this many tokens at most; None scores the whole split.
         device: where to compute. Default: where the model is. The model itself is not moved.
@@ -92,21 +103,27 @@ def cross_entropy(
     Raises:
         UserError: the split is too small to score, or the context is longer than the model's.
     """
-    windows = windows_to_score(model, split, context=context, max_tokens=max_tokens)
+    plan = windows_to_score(model, split, context=context, windows=windows, max_tokens=max_tokens)
     losses = score_windows(
-        model, split, windows, nll, batch_size=batch_size, device=device, precision=precision, progress=progress
+        model, split, plan, nll, batch_size=batch_size, device=device, precision=precision, progress=progress
     )
-    return summarise(losses, [window.scored for window in windows], tokens=split.tokens, size=split.bytes)
+    return summarise(losses, [window.scored for window in plan], tokens=split.tokens, size=split.bytes)
 
 
 def windows_to_score(
-    model: nn.Module, split: TokenSplit, *, context: int, max_tokens: int | None = None, stride: int | None = None
+    model: nn.Module,
+    split: TokenSplit,
+    *,
+    context: int,
+    windows: WindowKind = "stream",
+    max_tokens: int | None = None,
+    stride: int | None = None,
 ) -> list[Window]:
-    """`plan_windows` of a split, for a model that can read them.
+    """`plan_windows` or `plan_documents` of a split, for a model that can read them.
 
     Raises:
-        UserError: the split is too small to score, the context is longer than the model's, or the stride longer than the
-            context.
+        UserError: the split is too small to score, the context is longer than the model's, the stride longer than the context,
+            or there is a stride and the windows are documents.
     """
     positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if positions is not None and context > positions:
@@ -120,13 +137,20 @@ def windows_to_score(
         raise UserError(
             f"the stride of {stride} tokens is not between 1 and the context of {context}; change one of them"
         )
-    windows = plan_windows([shard.tokens for shard in split.shards], context, max_tokens, stride)
-    if not windows:
+    if windows == "document" and stride is not None:
+        raise UserError(
+            "documents are scored from their start, without a stride; leave out the stride, or score a stream"
+        )
+    if windows == "document":
+        plan = plan_documents(split, context, max_tokens)
+    else:
+        plan = plan_windows([shard.tokens for shard in split.shards], context, max_tokens, stride)
+    if not plan:
         raise UserError(
             f"the {split.name} split has {split.tokens} tokens, too few to score (2 or more in a shard are needed); "
             "prepare more text"
         )
-    return windows
+    return plan
 
 
 def score_windows(
@@ -142,28 +166,52 @@ def score_windows(
 ) -> np.ndarray[Any, Any]:
     """What `measure` returns for every scored target, window after window.
 
+    The longest windows are read first, and those of a batch are padded at their end: no position sees what comes behind it.
+
     Other arguments are those of `cross_entropy`.
 
     Returns:
         (M,) or (F, M), float32, or float64 for a float64 model.
     """
     device = torch.device(device) if device is not None else next(model.parameters()).device
-    longest = max(window.count for window in windows)
-    batch = max(1, _batch_tokens(model, device) // longest) if batch_size == "auto" else batch_size
-    total = sum(window.scored for window in windows)
-    found: list[np.ndarray[Any, Any]] = []
+    budget = _batch_tokens(model, device)
+    ends = np.cumsum([window.scored for window in windows])
+    total = int(ends[-1])
+    figures: np.ndarray[Any, Any] | None = None
     label = progress if isinstance(progress, str) else "loss"
     with scoring(model, device, precision), tqdm(total=total, desc=label, unit="tok", disable=not progress) as bar:
-        # A batch holds windows of one shape, so nothing is padded.
-        for (count, skip), same in groupby(windows, key=lambda window: (window.count, window.skip)):
-            for group in _chunks(list(same), batch):
-                tokens = np.stack([split.read(window.shard, window.start, count + 1) for window in group])
-                scored = _measured_halving(model, torch.from_numpy(tokens).to(device), skip, measure).cpu().numpy()
-                found.append(scored)
-                bar.update(scored.shape[-1])
-    figures = np.concatenate(found, axis=-1)
-    assert figures.shape[-1] == total, f"{figures.shape[-1]} of {total} tokens scored"
+        for numbers in _batches(windows, budget, None if batch_size == "auto" else batch_size):
+            tokens, counted = padded(split, [windows[number] for number in numbers])
+            scored = _measured_halving(model, tokens, counted, measure, device).cpu().numpy()
+            if figures is None:
+                figures = np.empty((*scored.shape[:-1], total), scored.dtype)
+            places = [np.arange(ends[number] - windows[number].scored, ends[number]) for number in numbers]
+            figures[..., np.concatenate(places)] = scored
+            bar.update(scored.shape[-1])
+    assert figures is not None, "no window"
     return figures
+
+
+def padded(split: TokenSplit, windows: Sequence[Window]) -> tuple[Tensor, Tensor]:
+    """Windows as rows (B, T + 1), zeros behind the shorter ones; and which of their inputs (B, T) are scored."""
+    longest = max(window.count for window in windows)
+    tokens = np.zeros((len(windows), longest + 1), dtype=np.int64)
+    for row, window in zip(tokens, windows, strict=True):
+        row[: window.count + 1] = split.read(window.shard, window.start, window.count + 1)
+    places = [[window.skip, window.count] for window in windows]
+    first, end = torch.tensor(places).unsqueeze(-1).unbind(1)  # (B, 1) each
+    index = torch.arange(longest)
+    return torch.from_numpy(tokens), (first <= index) & (index < end)
+
+
+def _batches(windows: Sequence[Window], tokens: int, size: int | None = None) -> Iterator[list[int]]:
+    """Numbers of windows, the longest first, in batches of at most so many tokens with their padding, or of `size` windows."""
+    order = sorted(range(len(windows)), key=lambda number: -windows[number].count)
+    start = 0
+    while start < len(order):
+        end = start + (size or max(1, tokens // windows[order[start]].count))
+        yield order[start:end]
+        start = end
 
 
 def summarise(losses: np.ndarray[Any, Any], counts: list[int], *, tokens: int, size: int) -> LossResult:
@@ -259,23 +307,25 @@ def _wide(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def _measured_halving(model: nn.Module, batch: Tensor, skip: int, measure: Measure) -> Tensor:
-    """What `measure` returns for all but the first `skip` targets of windows (B, T + 1): (B * (T - skip),) or (F, ...).
+def _measured_halving(
+    model: nn.Module, batch: Tensor, counted: Tensor, measure: Measure, device: torch.device
+) -> Tensor:
+    """What `measure` returns for the M counted (B, T) targets of windows (B, T + 1), row after row: (M,) or (F, M).
 
     A batch that does not fit into the GPU's memory is computed in two halves.
     """
-    inputs, targets = batch[:, :-1], batch[:, 1:]
-    positions = None
-    if skip:
-        positions = torch.arange(inputs.numel(), device=batch.device).view(inputs.shape)[:, skip:].flatten()
+    inputs, targets, positions = batch[:, :-1].to(device), batch[:, 1:].flatten(), None
+    if not counted.all():  # both are still on the CPU
+        chosen = counted.flatten().nonzero().squeeze(1)
+        targets, positions = targets[chosen], chosen.to(device)
     try:
-        return position_losses(model, inputs, targets[:, skip:].flatten(), positions, measure=measure)
+        return position_losses(model, inputs, targets.to(device), positions, measure=measure)
     except torch.OutOfMemoryError:
         if len(batch) == 1:
             raise
     # Here, outside the handler, the frames of the exception and with them the tensors of the failed batch are freed.
-    halves = [_measured_halving(model, half, skip, measure) for half in batch.tensor_split(2)]
-    return torch.cat(halves, dim=-1)
+    halves = zip(batch.tensor_split(2), counted.tensor_split(2), strict=True)
+    return torch.cat([_measured_halving(model, *half, measure, device) for half in halves], dim=-1)
 
 
 def _has_body(model: nn.Module) -> bool:
@@ -293,6 +343,51 @@ def _batch_tokens(model: nn.Module, device: torch.device) -> int:
     return min(budget, max(1, CHUNK_ELEMENTS.get(device.type, 1 << 23) // _vocabulary(model)))
 
 
-def _chunks(items: list[Window], size: int) -> Iterator[list[Window]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
+@dataclass(frozen=True, slots=True)
+class LossByWindows:
+    """Mean loss of a model on the same targets, read in two ways, in nats per token.
+
+    Attributes:
+        document: each document read from its start.
+        stream: read behind the text that precedes it in the shard.
+        standard_error: of the difference, over documents.
+        tokens, documents: how many targets there are, and in how many documents.
+    """
+
+    document: float
+    stream: float
+    standard_error: float
+    tokens: int
+    documents: int
+
+
+def loss_by_windows(
+    model: nn.Module, split: TokenSplit, *, context: int, precision: Precision = "float32"
+) -> LossByWindows | None:
+    """How well `model` reads documents from their start, and how well in the middle of a stream.
+
+    The targets are the same: those of a document's first inputs, at most half a context of them. In the stream half a context
+    stands before them. About WINDOW_CHECK_TOKENS tokens are read, of documents that are spread evenly over the split.
+
+    Returns:
+        None if the split has fewer than WINDOW_CHECK_DOCUMENTS documents with so much text before them.
+    """
+    half = context // 2
+    pairs = [
+        (Window(shard, start, count), Window(shard, start - half, half + count, skip=half))
+        for shard, (starts, lengths) in enumerate(zip(split.document_starts, split.document_lengths, strict=True))
+        for start, length in zip(starts.tolist(), lengths.tolist(), strict=True)
+        if start >= half and (count := min(half, length - 1)) > 0
+    ]
+    if len(pairs) < WINDOW_CHECK_DOCUMENTS:
+        return None
+    mean = sum(alone.count + behind.count for alone, behind in pairs) / len(pairs)
+    pairs = evenly(pairs, max(WINDOW_CHECK_DOCUMENTS, round(WINDOW_CHECK_TOKENS / mean)))
+    alone, behind = (
+        score_windows(model, split, windows, nll, precision=precision).astype(np.float64)
+        for windows in zip(*pairs, strict=True)
+    )
+    counts = [document.count for document, _ in pairs]
+    difference = summarise(alone - behind, counts, tokens=0, size=0)
+    assert difference.standard_error is not None
+    return LossByWindows(float(alone.mean()), float(behind.mean()), difference.standard_error, len(alone), len(pairs))

@@ -21,7 +21,7 @@ from ln_removal.files.run_directory import RECIPE_FILE
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from ln_removal.config.recipe import Recipe
+    from ln_removal.config.recipe import Recipe, WindowKind
     from ln_removal.data.tokens import TokenDataset, Tokens
     from ln_removal.evaluation.compare import Array, Comparison
     from ln_removal.evaluation.hellaswag import ChoiceResult, QuestionSet
@@ -43,12 +43,14 @@ class ScoringInputs:
             of results.json.
         context: tokens in a window.
         max_tokens: score about this many validation tokens of each data set; None scores whole splits.
+        windows: of a stream, or documents from their start.
     """
 
     models: Mapping[str, str]
     data_sets: Mapping[str, TokenDataset]
     context: int
     max_tokens: int | None = None
+    windows: WindowKind = "stream"
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,14 @@ def score(inputs: ScoringInputs, options: ScoringOptions, *, seconds_before: flo
     began = time.perf_counter()
     tokenizer = _checked_tokenizer(inputs, options)
     comparisons = [
-        Comparison(name, data, context=inputs.context, stride=options.stride, max_tokens=inputs.max_tokens)
+        Comparison(
+            name,
+            data,
+            context=inputs.context,
+            windows=inputs.windows,
+            stride=options.stride,
+            max_tokens=inputs.max_tokens,
+        )
         for name, data in inputs.data_sets.items()
     ]
     count, seed = options.stress_sequences, options.seed
@@ -191,7 +200,11 @@ def _score_model(
     return _ModelScores(
         loss=losses[0],
         residual_std=residual_std(
-            loaded.model, first.split("validation"), context=inputs.context, eot_token_id=first.eot_token_id
+            loaded.model,
+            first.split("validation"),
+            context=inputs.context,
+            eot_token_id=first.eot_token_id,
+            windows=inputs.windows,
         ),
         choices=None
         if questions is None
@@ -266,11 +279,12 @@ def scoring_inputs(
     control: str | None = None,
     context: int | None = None,
     max_tokens: int | None = None,
+    windows: WindowKind | None = None,
 ) -> Iterator[ScoringInputs]:
     """Work out what to score. Tokens that are prepared for it are deleted at the end of the block.
 
-    A run brings its original, its control if it has one, its LN-free model, its tokens, context and limit. A model inside a
-    run brings itself and the run's tokens, context and limit. Arguments replace what the run brings.
+    A run brings its original, its control if it has one, its LN-free model, its tokens, context, limit and kind of windows. A
+    model inside a run brings itself and all but the other models. Arguments replace what the run brings.
 
     Args:
         source: a run, a model inside one, or any model.
@@ -290,11 +304,13 @@ def scoring_inputs(
     models: dict[str, str] = {role: found[role] for role in ("original", "control", "ln_free") if role in found}
     if context is None:
         context = recipe.data.context if recipe is not None else min(map(_positions, models.values()))
+    if windows is None:
+        windows = recipe.data.windows if recipe is not None else "stream"
     if tokens or corpora:
         first_model = next(iter(models.values()))
         with tempfile.TemporaryDirectory(prefix="ln-evaluate-") as workplace:
             data_sets = _named_data_sets(tokens, corpora, first_model, Path(workplace), max_tokens)
-            yield ScoringInputs(models, data_sets, context, max_tokens)
+            yield ScoringInputs(models, data_sets, context, max_tokens, windows)
         return
     if run is None or recipe is None:
         raise UserError(
@@ -302,7 +318,7 @@ def scoring_inputs(
             "--tokens DIR, or name text with --corpus"
         )
     data_sets = {f"{recipe.data.corpus}, validation split": TokenDataset.open(run / "tokens")}
-    yield ScoringInputs(models, data_sets, context, max_tokens or recipe.data.validation_tokens)
+    yield ScoringInputs(models, data_sets, context, max_tokens or recipe.data.validation_tokens, windows)
 
 
 def _models_of(source: str, run: Path | None, recipe: Recipe | None) -> dict[str, str]:

@@ -18,13 +18,23 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from ln_removal.data.documents import plan_documents
 from ln_removal.data.sampler import Window
-from ln_removal.evaluation.loss import BATCH_TOKENS, LossResult, score_windows, scoring, summarise, windows_to_score
+from ln_removal.evaluation.loss import (
+    BATCH_TOKENS,
+    LossResult,
+    padded,
+    score_windows,
+    scoring,
+    summarise,
+    windows_to_score,
+)
 from ln_removal.evaluation.results import Calibration, PositionLoss, ResidualStd
 from ln_removal.models.layout import blocks_of, final_norm_of, mlp_norm_of
 from ln_removal.models.precision import Precision
 
 if TYPE_CHECKING:
+    from ln_removal.config.recipe import WindowKind
     from ln_removal.data.tokens import TokenSplit
 
 Array = npt.NDArray[Any]
@@ -84,6 +94,7 @@ def token_statistics(
     split: TokenSplit,
     *,
     context: int,
+    windows: WindowKind = "stream",
     stride: int | None = None,
     max_tokens: int | None = None,
     device: torch.device | str | None = None,
@@ -95,16 +106,16 @@ def token_statistics(
     Args:
         stride: tokens between the beginnings of two windows. With a stride below the context, every token but those at the
             beginning of a shard has at least context - stride tokens before it. None: the context, windows do not overlap.
-        model, split, context, max_tokens, device, precision, progress: as in `loss.cross_entropy`.
+        model, split, context, windows, max_tokens, device, precision, progress: as in `loss.cross_entropy`.
 
     Raises:
         UserError: as `loss.windows_to_score`.
     """
-    windows = windows_to_score(model, split, context=context, max_tokens=max_tokens, stride=stride)
+    plan = windows_to_score(model, split, context=context, windows=windows, max_tokens=max_tokens, stride=stride)
     loss, entropy, confidence, right = score_windows(
-        model, split, windows, _four_numbers, device=device, precision=precision, progress=progress
+        model, split, plan, _four_numbers, device=device, precision=precision, progress=progress
     )
-    return TokenStatistics(windows, loss, entropy, confidence, right > 0)
+    return TokenStatistics(plan, loss, entropy, confidence, right > 0)
 
 
 def _four_numbers(logits: Tensor, targets: Tensor) -> Tensor:
@@ -160,6 +171,7 @@ def residual_std(
     *,
     context: int,
     eot_token_id: int,
+    windows: WindowKind = "stream",
     max_tokens: int = MAX_TOKENS,
     precision: Precision = "float32",
 ) -> ResidualStd | None:
@@ -170,12 +182,12 @@ def residual_std(
         model: a GPT-2 or GPT-NeoX with norms, with freezable norms, or with identities in place of its norms.
         context: tokens in a window.
         eot_token_id: such tokens, and position 0, are no ordinary positions.
+        windows: whole windows of the stream, or documents.
         max_tokens: read about this many at most.
 
     Returns:
         None for a split without a whole window, or without an ordinary position.
     """
-    batch = max(1, BATCH_TOKENS["cpu"] // context)
     device = next(model.parameters()).device
     places = [place for block in blocks_of(model) for place in (block, mlp_norm_of(block))] + [final_norm_of(model)]
     found: list[Tensor] = []  # (B, T) for each place, in the order of the forward pass
@@ -188,18 +200,17 @@ def residual_std(
     tokens = 0
     try:
         with scoring(model, device, precision):
-            for window in split.windows(context, limit_tokens=max_tokens, batch=batch):
-                ids = torch.from_numpy(window).to(device)
+            for ids, text in _texts(split, context, max_tokens, windows):
                 found.clear()
-                model.base_model(input_ids=ids, use_cache=False)
+                model.base_model(input_ids=ids.to(device), use_cache=False)
                 stds = torch.stack(found).to("cpu", torch.float64)  # (places, B, T)
                 first = torch.zeros(ids.shape, dtype=torch.bool)
                 first[:, 0] = True
-                ordinary = ~first & (ids.cpu() != eot_token_id)
+                ordinary = ~first & (ids != eot_token_id) & text
                 for row, members in enumerate((ordinary, first)):
                     sums[row] += stds[:, members].sum(dim=1)
                     counts[row] += members.sum()
-                tokens += ids.numel()
+                tokens += int(text.sum())
     finally:
         for hook in hooks:
             hook.remove()
@@ -213,6 +224,19 @@ def residual_std(
         first_mid=tuple(first_means[1::2]),
         tokens=tokens,
     )
+
+
+def _texts(split: TokenSplit, context: int, max_tokens: int, windows: WindowKind) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of token ids (B, T), and which of them are text and no padding."""
+    batch = max(1, BATCH_TOKENS["cpu"] // context)
+    if windows == "stream":
+        for rows in split.windows(context, limit_tokens=max_tokens, batch=batch):
+            yield torch.from_numpy(rows), torch.ones(rows.shape, dtype=torch.bool)
+        return
+    documents = plan_documents(split, context, max_tokens)
+    for start in range(0, len(documents), batch):
+        tokens, text = padded(split, documents[start : start + batch])
+        yield tokens[:, :-1], text
 
 
 def _std(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

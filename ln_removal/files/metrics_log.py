@@ -21,7 +21,10 @@ TAKEN_BACK_FILE = "diverged.jsonl"
 OBSERVATION = "observation"
 """Kind of the rows of metrics.jsonl that a probe wrote (training/probe.py)."""
 
-AFTER_STEPS = ("evaluation", ROLLBACK, RECIPE_CHANGE)
+WINDOWS = "windows"
+"""Kind of the row of metrics.jsonl that compares the original's loss on documents and in a stream, before the first step."""
+
+AFTER_STEPS = ("evaluation", ROLLBACK, RECIPE_CHANGE, WINDOWS)
 """Kinds of rows that are about the run after so many steps."""
 
 

@@ -1,4 +1,7 @@
-"""Attention entropy: how to compute it, how to record it in a running model, and a penalty on it.
+"""Attention that training gives a model in place of its own, and attention entropy: measured, recorded, penalised.
+
+Documents that share a row do not see one another: `document_inputs` makes what a model needs for that, once for a forward
+pass, and `document_attention` and `explicit_causal_attention` heed it.
 
     E(l, h) = mean over batch and queries of - sum over keys of p log p                                          (nats)
 
@@ -18,6 +21,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from transformers.integrations.flex_attention import compile_friendly_flex_attention
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ln_removal.models.layout import attention_of, blocks_of
 
@@ -27,6 +33,10 @@ if TYPE_CHECKING:
 R = TypeVar("R")
 
 EXPLICIT_ATTENTION = "ln_removal_explicit"
+DOCUMENT_ATTENTION = "ln_removal_documents"
+
+NARROWEST_FLEX_HEAD = 16
+"""Width of a head below which flex_attention has no kernel on CUDA."""
 
 OVERLOAD_SHARE = 0.9
 """A head whose entropy is above this share of the largest possible is in the overload band."""
@@ -55,9 +65,15 @@ def attention_entropy(probabilities: Tensor) -> Tensor:
     return (p * -p.clamp(min=torch.finfo(torch.float32).tiny).log()).sum(-1)
 
 
-def head_entropy(probabilities: Tensor) -> Tensor:
-    """Mean entropy of each head over batch and queries: (B, H, T, S) to (H,), float32, nats."""
-    return attention_entropy(probabilities).mean((0, 2))
+def head_entropy(probabilities: Tensor, observed: Tensor | None = None) -> Tensor:
+    """Mean entropy of each head over batch and queries, or over those that `observed` (B, T) names.
+
+    (B, H, T, S) to (H,), float32, nats.
+    """
+    entropy = attention_entropy(probabilities)
+    if observed is None:
+        return entropy.mean((0, 2))
+    return torch.where(observed[:, None], entropy, 0.0).sum((0, 2)) / observed.sum().clamp(min=1)
 
 
 def largest_row_entropy(keys: int) -> float:
@@ -84,17 +100,19 @@ def explicit_causal_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    document_mask: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
     """Causal attention that keeps its probabilities: an attention function for transformers' AttentionInterface.
 
     Scores and softmax are computed in float32 whatever the precision of the model, as fused kernels do; queries, keys, values
-    and the output have the model's. For batches without padding, packing or a cache.
+    and the output have the model's. For batches without a cache.
 
     Args:
         query, key, value: (B, H, T, K).
         attention_mask: None; which keys a query sees follows from their positions.
         scaling: of the scores, 1 / sqrt(K) by default.
+        document_mask: of `document_inputs`, for rows that hold several documents.
 
     Returns:
         The heads' outputs (B, T, H, K) in the values' type, and the probabilities (B, H, T, S) in float32.
@@ -105,10 +123,85 @@ def explicit_causal_attention(
         scores = query.float() @ key.float().transpose(-1, -2) * scaling
         queries = torch.arange(scores.shape[-2], device=scores.device)
         keys = torch.arange(scores.shape[-1], device=scores.device)
-        probabilities = scores.masked_fill(keys > queries[:, None], -torch.inf).softmax(-1)
+        hidden = keys > queries[:, None] if document_mask is None else ~document_mask
+        probabilities = scores.masked_fill(hidden, -torch.inf).softmax(-1)
         weights = nn.functional.dropout(probabilities, dropout, training=module.training)
         output = weights.to(value.dtype) @ value
     return output.transpose(1, 2), probabilities
+
+
+def document_inputs(model: PreTrainedModel, document_starts: Tensor) -> dict[str, Any]:
+    """What `model` reads rows of several documents with, as keyword arguments of its body.
+
+    transformers passes those that it does not know on to the attention function. Nothing here waits for the device.
+
+    Args:
+        model: has `document_attention` or `explicit_attention`.
+        document_starts: (B, T + 1), as in `sampler.Batch`: of the inputs and of the last target.
+
+    Returns:
+        position_ids: (B, T), counted from each document's start; 0 for padding.
+        document_mask: which keys a query sees: those before it in its document, and itself. Padding sees itself alone. A
+            boolean tensor (B, 1, T, T); on CUDA a BlockMask, which only knows blocks of 128 by 128.
+        observed: (B, T), true where input and target lie in the same document: what is trained, and what norms gather
+            statistics of. False for padding, and for an end-of-text token, behind which another document begins.
+    """
+    starts = document_starts[:, :-1]
+    rows, length = starts.shape
+    index = torch.arange(length, device=starts.device)
+
+    def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (starts[row, query] == starts[row, key]) & (query >= key)
+
+    config = model.config
+    wide_enough = config.hidden_size // config.num_attention_heads >= NARROWEST_FLEX_HEAD
+    mask: Tensor | BlockMask
+    if starts.is_cuda and wide_enough and config._attn_implementation != EXPLICIT_ATTENTION:
+        mask = create_block_mask(sees, rows, None, length, length, device=starts.device)
+    else:
+        mask = ((starts[:, :, None] == starts[:, None, :]) & (index[:, None] >= index))[:, None]
+    return {
+        "position_ids": (index - starts).clamp(min=0),
+        "document_mask": mask,
+        "observed": document_starts[:, 1:] == starts,
+    }
+
+
+def document_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    document_mask: Tensor | BlockMask | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Fused attention within documents: an attention function for transformers' AttentionInterface.
+
+    flex_attention if the mask is a BlockMask, else PyTorch's scaled_dot_product_attention. Without a document mask it is
+    causal.
+
+    Args:
+        query, key, value: (B, H, T, K).
+        attention_mask: not looked at.
+        scaling: of the scores, 1 / sqrt(K) by default.
+        document_mask: of `document_inputs`.
+
+    Returns:
+        The heads' outputs (B, T, H, K), and None in place of probabilities.
+    """
+    if not isinstance(document_mask, BlockMask):
+        output: Tensor = sdpa_attention_forward(module, query, key, value, document_mask, dropout, scaling)[0]
+        return output, None
+    # Outside a compiled step flex_attention has to be compiled by itself, or it would hold all scores; a CPU, for tests, may.
+    kernel = compile_friendly_flex_attention if query.is_cuda else flex_attention
+    # Autocast does not reach it.
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    heads = kernel(query, key, value, block_mask=document_mask, scale=scaling)
+    assert isinstance(heads, Tensor)
+    return heads.transpose(1, 2).contiguous(), None
 
 
 def explicit_attention(model: PreTrainedModel) -> AbstractContextManager[None]:
@@ -182,16 +275,19 @@ class EntropyRegulariser(nn.Module):
         # A flat vector: optimizers here decay parameters of two dimensions and more, and a threshold should not decay.
         self.thresholds = nn.Parameter(torch.full((layers * heads,), INITIAL_THRESHOLD))
 
-    def forward(self, probabilities: Sequence[Tensor]) -> Tensor:
+    def forward(self, probabilities: Sequence[Tensor], observed: Tensor | None = None) -> Tensor:
         """The penalty of one forward pass.
 
         Args:
             probabilities: L tensors (B, H, T, S) with S = T.
+            observed: (B, T), the queries that count; None counts all.
 
         Returns:
             Scalar in float32, in squared nats. NaN where an entropy is.
         """
-        return self.penalty(torch.stack([head_entropy(layer) for layer in probabilities]), probabilities[0].shape[-1])
+        return self.penalty(
+            torch.stack([head_entropy(layer, observed) for layer in probabilities]), probabilities[0].shape[-1]
+        )
 
     def penalty(self, entropy: Tensor, keys: int) -> Tensor:
         """The same from the heads' entropies (L, H), for callers that recorded `head_entropy` and not the probabilities."""

@@ -26,6 +26,9 @@ N_CLASSES = 3
 
 MEDIAN_POSITIONS = 4096
 """About as many stds of a batch are sorted for their median."""
+UNOBSERVED = -1
+"""Stands in place of a class at positions that no statistics are gathered of, such as padding. Nobody reads what a norm gives
+there."""
 
 _FORWARD_ORDER = (
     "input_ids",
@@ -47,7 +50,7 @@ class PositionClasses(nn.Module):
         eot_token_id: id of the end-of-text token; None for a vocabulary without one, then no position is END_OF_TEXT.
 
     Attributes:
-        current: (B, T) int64, a class for each position. (1, 1) ORDINARY before the first call.
+        current: (B, T) int64, a class for each position, or UNOBSERVED. (1, 1) ORDINARY before the first call.
     """
 
     def __init__(self, eot_token_id: int | None) -> None:
@@ -68,6 +71,7 @@ class PositionClasses(nn.Module):
         position_ids: Tensor | None = None,
         cached: int | Tensor = 0,
         inputs_embeds: Tensor | None = None,
+        observed: Tensor | None = None,
     ) -> None:
         """Set `current` from the inputs of a forward pass.
 
@@ -76,6 +80,8 @@ class PositionClasses(nn.Module):
             position_ids: (B, T), (1, T) or (T,) explicit positions; they win over what follows from `cached`.
             cached: number of positions already in the key-value cache: column t is position cached + t.
             inputs_embeds: (B, T, D), looked at for its shape and device when there are no tokens.
+            observed: (B, S), false (or 0) where a position is no text; None when all are. If there are more than T columns, as
+                in an attention mask that begins with the cache, the last T count.
         """
         if input_ids is not None:
             # The model folds leading dimensions into one, so do the same.
@@ -91,16 +97,21 @@ class PositionClasses(nn.Module):
         classes = torch.full(shape, ORDINARY, dtype=torch.int64, device=device)
         if tokens is not None and self.eot_token_id is not None:
             classes.masked_fill_(tokens == self.eot_token_id, END_OF_TEXT)
-        self.current = classes.masked_fill_(position_ids == 0, FIRST)
+        classes.masked_fill_(position_ids == 0, FIRST)
+        self.current = classes if observed is None else classes.masked_fill_(observed[:, -shape[1] :] == 0, UNOBSERVED)
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = {**dict(zip(_FORWARD_ORDER, args, strict=False)), **kwargs}
         cache = given.get("past_key_values")
+        observed, mask = given.get("observed"), given.get("attention_mask")
+        if observed is None and isinstance(mask, Tensor) and mask.ndim == 2:
+            observed = mask
         self.fill(
             given.get("input_ids"),
             position_ids=given.get("position_ids"),
             cached=0 if cache is None else cache.get_seq_length(),
             inputs_embeds=given.get("inputs_embeds"),
+            observed=observed,
         )
 
     def extra_repr(self) -> str:

@@ -158,6 +158,7 @@ def _evaluation(model: PreTrainedModel, recipe: Recipe, data: TokenDataset) -> C
             model,
             validation,
             context=recipe.data.context,
+            windows=recipe.data.windows,
             max_tokens=spec.evaluation_tokens,
             precision=spec.precision,
         )

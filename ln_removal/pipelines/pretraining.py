@@ -98,8 +98,13 @@ def pretrain_in(context: RunContext, recipe: Recipe) -> PretrainResult:
         if context.is_main:
             final = _export(context, recipe, model, tokenizer, data)
         else:
-            precision = recipe.training.precision
-            final = cross_entropy(model, data.split("validation"), context=recipe.data.context, precision=precision)
+            final = cross_entropy(
+                model,
+                data.split("validation"),
+                context=recipe.data.context,
+                windows=recipe.data.windows,
+                precision=recipe.training.precision,
+            )
         return PretrainResult(context.out / "model", trained, final.cross_entropy, final.bits_per_byte)
 
 
@@ -134,7 +139,7 @@ def _export(
     directory = context.out / "model"
     save_model(model, tokenizer, directory, dtype=recipe.export.dtype)
     written = load_model(str(directory), device=context.accelerator.device.type).model
-    final = cross_entropy(written, data.split("validation"), context=recipe.data.context)
+    final = cross_entropy(written, data.split("validation"), context=recipe.data.context, windows=recipe.data.windows)
     write_base_model_card(
         directory,
         recipe,

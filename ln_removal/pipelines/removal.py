@@ -25,10 +25,11 @@ from ln_removal.errors import UserError
 from ln_removal.evaluation import results as results_file
 from ln_removal.evaluation import scoring
 from ln_removal.evaluation.hellaswag import COMPLETIONS, HELLASWAG, load_question_set, question_set_name
+from ln_removal.evaluation.loss import loss_by_windows
 from ln_removal.evaluation.scoring import ScoringInputs, ScoringOptions
 from ln_removal.export.write import DIRECTORIES, save_model, write_exports
 from ln_removal.files.atomic import write_json_atomically
-from ln_removal.files.metrics_log import METRICS_FILE, last_logged
+from ln_removal.files.metrics_log import METRICS_FILE, WINDOWS, last_logged
 from ln_removal.files.run_directory import has_trained
 from ln_removal.models.layout import check_supported, is_disarmed
 from ln_removal.models.loading import load_model, load_tokenizer, tokenizer_fingerprint
@@ -37,6 +38,7 @@ from ln_removal.norms.surgery import install
 from ln_removal.pipelines.context import RunContext, run_context
 from ln_removal.report.model_card import write_model_card
 from ln_removal.report.page import REPORT_FILE, write_report
+from ln_removal.training.checkpoint import checkpoints
 from ln_removal.training.divergence import WaitingSchedule
 from ln_removal.training.loop import TrainResult, train
 from ln_removal.training.loss import as_teacher
@@ -58,6 +60,10 @@ VERIFY_TOKENS = 4096
 
 CHEAP_TOKENS = 1_000_000
 """Fewer tokens than this are prepared again in a moment."""
+
+
+CLEARLY_WORSE = 0.1
+"""Nats per token by which the loss on one kind of windows has to be above that on the other for a warning."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +122,7 @@ def remove(
         data = inputs.data
         if not (resume and _is_exported(out, recipe.export)):
             with removal_session(context, recipe, inputs) as session:
+                check_windows(session, recipe, data)
                 trained = train(session)
             export(context, recipe, inputs, trained)
             del session
@@ -256,6 +263,32 @@ def removal_session(context: RunContext, recipe: Recipe, inputs: Inputs) -> Iter
         yield session
 
 
+def check_windows(session: Session, recipe: Recipe, data: TokenDataset) -> None:
+    """Before the first step: warn when the original reads the kind of windows that the recipe did not choose clearly better.
+
+    Both losses are of the same tokens; they are logged too.
+    """
+    if not session.accelerator.is_main_process or (session.resume and checkpoints(session.state_directory)):
+        return
+    context, precision, model = recipe.data.context, recipe.training.precision, session.objective.model
+    found = None
+    for split in ("validation", "train"):
+        found = found or loss_by_windows(model, data.split(split), context=context, precision=precision)
+    if found is None:
+        return
+    session.tracker.log(WINDOWS, 0, asdict(found))
+    losses = {"document": found.document, "stream": found.stream}
+    chosen = recipe.data.windows
+    other = "stream" if chosen == "document" else "document"
+    surplus = losses[chosen] - losses[other]
+    if surplus > CLEARLY_WORSE and surplus > 2 * found.standard_error:
+        read = {"document": "documents from their start", "stream": "the same text in a stream of documents"}
+        session.tracker.say(
+            f"warning: the original has a loss of {losses[other]:.2f} nats on {read[other]} and of {losses[chosen]:.2f} on "
+            f'{read[chosen]}, which this recipe trains on; set data.windows = "{other}" if the model was trained that way'
+        )
+
+
 def export(context: RunContext, recipe: Recipe, inputs: Inputs, trained: TrainResult) -> None:
     """Fold the trained model, verify it on held-out text, and write training.json and every export format.
 
@@ -273,7 +306,12 @@ def export(context: RunContext, recipe: Recipe, inputs: Inputs, trained: TrainRe
     validation = inputs.data.split("validation")
     # Scoring accepts a split that is shorter than the context, so this must too.
     length = min(recipe.data.context, max(shard.tokens for shard in validation.shards))
-    held_out = next(validation.windows(length, limit_tokens=VERIFY_TOKENS, batch=VERIFY_TOKENS))
+    held_out = None
+    if recipe.data.windows == "document":
+        count = min(validation.documents, max(1, VERIFY_TOKENS // length))
+        held_out = validation.beginnings(count, length)
+    if held_out is None:
+        held_out = next(validation.windows(length, limit_tokens=VERIFY_TOKENS, batch=VERIFY_TOKENS))
     write_exports(inputs.model, inputs.tokenizer, context.out, held_out=held_out, export=recipe.export)
 
 
@@ -315,7 +353,7 @@ def score(
     models["ln_free"] = str(out / "model")
     data_sets = {f"{spec.corpus}, validation split": data}
     results = scoring.score(
-        ScoringInputs(models, data_sets, spec.context, spec.validation_tokens),
+        ScoringInputs(models, data_sets, spec.context, spec.validation_tokens, spec.windows),
         ScoringOptions(questions=questions, device=context.accelerator.device.type, progress=context.progress is True),
         seconds_before=seconds_before,
     )

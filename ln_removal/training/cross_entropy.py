@@ -52,6 +52,7 @@ def linear_cross_entropy(
     teacher_hidden: Tensor | None = None,
     teacher_head: Head | None = None,
     share: float | Tensor = 0.0,
+    trained: Tensor | None = None,
 ) -> LinearLoss:
     """Mean loss of predicting `targets` from `hidden @ head.weight.T + head.bias`, by the module's formula.
 
@@ -63,6 +64,7 @@ def linear_cross_entropy(
         teacher_head: the teacher's unembedding, of the same vocabulary; given together with `teacher_hidden`.
         share: s, in [0, 1]: how much of the loss is the Kullback-Leibler divergence from the teacher. As a scalar tensor
             it can change between the calls of a compiled graph.
+        trained: (N,), true for the positions that the mean is over; the others have no gradient. None takes all.
     """
     assert (teacher_hidden is None) == (teacher_head is None), "a teacher has hidden states and a head"
     assert isinstance(share, Tensor) or 0 <= share <= 1, share
@@ -79,8 +81,9 @@ def linear_cross_entropy(
     rows = POSITIONS_IN_A_CHUNK.get(device, POSITIONS_IN_A_CHUNK["cpu"])
     taught = (None, None, None) if teacher_head is None else (teacher_hidden, *teacher_head)
     with torch.autocast(device, enabled=False):
-        sums: Tensor = _LinearCrossEntropy.apply(hidden, *head, targets, *taught, share, rows)  # type: ignore[no-untyped-call]
-    total, cross_entropy, divergence = (sums / targets.numel()).unbind()
+        sums: Tensor = _LinearCrossEntropy.apply(hidden, *head, targets, trained, *taught, share, rows)  # type: ignore[no-untyped-call]
+    count = targets.numel() if trained is None else trained.sum().clamp(min=1)
+    total, cross_entropy, divergence = (sums / count).unbind()
     return LinearLoss(total, cross_entropy.detach(), divergence.detach())
 
 
@@ -103,6 +106,11 @@ def _cast(head: Head, dtype: torch.dtype) -> Head:
     return Head(head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype))
 
 
+def _only(kept: Tensor | None, values: Tensor) -> Tensor:
+    """`values` (rows, ...) with 0 in the rows that are not kept; kept (rows, 1)."""
+    return values if kept is None else torch.where(kept, values, 0.0)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """Sums over positions of (loss, cross-entropy, divergence), with the loss's gradient taken along in the forward pass."""
 
@@ -113,6 +121,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
+        trained: Tensor | None,
         teacher_hidden: Tensor | None,
         teacher_weight: Tensor | None,
         teacher_bias: Tensor | None,
@@ -130,7 +139,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             part, target = hidden[start : start + rows], targets[start : start + rows].unsqueeze(1)
             logits = F.linear(part, weight, bias).float()
             normaliser = logits.logsumexp(dim=1, keepdim=True)
-            cross_entropy += (normaliser - logits.gather(1, target)).sum()
+            kept = None if trained is None else trained[start : start + rows].unsqueeze(1)
+            cross_entropy += _only(kept, normaliser - logits.gather(1, target)).sum()
             slope = torch.exp(logits - normaliser)
             one_hot = (words == target).float()
             if teacher_hidden is None or teacher_weight is None:
@@ -141,8 +151,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 probable = log_taught.exp()
                 # A padded entry has probability 0 in both, and 0 (-inf + inf) is not 0.
                 surplus = torch.where(probable > 0, probable * (log_taught - (logits - normaliser)), 0.0)
-                divergence += surplus.sum()
+                divergence += _only(kept, surplus).sum()
                 slope = slope - (1 - share) * one_hot - share * probable
+            slope = _only(kept, slope)
             slope_bias += slope.sum(dim=0)
             slope = slope.to(weight.dtype)
             slopes_hidden.append(slope @ weight)
@@ -160,5 +171,5 @@ class _LinearCrossEntropy(torch.autograd.Function):
             (hidden * slope).to(hidden.dtype),
             (weight * slope).to(ctx.dtype),
             None if bias is None else (bias * slope).to(ctx.dtype),
-            *(None,) * 6,
+            *(None,) * 7,
         )

@@ -166,19 +166,17 @@ class _Training:
             session.objective.set_share(distillation_at(step, session.spec))
         return rate
 
-    def forward_backward(self, batches: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def forward_backward(self, batches: list[_Batch]) -> tuple[Tensor, Tensor]:
         """Accumulate the gradient of one step; returns its mean cross-entropy and the gradient norm before clipping."""
         accelerator, spec = self.session.accelerator, self.session.spec
-        share = sum(len(batch) for batch in batches)
         scale = LOSS_SCALE[spec.precision]
         total: Tensor | None = None
-        for number, batch in enumerate(batches):
-            weight = len(batch) / share
+        for number, (inputs, weight) in enumerate(batches):
             synchronise = nullcontext() if number == len(batches) - 1 else accelerator.no_sync(self.model)
-            tokens = batch.to(accelerator.device, non_blocking=True)
+            there = [tensor.to(accelerator.device, non_blocking=True) for tensor in inputs]
             with synchronise:
                 with autocast(accelerator.device, spec.precision):
-                    loss = self.model(tokens)
+                    loss = self.model(*there)
                 (loss.total * (weight * scale)).backward()
             part = loss.cross_entropy * weight
             total = part if total is None else total + part
@@ -314,7 +312,11 @@ def _over_ranks(objective: Objective, accelerator: Accelerator) -> nn.Module:
     return torch.nn.parallel.DistributedDataParallel(objective, device_ids=devices, broadcast_buffers=False)
 
 
-def _batches_of_steps(session: Session, steps: range) -> Iterator[list[Tensor]]:
+_Batch = tuple[list[Tensor], float]
+"""The arguments of `Objective.forward`, and the weight of its loss in that of the step."""
+
+
+def _batches_of_steps(session: Session, steps: range) -> Iterator[list[_Batch]]:
     """This rank's micro-batches of every step, in pinned memory where a GPU will fetch them."""
     accelerator = session.accelerator
     pin = accelerator.device.type == "cuda"
@@ -325,5 +327,8 @@ def _batches_of_steps(session: Session, steps: range) -> Iterator[list[Tensor]]:
             ranks=accelerator.num_processes,
             micro_batch=session.micro_batch,
         )
-        tensors = (torch.from_numpy(batch) for batch in batches)
-        yield [tensor.pin_memory() if pin else tensor for tensor in tensors]
+        found: list[_Batch] = []
+        for tokens, document_starts, weight in batches:
+            inputs = [torch.from_numpy(array) for array in (tokens, document_starts) if array is not None]
+            found.append(([tensor.pin_memory() if pin else tensor for tensor in inputs], weight))
+        yield found

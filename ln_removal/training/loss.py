@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ln_removal.errors import UserError
-from ln_removal.models.attention import EntropyRegulariser
+from ln_removal.models.attention import EntropyRegulariser, document_inputs
 from ln_removal.models.layout import attention_of, blocks_of, final_norm_of
 from ln_removal.models.precision import DTYPES, Precision
 from ln_removal.norms.freezable import ORDINARY, FreezableNorm, NormedProjection
@@ -71,7 +71,7 @@ def as_teacher(model: PreTrainedModel, precision: Precision) -> PreTrainedModel:
     return teacher.to(DTYPES[precision])
 
 
-def residual_std_loss(residual: Tensor, special: Tensor) -> Tensor:
+def residual_std_loss(residual: Tensor, special: Tensor, observed: Tensor | None = None) -> Tensor:
     """Mean over all positions of (std - target)^2, which brings the std of special positions to that of ordinary ones.
 
     The target is the mean std over positions that are neither position 0 nor end-of-text, without a gradient
@@ -80,17 +80,18 @@ def residual_std_loss(residual: Tensor, special: Tensor) -> Tensor:
     Args:
         residual: the residual stream in front of a norm, (B, T, D).
         special: true at position 0 and at end-of-text tokens, (B, T).
+        observed: (B, T), the positions that count; None counts all.
 
     Returns:
         Scalar in float32, in squared units of the residual stream.
     """
     std = residual.float().std(dim=-1, correction=0)
-    ordinary = (~special).to(std.dtype)
+    ordinary = (~special if observed is None else observed & ~special).to(std.dtype)
     target = (std.detach() * ordinary).sum() / ordinary.sum().clamp(min=1.0)
-    return (std - target).square().mean()
+    return _mean((std - target).square(), observed)
 
 
-def constant_std_loss(residual: Tensor, constant: Tensor) -> Tensor:
+def constant_std_loss(residual: Tensor, constant: Tensor, observed: Tensor | None = None) -> Tensor:
     """Mean over all positions of log(std / constant)^2, which brings every std to the constant of the frozen norm.
 
     The loss is of the logarithm because otherwise a position with 30 times the usual std would weigh about a thousand times
@@ -99,26 +100,29 @@ def constant_std_loss(residual: Tensor, constant: Tensor) -> Tensor:
     Args:
         residual: the residual stream in front of a norm, (B, T, D).
         constant: scalar, without a gradient, in units of the residual stream.
+        observed: (B, T), the positions that count; None counts all.
 
     Returns:
         Scalar in float32, without a unit.
     """
-    return _log_ratio(residual, constant).square().mean()
+    return _mean(_log_ratio(residual, constant).square(), observed)
 
 
-def outlier_loss(residual: Tensor, constant: Tensor) -> Tensor:
+def outlier_loss(residual: Tensor, constant: Tensor, observed: Tensor | None = None) -> Tensor:
     """Mean of max(0, |log(std / constant)| - log 1.5)^2 over the positions where it is not 0.
 
     Unlike in `constant_std_loss`, a single position with a massive activation weighs as much as if all positions had one. While
     the norms are still real they hardly mind what they divide by, so this takes massive activations away before anything freezes.
 
     Args:
-        residual, constant: as for `constant_std_loss`.
+        residual, constant, observed: as for `constant_std_loss`.
 
     Returns:
         Scalar in float32, without a unit; 0 where no position is outlying.
     """
     beyond = (_log_ratio(residual, constant).abs() - OUTLYING).clamp(min=0)
+    if observed is not None:
+        beyond = torch.where(observed, beyond, 0.0)
     return beyond.square().sum() / (beyond > 0).sum().clamp(min=1)
 
 
@@ -126,6 +130,13 @@ def _log_ratio(residual: Tensor, constant: Tensor) -> Tensor:
     """log(std / constant) of each position, (B, T)."""
     variance = residual.float().var(dim=-1, correction=0)
     return 0.5 * torch.log(variance + 1e-5) - constant.log()
+
+
+def _mean(values: Tensor, observed: Tensor | None) -> Tensor:
+    """Mean of `values` (B, T) over the positions that are observed, or over all."""
+    if observed is None:
+        return values.mean()
+    return torch.where(observed, values, 0.0).sum() / observed.sum().clamp(min=1)
 
 
 @dataclass(frozen=True)
@@ -231,13 +242,22 @@ class Objective(nn.Module):
             self.teacher.eval()
         return self
 
-    def forward(self, tokens: Tensor) -> StepLoss:
-        """Loss of predicting tokens[:, 1:] from tokens[:, :-1]; `tokens` is (B, T + 1)."""
+    def forward(self, tokens: Tensor, document_starts: Tensor | None = None) -> StepLoss:
+        """Mean loss of predicting tokens[:, 1:] from tokens[:, :-1].
+
+        Args:
+            tokens: (B, T + 1).
+            document_starts: (B, T + 1), where rows hold several documents (`sampler.Batch`). No document then sees another, and
+                the means are over the targets that lie in the same document as their input. The model needs the attention of
+                `setup.training_attention` with documents.
+        """
         self.forget()  # of a pass that ran out of memory
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
+        documents = {} if document_starts is None else document_inputs(self.model, document_starts)
+        observed = documents.get("observed")
         self._listening = True
-        taught = self._teach(inputs)
-        hidden = self.model.base_model(input_ids=inputs, use_cache=False).last_hidden_state
+        taught = self._teach(inputs, documents)
+        hidden = self.model.base_model(input_ids=inputs, use_cache=False, **documents).last_hidden_state
         loss = linear_cross_entropy(
             hidden.reshape(-1, hidden.shape[-1]),
             _head(self.model),
@@ -245,12 +265,13 @@ class Objective(nn.Module):
             teacher_hidden=taught.reshape(-1, taught.shape[-1]) if taught is not None else None,
             teacher_head=_head(self.teacher) if self.teacher is not None else None,
             share=self.share,
+            trained=None if observed is None else observed.reshape(-1),
         )
         total = loss.total
         if self.auxiliary is not None:
-            total = total + self._auxiliary_loss(inputs)
+            total = total + self._auxiliary_loss(inputs, documents)
         if self.entropy is not None:
-            total = total + self.entropy_weight * self.entropy(self._attended)
+            total = total + self.entropy_weight * self.entropy(self._attended, observed)
         self.forget()
         return StepLoss(total, loss.cross_entropy)
 
@@ -259,38 +280,43 @@ class Objective(nn.Module):
         self._listening = False
         self._read, self._attended = [], []
 
-    def _teach(self, inputs: Tensor) -> Tensor | None:
+    def _teach(self, inputs: Tensor, documents: dict[str, Any]) -> Tensor | None:
         """The teacher's final hidden states (B, T, D'), in its own precision; None without a teacher."""
         if self.teacher is None:
             return None
         # Not inference mode, whose tensors cannot be saved for the backward pass.
         with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
-            taught: Tensor = self.teacher.base_model(input_ids=inputs, use_cache=False).last_hidden_state
+            taught: Tensor = self.teacher.base_model(input_ids=inputs, use_cache=False, **documents).last_hidden_state
         return taught
 
-    def _auxiliary_loss(self, inputs: Tensor) -> Tensor:
+    def _auxiliary_loss(self, inputs: Tensor, documents: dict[str, Any]) -> Tensor:
         """The weighted residual-std loss, as the mean over the norms chosen by `auxiliary.sites`."""
         assert self.auxiliary is not None
+        observed = documents.get("observed")
         if self.auxiliary.target == "constants":
             losses = []
             for norm, residual in self._read:
                 constant, known = _constant_of(norm)
-                losses.append(known * self._towards(residual, constant))
+                losses.append(known * self._towards(residual, constant, observed))
         else:
             special = torch.zeros_like(inputs, dtype=torch.bool)
             special[:, 0] = True
+            if documents:
+                special = documents["position_ids"] == 0
             if self.eot_token_id is not None:
                 special |= inputs == self.eot_token_id
-            losses = [self.auxiliary.weight * residual_std_loss(residual, special) for _, residual in self._read]
+            losses = [
+                self.auxiliary.weight * residual_std_loss(residual, special, observed) for _, residual in self._read
+            ]
         return torch.stack(losses).mean()
 
-    def _towards(self, residual: Tensor, constant: Tensor) -> Tensor:
+    def _towards(self, residual: Tensor, constant: Tensor, observed: Tensor | None) -> Tensor:
         """The pull of the stream in front of one norm towards its constant."""
         assert self.auxiliary is not None
-        pull = self.auxiliary.weight * constant_std_loss(residual, constant)
+        pull = self.auxiliary.weight * constant_std_loss(residual, constant, observed)
         if self.auxiliary.outlier_weight == 0:
             return pull
-        return pull + self.auxiliary.outlier_weight * outlier_loss(residual, constant)
+        return pull + self.auxiliary.outlier_weight * outlier_loss(residual, constant, observed)
 
 
 def _head(model: PreTrainedModel) -> Head:

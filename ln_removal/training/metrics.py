@@ -30,7 +30,7 @@ class Tracker:
 
     Args:
         path: metrics.jsonl, one JSON object a line, each with `kind` ("train", "evaluation", "observation", "event",
-            "incident", "rollback", "recipe") and `step`.
+            "incident", "rollback", "recipe", "windows") and `step`.
         total_steps: the length of the run.
         tokens_per_step: for the time left.
         label: shown before the bar, such as "removal" or "control".

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ln_removal.data.sampler import WindowSampler, plan_windows
+from ln_removal.data.documents import DocumentSampler
+from ln_removal.data.sampler import Sampler, WindowSampler, evenly, plan_windows
 from ln_removal.data.stress_text import Mixture, stress_sequences
 from ln_removal.errors import UserError
 from ln_removal.files.atomic import check_room_for_run
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ln_removal.config.recipe import Recipe, TrainingSpec
-    from ln_removal.data.tokens import TokenDataset
+    from ln_removal.config.recipe import DataSpec, Recipe, TrainingSpec
+    from ln_removal.data.tokens import TokenDataset, Tokens
     from ln_removal.norms.schedule import RemovalSchedule
     from ln_removal.norms.surgery import NormSites
 
@@ -71,7 +72,7 @@ class Session:
     """
 
     objective: Objective
-    sampler: WindowSampler
+    sampler: Sampler
     spec: TrainingSpec
     accelerator: Accelerator
     tracker: Tracker
@@ -90,7 +91,7 @@ class Session:
         return "shrinking" if stage == "real" and self.spec.outlier_weight > 0 else stage
 
 
-def sampler_of(recipe: Recipe, data: TokenDataset, tokenizer: PreTrainedTokenizerBase | None = None) -> WindowSampler:
+def sampler_of(recipe: Recipe, data: TokenDataset, tokenizer: PreTrainedTokenizerBase | None = None) -> Sampler:
     """The training sequences that the recipe takes from `data`.
 
     Args:
@@ -101,7 +102,8 @@ def sampler_of(recipe: Recipe, data: TokenDataset, tokenizer: PreTrainedTokenize
     Raises:
         UserError: there are too few tokens, or data.weights names a source that is not there.
     """
-    return WindowSampler(
+    kind = DocumentSampler if recipe.data.windows == "document" else WindowSampler
+    return kind(
         data.split("train"),
         context=recipe.data.context,
         sequences_per_step=recipe.training.tokens_per_step // recipe.data.context,
@@ -160,13 +162,13 @@ def open_session(
         resume: continue from the newest checkpoint in `directory`.
 
     Raises:
-        UserError: as `WindowSampler`, `Tracker` and `choose_micro_batch`.
+        UserError: as `Sampler`, `Tracker` and `choose_micro_batch`.
     """
     spec = recipe.training
     sampler = sampler_of(recipe, data, tokenizer)
     probe = _probe(recipe, data)  # on every rank, so that all of them find what is wrong with it
     objective = _objective(model.to(accelerator.device), spec, data.eot_token_id, removal=removal, teacher=teacher)
-    with _attention(objective, recipe.data.context), tracker:
+    with _attention(objective, recipe.data), tracker:
         if warning := _disk_space_warning(objective, recipe, directory):
             tracker.say(warning)
         micro_batch = choose_micro_batch(recipe, objective, accelerator)
@@ -187,14 +189,15 @@ def open_session(
 
 
 @contextmanager
-def _attention(objective: Objective, context: int) -> Iterator[None]:
+def _attention(objective: Objective, spec: DataSpec) -> Iterator[None]:
     """The attention of a training, for the model and for its teacher."""
     with ExitStack() as stack:
         # The entropy penalty looks at the probabilities.
         shown = objective.entropy is not None
-        stack.enter_context(training_attention(objective.model, context=context, shown=shown))
+        context, documents = spec.context, spec.windows == "document"
+        stack.enter_context(training_attention(objective.model, context=context, shown=shown, documents=documents))
         if objective.teacher is not None:
-            stack.enter_context(training_attention(objective.teacher, context=context))
+            stack.enter_context(training_attention(objective.teacher, context=context, documents=documents))
         yield
 
 
@@ -216,10 +219,18 @@ def _disk_space_warning(objective: Objective, recipe: Recipe, directory: Path) -
 
 
 def _probe(recipe: Recipe, data: TokenDataset) -> Probe | None:
-    """The probe that the recipe's [observation] asks for. Its batch is spread evenly over the held-out tokens."""
+    """The probe that the recipe's [observation] asks for. Its batch is spread evenly over the held-out tokens or documents."""
     spec, split, context = recipe.observation, data.split("validation"), recipe.data.context
     if spec is None:
         return None
+    if recipe.data.windows == "document":
+        beginnings = split.beginnings(spec.sequences, context)
+        if beginnings is None:
+            raise UserError(
+                f"observation.sequences = {spec.sequences}, but {data.directory} does not hold out so many documents of two "
+                "tokens or more; lower it, or prepare more text"
+            )
+        return _probe_of(beginnings, recipe)
     windows = [
         window for window in plan_windows([shard.tokens for shard in split.shards], context) if window.count == context
     ]
@@ -228,11 +239,15 @@ def _probe(recipe: Recipe, data: TokenDataset) -> Probe | None:
             f"observation.sequences = {spec.sequences}, but {data.directory} holds out only {len(windows)} sequences of {context} "
             "tokens; lower one of the two, or prepare more text"
         )
-    chosen = [windows[(2 * i + 1) * len(windows) // (2 * spec.sequences)] for i in range(spec.sequences)]
+    chosen = evenly(windows, spec.sequences)
     tokens = np.stack([split.read(window.shard, window.start, context) for window in chosen])
-    return Probe(
-        torch.from_numpy(tokens), every=spec.every, steps=recipe.training.steps, precision=recipe.training.precision
-    )
+    return _probe_of(tokens, recipe)
+
+
+def _probe_of(tokens: Tokens, recipe: Recipe) -> Probe:
+    assert recipe.observation is not None
+    spec = recipe.training
+    return Probe(torch.from_numpy(tokens), every=recipe.observation.every, steps=spec.steps, precision=spec.precision)
 
 
 def _objective(

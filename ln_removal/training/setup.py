@@ -12,7 +12,12 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ln_removal.errors import UserError
-from ln_removal.models.attention import attention_without_mask, explicit_attention
+from ln_removal.models.attention import (
+    DOCUMENT_ATTENTION,
+    attention_without_mask,
+    document_attention,
+    explicit_attention,
+)
 from ln_removal.models.precision import autocast
 from ln_removal.norms.freezable import FreezableNorm
 
@@ -74,16 +79,22 @@ def causal_attention(model: PreTrainedModel) -> AbstractContextManager[None]:
     return attention_without_mask(model, CAUSAL_ATTENTION, sdpa_attention_forward)  # without a mask SDPA is causal
 
 
-def training_attention(model: PreTrainedModel, *, context: int, shown: bool = False) -> AbstractContextManager[None]:
-    """The fastest attention for batches without padding or packing, or one that returns its probabilities.
+def training_attention(
+    model: PreTrainedModel, *, context: int, shown: bool = False, documents: bool = False
+) -> AbstractContextManager[None]:
+    """The fastest attention for full windows or for rows of documents, or one that returns its probabilities.
 
     Args:
         context: T. On a CPU and with few positions the probabilities fit into the caches; computing them explicitly is then
             faster than PyTorch's fused kernel (measured: docs/LOG.md).
         shown: the loss needs the probabilities.
+        documents: rows hold several documents, which do not see one another (`attention.document_inputs`).
     """
-    explicit = shown or (model.device.type == "cpu" and context <= EXPLICIT_UP_TO_CONTEXT)
-    return explicit_attention(model) if explicit else causal_attention(model)
+    if shown or (model.device.type == "cpu" and context <= EXPLICIT_UP_TO_CONTEXT):
+        return explicit_attention(model)
+    if documents:
+        return attention_without_mask(model, DOCUMENT_ATTENTION, document_attention)
+    return causal_attention(model)
 
 
 def choose_micro_batch(recipe: Recipe, objective: Objective, accelerator: Accelerator) -> int:
@@ -135,6 +146,7 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
 def _fits(objective: Objective, size: int, recipe: Recipe, accelerator: Accelerator) -> bool:
     """Whether a forward and backward pass of `size` sequences fits beside the optimizer's two moments."""
     tokens = torch.zeros(size, recipe.data.context + 1, dtype=torch.int64, device=accelerator.device)
+    inputs = [tokens] if recipe.data.windows == "stream" else [tokens, torch.zeros_like(tokens)]
     moments: list[torch.Tensor] = []
     objective.train()
     for module in objective.modules():
@@ -145,7 +157,7 @@ def _fits(objective: Objective, size: int, recipe: Recipe, accelerator: Accelera
             if parameter.requires_grad:  # a teacher has no moments
                 moments += [torch.empty_like(parameter), torch.empty_like(parameter)]
         with autocast(accelerator.device, recipe.training.precision):
-            loss = objective(tokens).total
+            loss = objective(*inputs).total
         loss.backward()
         return True
     except torch.cuda.OutOfMemoryError:
