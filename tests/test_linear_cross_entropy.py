@@ -73,6 +73,32 @@ def test_distillation_is_the_mixture_of_both_losses(rows: int, share: float) -> 
     same_gradients(found.total, expected, (hidden, weight, bias))
 
 
+def test_the_teacher_is_heeded_only_in_sequences_that_it_predicts_better() -> None:
+    length, sequences, share = 4, 8, 0.7  # a chunk holds whole sequences
+    hidden, weight, bias, targets = student(length * sequences)
+    taught, its_head = teacher(length * sequences)
+    log_ours = F.linear(hidden, weight, bias).log_softmax(dim=1)
+    log_theirs = F.linear(taught, its_head.weight).log_softmax(dim=1)
+    ours, theirs = (
+        F.nll_loss(log, targets, reduction="none").view(sequences, length) for log in (log_ours, log_theirs)
+    )
+    divergence = (log_theirs.exp() * (log_theirs - log_ours)).sum(dim=1).view(sequences, length)
+    better = (theirs.mean(dim=1) <= ours.mean(dim=1)).float().unsqueeze(1)
+    assert 0 < better.sum() < sequences
+    expected = ((1 - share * better) * ours + share * better * divergence).mean()
+    found = linear_cross_entropy(
+        hidden,
+        Head(weight, bias),
+        targets,
+        teacher_hidden=taught,
+        teacher_head=its_head,
+        share=torch.tensor(share),
+        length=length,
+    )
+    torch.testing.assert_close(found.total, expected, rtol=1e-5, atol=1e-6)
+    same_gradients(found.total, expected, (hidden, weight, bias))
+
+
 def test_a_model_taught_by_itself_has_nothing_to_learn() -> None:
     hidden, weight, bias, targets = student(9)
     head = Head(weight, bias)

@@ -7,6 +7,9 @@ targets y and share s,
     loss        = (1 - s) CE(y, softmax z) + s KL(softmax t || softmax z)
     d loss / dz = softmax z - (1 - s) y - s softmax t
 
+The teacher can be heeded only where it knows better: s is then 0 in a sequence whose targets it predicts worse than the student,
+on the mean. A student that has learned something is not drawn back to what its teacher does not know.
+
 Shape legend: N positions, D model width, D' teacher's width, V vocabulary.
 """
 
@@ -53,6 +56,7 @@ def linear_cross_entropy(
     teacher_head: Head | None = None,
     share: float | Tensor = 0.0,
     trained: Tensor | None = None,
+    length: int | None = None,
 ) -> LinearLoss:
     """Mean loss of predicting `targets` from `hidden @ head.weight.T + head.bias`, by the module's formula.
 
@@ -65,6 +69,8 @@ def linear_cross_entropy(
         share: s, in [0, 1]: how much of the loss is the Kullback-Leibler divergence from the teacher. As a scalar tensor
             it can change between the calls of a compiled graph.
         trained: (N,), true for the positions that the mean is over; the others have no gradient. None takes all.
+        length: positions of a sequence, which divides N: the teacher is heeded in the sequences where it knows better. A chunk
+            that does not hold a whole number of sequences counts as one. None heeds it everywhere.
     """
     assert (teacher_hidden is None) == (teacher_head is None), "a teacher has hidden states and a head"
     assert isinstance(share, Tensor) or 0 <= share <= 1, share
@@ -81,7 +87,7 @@ def linear_cross_entropy(
     rows = POSITIONS_IN_A_CHUNK.get(device, POSITIONS_IN_A_CHUNK["cpu"])
     taught = (None, None, None) if teacher_head is None else (teacher_hidden, *teacher_head)
     with torch.autocast(device, enabled=False):
-        sums: Tensor = _LinearCrossEntropy.apply(hidden, *head, targets, trained, *taught, share, rows)  # type: ignore[no-untyped-call]
+        sums: Tensor = _LinearCrossEntropy.apply(hidden, *head, targets, trained, *taught, share, length, rows)  # type: ignore[no-untyped-call]
     count = targets.numel() if trained is None else trained.sum().clamp(min=1)
     total, cross_entropy, divergence = (sums / count).unbind()
     return LinearLoss(total, cross_entropy.detach(), divergence.detach())
@@ -111,6 +117,14 @@ def _only(kept: Tensor | None, values: Tensor) -> Tensor:
     return values if kept is None else torch.where(kept, values, 0.0)
 
 
+def _where_at_most(first: Tensor, second: Tensor, length: int) -> Tensor:
+    """1.0 in each sequence of `length` positions where `first` is at most `second` on the mean, else 0.0; all are (rows, 1)."""
+    rows = len(first)
+    span = length if rows % length == 0 else rows
+    lower = (second - first).view(-1, span).sum(dim=1, keepdim=True) >= 0
+    return lower.expand(-1, span).reshape(rows, 1).to(first.dtype)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """Sums over positions of (loss, cross-entropy, divergence), with the loss's gradient taken along in the forward pass."""
 
@@ -126,8 +140,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         teacher_weight: Tensor | None,
         teacher_bias: Tensor | None,
         share: float | Tensor,
+        length: int | None,
         rows: int,
     ) -> Tensor:
+        total = hidden.new_zeros((), dtype=torch.float32)
         cross_entropy = hidden.new_zeros((), dtype=torch.float32)
         divergence = hidden.new_zeros((), dtype=torch.float32)
         slopes_hidden: list[Tensor] = []
@@ -140,19 +156,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits = F.linear(part, weight, bias).float()
             normaliser = logits.logsumexp(dim=1, keepdim=True)
             kept = None if trained is None else trained[start : start + rows].unsqueeze(1)
-            cross_entropy += _only(kept, normaliser - logits.gather(1, target)).sum()
+            loss = _only(kept, normaliser - logits.gather(1, target))
+            cross_entropy += loss.sum()
             slope = torch.exp(logits - normaliser)
             one_hot = (words == target).float()
             if teacher_hidden is None or teacher_weight is None:
                 slope = slope - one_hot
+                total += loss.sum()
             else:
                 taught = F.linear(teacher_hidden[start : start + rows], teacher_weight, teacher_bias).float()
                 log_taught = taught - taught.logsumexp(dim=1, keepdim=True)
                 probable = log_taught.exp()
                 # A padded entry has probability 0 in both, and 0 (-inf + inf) is not 0.
                 surplus = torch.where(probable > 0, probable * (log_taught - (logits - normaliser)), 0.0)
-                divergence += _only(kept, surplus).sum()
-                slope = slope - (1 - share) * one_hot - share * probable
+                apart = _only(kept, surplus.sum(dim=1, keepdim=True))
+                divergence += apart.sum()
+                heeded = share
+                if length is not None:
+                    heeded = share * _where_at_most(_only(kept, -log_taught.gather(1, target)), loss, length)
+                total += ((1 - heeded) * loss + heeded * apart).sum()
+                slope = slope - (1 - heeded) * one_hot - heeded * probable
             slope = _only(kept, slope)
             slope_bias += slope.sum(dim=0)
             slope = slope.to(weight.dtype)
@@ -160,7 +183,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             slope_weight += slope.T @ part
         ctx.save_for_backward(torch.cat(slopes_hidden), slope_weight, None if bias is None else slope_bias)
         ctx.dtype = weight.dtype
-        return torch.stack(((1 - share) * cross_entropy + share * divergence, cross_entropy, divergence))
+        return torch.stack((total, cross_entropy, divergence))
 
     @staticmethod
     def backward(ctx: Any, *slopes: Any) -> tuple[Tensor | None, ...]:
@@ -171,5 +194,5 @@ class _LinearCrossEntropy(torch.autograd.Function):
             (hidden * slope).to(hidden.dtype),
             (weight * slope).to(ctx.dtype),
             None if bias is None else (bias * slope).to(ctx.dtype),
-            *(None,) * 7,
+            *(None,) * 8,
         )

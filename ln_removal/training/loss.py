@@ -266,6 +266,7 @@ class Objective(nn.Module):
             teacher_head=_head(self.teacher) if self.teacher is not None else None,
             share=self.share,
             trained=None if observed is None else observed.reshape(-1),
+            length=inputs.shape[1],
         )
         total = loss.total
         if self.auxiliary is not None:
