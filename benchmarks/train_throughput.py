@@ -7,7 +7,8 @@ on the machine slows all of them alike; on a GPU they run one after the other, e
 the samples, and every sample is in the JSON. MFU: tokens/s * (6 N + 12 L D T) / peak, with ln_removal.config.estimate's table of peaks.
 
 DIR holds checkouts of ApolloResearch/gpt2_noLN and submarat/removing-layer-norm in folders whose names contain those of the
-repositories. Their code is run where it lies and is no part of this project; without --peers they are left out.
+repositories. Their code is run where it lies and is no part of this project; without --peers they are left out. `--before DIR`
+adds another version of this project, whose checkout is in DIR.
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ from pacing import Contestant
 from shapes import SHAPES, Shape, write_token_directory
 
 HERE = Path(__file__).parent
-CONTESTANTS = HERE / "contestants"
 
 WHAT = {
     "ours": "this project: freezable norms, all real, compiled, statistics gathered",
     "ours_teacher": "this project with the losses of recipes/gpt2.toml: teacher, std loss at every norm",
+    "ours_documents": "this project on rows of documents (data.windows), padding counted as tokens",
+    "ours_before": "this project as it is in the checkout of --before",
     "ours_eager": "this project, not compiled",
     "hf_trainer_compiled": "Hugging Face Trainer, GPT2LMHeadModel, SDPA, torch_compile",
     "hf_trainer": "Hugging Face Trainer, GPT2LMHeadModel, SDPA, not compiled",
@@ -38,7 +40,7 @@ WHAT = {
     "removing_layer_norm": "removing-layer-norm: its LayerNorm wrapper and Trainer arguments, dropout 0, masters in float32",
     "removing_layer_norm_as_published": "removing-layer-norm as published: bfloat16 weights, dropout 0.1",
 }
-OURS = ("ours", "ours_teacher", "ours_eager")
+OURS = ("ours", "ours_teacher", "ours_documents", "ours_before", "ours_eager")
 PEER_FOLDERS = {
     "gpt2_noln": "gpt2_noLN",
     "removing_layer_norm": "removing-layer-norm",
@@ -110,6 +112,7 @@ def report(run: dict[str, Any]) -> str:
 
 def _available(options: argparse.Namespace, precision: str, shape: Shape) -> list[str]:
     names = [*OURS, "hf_trainer_compiled", "hf_trainer"]
+    names = [name for name in names if name != "ours_before" or options.before is not None]
     if options.peers is not None:
         # Its table of constants ends at layer 11.
         names += ["gpt2_noln"] if shape.n_layer <= 12 else []
@@ -139,6 +142,7 @@ def _start(
     }
     if who in OURS:
         settings["teacher"] = who == "ours_teacher"
+        settings |= {"windows": "document"} if who == "ours_documents" else {}
         if options.together:
             settings["micro_batch"] = min(micro_batch, tokens_per_step // shape.context)
         settings |= {"profile": str(options.profile)} if options.profile and who == "ours" else {}
@@ -149,15 +153,16 @@ def _start(
     if who == "removing_layer_norm_as_published":
         settings |= {"weights": "bfloat16", "dropout": 0.1}
     script = "ours.py" if who in OURS else "gpt2_noln.py" if who == "gpt2_noln" else "hf_trainer.py"
+    benchmarks = options.before.resolve() / "benchmarks" if who == "ours_before" else HERE
     environment = {
-        "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join([str(benchmarks), str(benchmarks.parent), os.environ.get("PYTHONPATH", "")]),
         "OMP_NUM_THREADS": str(options.threads),
         "TOKENIZERS_PARALLELISM": "false",
         "WANDB_MODE": "disabled",
         "HF_HUB_OFFLINE": "1",
     }
     print(f"{who}: starting", file=sys.stderr, flush=True)
-    return Contestant(who, CONTESTANTS / script, settings, environment)
+    return Contestant(who, benchmarks / "contestants" / script, settings, environment)
 
 
 def _in_turns(names: list[str], start: Any, shape: Shape, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -279,6 +284,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--shape", nargs="+", default=["tiny"], choices=list(SHAPES))
     parser.add_argument("--precision", nargs="+", default=["bfloat16", "float32"], choices=["bfloat16", "float32"])
     parser.add_argument("--peers", type=Path, help="folder with checkouts of the peers; default: leave them out")
+    parser.add_argument("--before", type=Path, help="checkout of another version of this project, to compare with")
     parser.add_argument("--only", nargs="+", choices=list(WHAT), help="only these contestants")
     parser.add_argument("--samples", type=int, default=5)
     parser.add_argument("--sample-steps", type=int, help="steps in a sample (ours: always 10); default 10, on a GPU 3")

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedModel
 
+from ln_removal.data.documents import DocumentSampler
+from ln_removal.data.tokens import Shard, TokenIndex, TokenSplit
 from ln_removal.models.attention import (
     document_attention,
     document_inputs,
@@ -330,3 +334,27 @@ def test_padding_in_a_users_own_forward_pass_is_not_observed(side: str) -> None:
     model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0))
     counts = {tuple(norm.std_count.tolist()) for norm in sites.norms.values()}
     assert counts == {(17.0, 0.0, 2.0)}
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3])
+def test_micro_batches_of_documents_add_up_to_the_step(micro_batch: int) -> None:
+    """Their rows hold different numbers of targets."""
+    random = np.random.default_rng(0)
+    index = TokenIndex({}, {}, VOCABULARY, EOT, "uint16", [Shard("train-0.bin", "train", "a", tokens=600)])
+    split = TokenSplit(Path(), index, "train")
+    tokens = random.integers(0, EOT, 600)
+    tokens[np.cumsum(random.integers(2, 60, 20))[:10]] = EOT
+    split.maps = [tokens]
+    sampler = DocumentSampler(split, context=CONTEXT, sequences_per_step=7, seed=0, bos_rows=0.3)
+    found = []
+    for size in (7, micro_batch):
+        objective, _ = objective_of("gpt2", torch.float32, "plain")
+        total = torch.zeros(())
+        with attend(objective, explicit=False):
+            for batch in sampler.micro_batches(0, micro_batch=size):
+                assert batch.document_starts is not None
+                loss = objective(torch.from_numpy(batch.tokens), torch.from_numpy(batch.document_starts)).total
+                (loss * batch.weight).backward()
+                total += loss.detach() * batch.weight
+        found.append((total, gradients(objective)))
+    torch.testing.assert_close(found[1], found[0], **TOLERANCE[torch.float32])

@@ -19,7 +19,8 @@ from pacing import Finished, Pace
 from shapes import Shape
 
 from ln_removal.config.recipe import ArchitectureSpec, DataSpec, Recipe, TrainingSpec
-from ln_removal.data.sampler import WindowSampler
+from ln_removal.data.documents import DocumentSampler
+from ln_removal.data.sampler import Sampler, WindowSampler, trained_targets
 from ln_removal.data.tokens import TokenDataset
 from ln_removal.models.layout import all_sites
 from ln_removal.models.normfree_gpt2 import NormFreeGPT2Config, NormFreeGPT2LMHeadModel
@@ -28,7 +29,7 @@ from ln_removal.norms.surgery import install
 from ln_removal.training.loop import LOG_EVERY, train
 from ln_removal.training.loss import Auxiliary, Distillation, Objective, as_teacher
 from ln_removal.training.session import Removal, Session
-from ln_removal.training.setup import build_accelerator, causal_attention, choose_micro_batch, compile_if_worthwhile
+from ln_removal.training.setup import build_accelerator, choose_micro_batch, compile_if_worthwhile, training_attention
 
 NEVER = 10**6
 
@@ -122,16 +123,17 @@ def stages(n_layer: int, half_at: int, all_at: int) -> RemovalSchedule:
 def main() -> None:
     """Settings: shape, precision, compile, tokens_per_step, half_at, all_at, folded, device, last_step.
 
-    Also: teacher (with the losses of recipes/gpt2.toml), profile (a path), watch_syncs.
+    Also: teacher (with the losses of recipes/gpt2.toml), windows ("document"), profile (a path), watch_syncs.
     """
     pace = Pace()
     settings = pace.settings
     watch = SyncWatch() if settings.get("watch_syncs") else None
     shape = Shape(**settings["shape"])
+    documents = settings.get("windows") == "document"
     recipe = Recipe(
         name="benchmark",
         model="random",
-        data=DataSpec(corpus="random", context=shape.context),
+        data=DataSpec(corpus="random", context=shape.context, windows="document" if documents else "stream"),
         architecture=ArchitectureSpec(
             n_layer=shape.n_layer,
             n_head=shape.n_head,
@@ -170,7 +172,8 @@ def main() -> None:
         auxiliary=None if teacher is None else Auxiliary(0.1, "constants", "all"),
         distillation=None if teacher is None else Distillation(teacher, 1.0),
     )
-    sampler = WindowSampler(
+    kind: type[Sampler] = DocumentSampler if documents else WindowSampler
+    sampler = kind(
         data.split("train"),
         context=shape.context,
         sequences_per_step=spec.tokens_per_step // shape.context,
@@ -179,7 +182,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory, ExitStack() as attention:
         for each in (model, teacher):
             if each is not None:
-                attention.enter_context(causal_attention(each))
+                attention.enter_context(training_attention(each, context=shape.context, documents=documents))
         micro_batch = choose_micro_batch(recipe, objective, accelerator)
         compile_if_worthwhile(objective, spec.compile, tokens=recipe.tokens, device=accelerator.device)
         try:
@@ -195,7 +198,10 @@ def main() -> None:
             )
             train(session)
         except Finished:
-            pace.details = {"micro_batch": micro_batch, "graphs": compiled_graphs()}
+            starts = sampler.document_starts(0, 0, sampler.windows_per_epoch)
+            # In a stream every token is a target.
+            share = 1.0 if starts is None else trained_targets(starts) / starts[:, 1:].size
+            pace.details = {"micro_batch": micro_batch, "graphs": compiled_graphs(), "trained_share": share}
             if watch is not None:
                 pace.details["synchronisations"] = dict(watch.places)
             pace.close()

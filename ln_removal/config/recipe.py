@@ -52,7 +52,7 @@ class DataSpec(_Spec):
     max_tokens: PositiveInt | None = None
     validation_tokens: PositiveInt | None = None
     weights: dict[str, PositiveInt] = Field(default_factory=dict)  # how often a source is repeated
-    bos_rows: Annotated[float, Field(ge=0, le=1)] = 0.0  # share of sequences that begin with the end-of-text token
+    bos_rows: Annotated[float, Field(ge=0, le=1)] = 0.0  # share of sequences (or documents) that begin with end-of-text
     copies: Annotated[float, Field(ge=0, le=0.5)] = 0.0  # share of sequences that repeat text or random tokens
     odd_text: Annotated[float, Field(ge=0, le=0.5)] = 0.0  # share of sequences of tabs, random tokens and the like
 

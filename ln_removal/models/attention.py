@@ -146,7 +146,7 @@ def document_inputs(model: PreTrainedModel, document_starts: Tensor) -> dict[str
         observed: (B, T), true where input and target lie in the same document: what is trained, and what norms gather
             statistics of. False for padding, and for an end-of-text token, behind which another document begins.
     """
-    starts = document_starts[:, :-1]
+    starts = document_starts[:, :-1].contiguous()  # a kernel reads it
     rows, length = starts.shape
     index = torch.arange(length, device=starts.device)
 
