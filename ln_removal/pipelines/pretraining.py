@@ -208,10 +208,11 @@ def prepare_tokens(context: RunContext, recipe: Recipe) -> tuple[PreTrainedToken
     Raises:
         UserError: as `open_corpus`, `load_tokenizer` and `prepare`.
     """
-    corpus = open_corpus(recipe.data.corpus, max_bytes=recipe.data.max_bytes)
+    spec = recipe.data
+    corpus = open_corpus(spec.corpus, max_bytes=spec.max_bytes, validation_fraction=spec.validation_share)
     tokenizer = _tokenizer(recipe, corpus, context.out / "tokenizer")
     name = recipe.data.tokenizer or recipe.name
-    return tokenizer, context.prepare_tokens(corpus, tokenizer, recipe.data, name=name)
+    return tokenizer, context.prepare_tokens(corpus, tokenizer, spec, name=name)
 
 
 def _tokenizer_of(data: TokenDataset, recipe: Recipe) -> PreTrainedTokenizerFast:

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ln_removal.config.presets import check_is_removal
-from ln_removal.data.open_corpus import open_corpus
+from ln_removal.data.corpora import GENERATED
+from ln_removal.data.open_corpus import Writer, open_corpus
 from ln_removal.data.tokens import TokenDataset
 from ln_removal.errors import UserError
 from ln_removal.evaluation import results as results_file
@@ -215,8 +216,17 @@ def _own_tokens(context: RunContext, recipe: Recipe, tokenizer: PreTrainedTokeni
     named = recipe.data.tokenizer
     if named and tokenizer_fingerprint(load_tokenizer(named)) != tokenizer_fingerprint(tokenizer):
         raise UserError(f"data.tokenizer is {named}, another tokenizer than that of {recipe.model}; leave it out")
-    corpus = open_corpus(recipe.data.corpus, max_bytes=recipe.data.max_bytes)
-    data = context.prepare_tokens(corpus, tokenizer, recipe.data, name=named or recipe.model)
+    spec = recipe.data
+    if spec.corpus == GENERATED:  # written for this run: not more than it trains on
+        most = min(recipe.tokens, spec.max_tokens or recipe.tokens)
+        spec = spec.model_copy(update={"max_tokens": most})
+    corpus = open_corpus(
+        spec.corpus,
+        writer=Writer(recipe.model, spec.max_tokens, context.accelerator.device.type),
+        max_bytes=spec.max_bytes,
+        validation_fraction=spec.validation_share,
+    )
+    data = context.prepare_tokens(corpus, tokenizer, spec, name=named or recipe.model)
     try:
         _check_enough(recipe, data)
     except UserError:
