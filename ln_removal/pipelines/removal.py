@@ -36,6 +36,7 @@ from ln_removal.models.loading import load_model, load_tokenizer, tokenizer_fing
 from ln_removal.norms.schedule import expand
 from ln_removal.norms.surgery import install
 from ln_removal.pipelines.context import RunContext, run_context
+from ln_removal.pipelines.cpu_time import warn_of_days
 from ln_removal.report.model_card import write_model_card
 from ln_removal.report.page import REPORT_FILE, write_report
 from ln_removal.training.divergence import WaitingSchedule
@@ -113,6 +114,7 @@ def remove(
             write_pages(context, recipe, finished, missing=True)
             return finished
         asked = _question_set(questions, recipe.data.corpus)
+        warn_of_days(context, recipe, control=control)
         inputs = prepare(context, recipe)
         data = inputs.data
         if not (resume and _is_exported(out, recipe.export)):
