@@ -97,7 +97,6 @@ def build(recipe: Recipe, data: TokenDataset, out: Path, *, ratio: float) -> dic
             tracker = Tracker(
                 out / "metrics.jsonl",
                 total_steps=steps,
-                tokens_per_step=spec.tokens_per_step,
                 label=name,
                 progress="lines",
             )

@@ -38,8 +38,7 @@ from revival_peer import (
 from torch import Tensor, nn
 
 from ln_removal.config.recipe import ArchitectureSpec, TrainingSpec
-from ln_removal.models.norm_choice import learnable_slopes
-from ln_removal.pipelines.pretraining import build_model
+from ln_removal.models.norm_choice import build_model, learnable_slopes
 from ln_removal.training.optimizers import build_optimizers
 from ln_removal.training.probe import Probe
 

@@ -132,6 +132,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
         "import ln_removal.data.hub_corpora\n"
         "ln_removal.data.hub_corpora.VALIDATION_DOCUMENTS = 3\n"
         'report("both", open_corpus("hub:some/splits"))\n'
+        'report("both, by share", open_corpus("hub:some/splits", validation_fraction=0.2))\n'
         "for skip in (2, 3, 5):\n"
         '    report(f"both, from {skip}", open_corpus("hub:some/splits"), skip=skip)\n'
     )
@@ -305,3 +306,10 @@ def test_hub_ids_and_options() -> None:
     assert identity != HubCorpus(KNOWN_CORPORA["the-pile"], max_bytes=7).identity()
     with pytest.raises(UserError, match="validation_fraction"):
         HubCorpus(KNOWN_CORPORA["pile-10k"], validation_fraction=2.0)
+    for name in ("openwebtext", "the-pile", "wikitext", "codeparrot"):
+        with pytest.raises(UserError, match="split of its own"):
+            HubCorpus(KNOWN_CORPORA[name], validation_fraction=0.1)
+
+
+def test_a_share_where_the_data_set_says_itself_what_is_held_out(results: Results) -> None:
+    assert "split of its own" in results[0]["both, by share"]["error"]

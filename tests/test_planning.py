@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import io
 import json
+import os
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
+from command_line import run_code
 from rich.console import Console
 
 from ln_removal.config import estimate
 from ln_removal.config.estimate import count_parameters, estimate_memory, flops_per_token
 from ln_removal.config.recipe import ArchitectureSpec, Recipe, load_recipe
 from ln_removal.errors import UserError
+from ln_removal.pipelines import cpu_time
+from ln_removal.pipelines.context import run_context
 from ln_removal.pipelines.plan import architecture_of, plan
 
 SMALL = ArchitectureSpec(n_layer=3, n_head=2, n_embd=16, n_positions=32, vocab_size=100)
@@ -66,7 +74,6 @@ def test_flops_per_token_of_gpt2() -> None:
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_activation_bytes_are_what_autograd_keeps(precision: str) -> None:
     """The constant c, measured as the growth from 2 to 4 layers of the installed model, not compiled."""
-    import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
     from ln_removal.norms.surgery import install
@@ -162,6 +169,103 @@ def test_time_on_a_cpu_is_not_guessed() -> None:
     assert plan(recipe, tokens_per_second=1000.0).seconds == pytest.approx(157_286.4)
     assert plan(recipe, tokens_per_second=1000.0, control=True).seconds == pytest.approx(314_572.8)
     assert plan(recipe, device="Some Future GPU").seconds is None
+
+
+def test_the_plan_itself_needs_no_torch() -> None:
+    code = (
+        "import sys\nfrom ln_removal.config.recipe import load_recipe\nfrom ln_removal.pipelines.plan import plan\n"
+        "plan(load_recipe('gpt2'))\nprint({'torch', 'transformers', 'huggingface_hub'} & set(sys.modules))"
+    )
+    assert run_code(code) == "set()"
+
+
+def test_a_measured_time_stands_beside_that_of_gpus() -> None:
+    taught = recipe_for("gpt2", {"training.distillation": 0.5})
+    drawn = plan(taught, tokens_per_second=1000.0, note="measured on a Sunday", control=True)
+    assert drawn.seconds == pytest.approx(157_286.4 * 7 / 4), "the control has no teacher"
+    assert drawn.seconds_elsewhere == plan(taught, control=True).seconds_elsewhere
+    assert "measured on a Sunday" in drawn.assumptions
+    output = io.StringIO()
+    drawn.render(Console(file=output, width=200))
+    assert "about 3.2 days on cpu" in output.getvalue()
+
+
+SMALL_RUN = {"data.context": 32, "training.tokens_per_step": 256, "training.steps": 300, "training.distillation": 0.5}
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_time_on_this_cpu_is_that_of_real_passes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    """A clock that advances by 1 ms and 1 ms for each token of a forward pass, of the model and of its teacher."""
+    clock = SimpleNamespace(now=0.0)
+    read: list[tuple[int, ...]] = []
+    real = cpu_time._objective
+
+    def pass_of(module: object, given: tuple[torch.Tensor, ...]) -> None:
+        read.append(tuple(given[0].shape))
+        clock.now += 0.001 + 0.001 * given[0][:, 1:].numel()
+
+    def objective(*arguments: Any) -> Any:
+        made = real(*arguments)
+        made.register_forward_pre_hook(pass_of)
+        assert made.teacher is not None and made.training
+        return made
+
+    monkeypatch.setattr(cpu_time, "_objective", objective)
+    monkeypatch.setattr(cpu_time, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    recipe = recipe_for(write_config(tmp_path / "m", SMALL), {**SMALL_RUN, "training.precision": precision})
+    before = torch.random.get_rng_state()
+    drawn = cpu_time.plan_on_cpu(recipe)
+    assert torch.equal(torch.random.get_rng_state(), before), "a run that is measured first is the same run"
+    assert read == [(1, 33)] * 2 + [(2, 33), (4, 33)] + [(8, 33)] * 2
+    assert drawn.seconds == pytest.approx(300 * 0.257)
+    assert any("996 tokens/s" in assumption for assumption in drawn.assumptions)
+    # With no time for more than two sizes, the time of a micro-batch is a line through them.
+    monkeypatch.setattr(cpu_time, "SECONDS_TO_MEASURE", 0.0)
+    read.clear()
+    assert cpu_time.plan_on_cpu(recipe).seconds == pytest.approx(300 * 0.257)
+    assert read == [(1, 33)] * 2 + [(2, 33)]
+
+
+def test_what_does_not_fit_into_the_memory_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_time, "available_memory", lambda: 10**9)
+    monkeypatch.setattr(cpu_time, "build_model", None)
+    drawn = cpu_time.plan_on_cpu(load_recipe("gpt2-xl"))
+    assert drawn.seconds is None and "H100" in drawn.seconds_elsewhere
+    assert any("not measured" in assumption and "1.0 GB" in assumption for assumption in drawn.assumptions)
+
+
+def test_the_memory_of_this_machine_is_known() -> None:
+    assert 10**8 < cpu_time.available_memory() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize(
+    ("tokens_per_second", "said"),
+    [(500.0, "3.6 days"), (5000.0, ""), (None, "")],
+    ids=["days", "hours", "not measured"],
+)
+def test_only_a_run_of_days_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tokens_per_second: float | None, said: str
+) -> None:
+    monkeypatch.setattr(cpu_time, "measure", lambda *_: cpu_time.Speed(tokens_per_second, "a note"))
+    context = run_context("nowhere", device="cpu")
+    recipe = load_recipe("gpt2-fast")
+    cpu_time.warn_of_days(context, recipe)
+    assert (said in caplog.text and "--steps" in caplog.text) if said else not caplog.text
+    caplog.clear()
+    cpu_time.warn_of_days(replace(context, resume=True), recipe)
+    assert not caplog.text
+
+
+def test_a_small_run_is_not_measured_before_it_starts(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(cpu_time, "measure", None)
+    context = run_context("nowhere", device="cpu")
+    cpu_time.warn_of_days(context, load_recipe("tiny"), control=True)
+    cpu_time.warn_of_days(context, load_recipe("tiny-gpt2"))
+    assert not caplog.text
 
 
 def test_automatic_micro_batch() -> None:

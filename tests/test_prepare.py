@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import done, refused
 from filelock import FileLock
+from small_model import REMOVE
 from tokenizers import Tokenizer
 
 from ln_removal.data import encoder
@@ -440,3 +442,25 @@ def test_the_code_tokenizer(tokenizer: Any) -> None:
         assert tokenizer.decode(tokenizer(sample).input_ids) == sample
     trained_on = "def f7(x):\n    return x + 7  # héllo\n"
     assert len(tokenizer(trained_on).input_ids) < len(trained_on.encode()) / 2
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5])
+@pytest.mark.usefixtures("here")
+def test_the_share_of_validation_documents(share: float) -> None:
+    rows = "".join(json.dumps({"text": text(number)}) + "\n" for number in range(300))
+    Path("new").mkdir()
+    Path("new/rows.jsonl").write_text(rows, encoding="utf-8")
+    done(f"ln-prepare new/rows.jsonl --tokenizer model --validation-share {share} --out new/tokens")
+    assert TokenDataset.open("new/tokens").split("validation").documents == pytest.approx(300 * share, abs=20)
+    assert "validation_fraction" in refused("ln-prepare new/rows.jsonl --tokenizer model --out new/tokens")
+    again = f"{REMOVE} --set data.corpus=new/rows.jsonl --set data.validation_share={share} --out new/run"
+    done(again.replace("--set data.corpus=texts ", ""))
+    of_run = TokenDataset.open("new/run/tokens")
+    assert of_run.split("validation").documents == TokenDataset.open("new/tokens").split("validation").documents
+
+
+@pytest.mark.parametrize("corpus", ["python-source", "openwebtext"])
+@pytest.mark.usefixtures("here")
+def test_a_share_for_a_corpus_that_has_its_own_split(corpus: str) -> None:
+    line = refused(f"ln-prepare {corpus} --tokenizer model --validation-share 0.1 --out new")
+    assert corpus in line and "--validation-share" in line and not Path("new").exists()

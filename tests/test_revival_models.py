@@ -18,9 +18,8 @@ from ln_removal.config.recipe import ArchitectureSpec, TrainingSpec
 from ln_removal.errors import UserError
 from ln_removal.models.layout import blocks_of, check_supported
 from ln_removal.models.loading import load_config
-from ln_removal.models.norm_choice import LearnableLeakyReLU, learnable_slopes
+from ln_removal.models.norm_choice import LearnableLeakyReLU, build_model, learnable_slopes
 from ln_removal.pipelines.plan import architecture_of_model
-from ln_removal.pipelines.pretraining import build_model
 from ln_removal.training.optimizers import build_optimizers
 
 FAMILIES: tuple[Literal["gpt2", "pythia"], ...] = ("gpt2", "pythia")

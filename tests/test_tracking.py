@@ -23,7 +23,7 @@ FIGURES: dict[str, Any] = {
 
 
 def tracker(path: Path, **options: Any) -> Tracker:
-    return Tracker(path, total_steps=4, tokens_per_step=8, label="test", progress=False, **options)
+    return Tracker(path, total_steps=4, label="test", **{"progress": False, **options})
 
 
 def test_lists_are_written_as_they_are_and_what_is_not_a_number_as_null(tmp_path: Path) -> None:
@@ -57,3 +57,18 @@ def test_wandb_gets_each_number_under_its_own_name(tmp_path: Path, monkeypatch: 
         "observation/nan_counts/1": 7,
         "step": 3,
     }
+
+
+@pytest.mark.parametrize(
+    ("seconds", "bar", "line"),
+    [(59.0, "<00:59", "59 s left"), (3725, "<1:02:05", "62 min left"), (432_000, "<120:00:00", "5.0 days left")],
+)
+def test_the_time_left_is_the_one_that_is_given(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], seconds: float, bar: str, line: str
+) -> None:
+    """And not one of tqdm's, which knows only how long all steps took so far."""
+    for progress, expected in ((True, bar), ("lines", line)):
+        with tracker(tmp_path / "metrics.jsonl", progress=progress) as tracking:
+            tracking.show(2, stage="training", loss=1.0, tokens_per_second=1234.0, seconds_left=seconds)
+        shown = capsys.readouterr().err
+        assert expected in shown and "1,234 tokens/s" in shown and "2/4" in shown

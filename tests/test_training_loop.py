@@ -265,6 +265,51 @@ def test_metrics_say_what_the_schedules_say(tmp_path: Path) -> None:
     assert run.metrics("event") == expected
 
 
+class Clock:
+    """Stands still, but for the first step, which compiles for 1,000 seconds, steps of 2 and evaluations of 30 seconds."""
+
+    def __init__(self, run: TinyRun) -> None:
+        self.now, self._next = 0.0, 1000.0
+        run.objective.register_forward_pre_hook(self._pass)
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def _pass(self, *_: object) -> None:
+        self.now, self._next = self.now + self._next, 2.0
+
+    def evaluate(self) -> dict[str, float]:
+        self.now += 30.0
+        return {"score": 1.0}
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_speed_and_time_left_do_not_count_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resume: bool
+) -> None:
+    """A resumed run compiles again, and its speed is that of its own steps. The time of all training counts everything."""
+    shown: dict[int, dict[str, float]] = {}
+    monkeypatch.setattr(Tracker, "show", lambda self, step, **figures: shown.update({step: figures}))
+    spec, before = tiny_spec(evaluate_every=8, checkpoint_every=8), 0
+    if resume:
+        short = TinyRun(tmp_path / "run", spec=spec.model_copy(update={"steps": 8}), planned=tiny_schedule(STEPS))
+        before = short.train().seconds
+    run = TinyRun(tmp_path / "run", spec=spec)
+    clock = Clock(run)
+    monkeypatch.setattr(loop, "time", clock)
+    result = run.train(evaluate=clock.evaluate, resume=resume)
+    assert STEPS == 24
+    speed = spec.tokens_per_step / 2.0
+    assert result.tokens_per_second == pytest.approx(speed)
+    steps = 16 if resume else 24
+    assert result.seconds == pytest.approx(before + 1000 + 2 * (steps - 1), abs=1)
+    assert {row["tokens_per_second"] for row in run.metrics() if row["step"] >= 8 * resume} == {speed}
+    # Logged before the evaluation that is due after 16 steps; that and the last one are to come.
+    evaluation = 0 if resume else 30
+    assert shown[16]["seconds_left"] == pytest.approx(2 * 8 + 2 * evaluation)
+    assert shown[20]["seconds_left"] == pytest.approx(2 * 4 + 30)
+
+
 def test_every_forward_pass_has_the_mixes_of_its_step(tmp_path: Path) -> None:
     run = TinyRun(tmp_path / "run")
     assert run.sites is not None
@@ -336,7 +381,7 @@ def test_metrics_behind_a_checkpoint_are_kept(tmp_path: Path) -> None:
 
 
 def test_metrics_are_json_whatever_the_numbers(tmp_path: Path) -> None:
-    tracker = Tracker(tmp_path / "metrics.jsonl", total_steps=2, tokens_per_step=1, label="test")
+    tracker = Tracker(tmp_path / "metrics.jsonl", total_steps=2, label="test")
     with tracker:
         tracker.log("train", 0, {"loss": math.nan, "gradient_norm": math.inf, "learning_rate": 0.5})
 

@@ -189,7 +189,6 @@ class TinyRun:
         tracker = Tracker(
             self.directory / "metrics.jsonl",
             total_steps=self.spec.steps,
-            tokens_per_step=self.spec.tokens_per_step,
             label="test",
             enabled=accelerator.is_main_process,
         )

@@ -53,7 +53,7 @@ class PacedTracker:
 
     def say(self, line: str) -> None: ...
 
-    def show(self, step: int, *, stage: str, loss: float, tokens_per_second: float) -> None:
+    def show(self, step: int, *, stage: str, loss: float, tokens_per_second: float, seconds_left: float) -> None:
         if self._profiler is not None:
             write_profile(self._profiler, Path(str(self._profile)))
             raise Finished

@@ -16,7 +16,7 @@ from shapes import Shape, random_tokens
 from ln_removal.config.recipe import ArchitectureSpec, DataSpec, Recipe, TrainingSpec
 from ln_removal.data.sampler import WindowSampler
 from ln_removal.data.tokens import TokenDataset
-from ln_removal.pipelines.pretraining import build_model
+from ln_removal.models.norm_choice import build_model
 from ln_removal.training.loop import train
 from ln_removal.training.loss import Objective
 from ln_removal.training.probe import Probe

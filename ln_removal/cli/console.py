@@ -258,7 +258,7 @@ def print_results(results: Results, *, as_json: bool, note: str = "") -> None:
 
 
 def print_plan(recipe: Recipe, *, control: bool, device: Device, as_json: bool) -> None:
-    """What `--dry-run` prints: recipe, schedule and estimates for the device, as text or as JSON.
+    """What `--dry-run` prints: recipe, schedule and estimates for the device, as text or as JSON. On a CPU it measures the speed.
 
     Raises:
         UserError: as `plan.plan`, or CUDA was asked for and there is none.
@@ -267,7 +267,13 @@ def print_plan(recipe: Recipe, *, control: bool, device: Device, as_json: bool) 
 
     from ln_removal.pipelines.plan import plan
 
-    found = plan(recipe, control=control, device=planned_device(device))
+    name = planned_device(device)
+    if name == "cpu":
+        from ln_removal.pipelines.cpu_time import plan_on_cpu
+
+        found = plan_on_cpu(recipe, control=control)
+    else:
+        found = plan(recipe, control=control, device=name)
     if as_json:
         typer.echo(json.dumps(found.to_json(), indent=2))
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,7 +26,10 @@ OutOption = Annotated[
     Path | None, typer.Option(help="Directory for the tokens. Default: data/CORPUS.", show_default=False)
 ]
 TokenizerOption = Annotated[
-    str, typer.Option(help="The model whose tokenizer to use: tiny, gpt2, a directory, a Hub id.")
+    str,
+    typer.Option(
+        help="The model whose tokenizer to use, and which writes the corpus generated: tiny, gpt2, a directory, a Hub id."
+    ),
 ]
 MaxTokensOption = Annotated[
     int | None, typer.Option(min=1, help="Stop after this many training tokens.", show_default=False)
@@ -35,6 +39,13 @@ MaxBytesOption = Annotated[
 ]
 FieldOption = Annotated[
     str | None, typer.Option(help="Name of the text field in jsonl, parquet or the Hub data set.", show_default=False)
+]
+ShareOption = Annotated[
+    float | None,
+    typer.Option(
+        help="Share of the documents to hold out, above 0 and at most 1, where the corpus has no validation split of its own.",
+        show_default=False,
+    ),
 ]
 ListOption = Annotated[bool, typer.Option("--list", help="List the named corpora and stop.")]
 
@@ -46,6 +57,7 @@ def prepare(
     max_tokens: MaxTokensOption = None,
     max_bytes: MaxBytesOption = None,
     field: FieldOption = None,
+    validation_share: ShareOption = None,
     list_corpora: ListOption = False,
     as_json: console.JsonOption = False,
     debug: console.DebugOption = False,
@@ -58,7 +70,8 @@ def prepare(
       ln-prepare --list
       ln-prepare python-source --tokenizer tiny --out data/python
       ln-prepare openwebtext --max-tokens 600000000 --out data/openwebtext
-      ln-prepare texts/ --tokenizer gpt2 --out data/texts
+      ln-prepare texts/ --tokenizer gpt2 --validation-share 0.05 --out data/texts
+      ln-prepare generated --tokenizer my-model/ --max-tokens 2000000 --out data/generated
     """
     if list_corpora:
         from ln_removal.data.open_corpus import known_corpora
@@ -70,7 +83,8 @@ def prepare(
         raise UserError("name a corpus, a file or a directory; `ln-prepare --list` shows the named ones")
     safe = "".join(character if character.isalnum() or character in "-_." else "-" for character in corpus).strip("-.")
     place = out or Path("data") / (safe or "corpus")
-    data = _prepared(corpus, place, tokenizer, max_tokens=max_tokens, max_bytes=max_bytes, field=field)
+    options = {"max_bytes": max_bytes, "field": field, "validation_fraction": validation_share}
+    data = _prepared(corpus, place, tokenizer, max_tokens, options)
     splits = {
         name: {"tokens": split.tokens, "documents": split.documents, "bytes": split.bytes}
         for name in ("train", "validation")
@@ -89,15 +103,15 @@ def prepare(
 
 
 def _prepared(
-    corpus: str, place: Path, tokenizer: str, *, max_tokens: int | None, max_bytes: int | None, field: str | None
+    corpus: str, place: Path, tokenizer: str, max_tokens: int | None, options: Mapping[str, object]
 ) -> TokenDataset:
     """Prepare the corpus in `place`; after a mistake of the user nothing unfinished is left there."""
-    from ln_removal.data.open_corpus import open_corpus
+    from ln_removal.data.open_corpus import Writer, open_corpus
     from ln_removal.data.prepare import prepare as run_prepare
     from ln_removal.data.prepare import prepare_bar
     from ln_removal.models.loading import load_tokenizer, tokenizer_fingerprint
 
-    source = open_corpus(corpus, max_bytes=max_bytes, field=field)
+    source = open_corpus(corpus, writer=Writer(tokenizer, max_tokens), **options)
     loaded = load_tokenizer(tokenizer)
     with prepare_bar(source.name, total=max_tokens, enabled=sys.stderr.isatty()) as show:
         return run_prepare(

@@ -176,9 +176,12 @@ def memory_assumption(recipe: Recipe) -> str:
 
 
 def readable_duration(seconds: float) -> str:
-    """A number of seconds in a unit that suits it, such as "12 min"."""
+    """A number of seconds in a unit that suits it, such as "12 min"; days from two of them on."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     if seconds < 90 * 60:
         return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
+    if seconds < 48 * 3600:
+        return f"{seconds / 3600:.1f} h"
+    days = seconds / 86400
+    return f"{days:,.0f} days" if days >= 10 else f"{days:.1f} days"

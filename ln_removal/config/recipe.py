@@ -51,6 +51,7 @@ class DataSpec(_Spec):
     max_bytes: PositiveInt | None = None
     max_tokens: PositiveInt | None = None
     validation_tokens: PositiveInt | None = None
+    validation_share: Annotated[float, Field(gt=0, le=1)] | None = None  # of the documents; None: the corpus's own
     weights: dict[str, PositiveInt] = Field(default_factory=dict)  # how often a source is repeated
     bos_rows: Annotated[float, Field(ge=0, le=1)] = 0.0  # share of sequences (or documents) that begin with end-of-text
     copies: Annotated[float, Field(ge=0, le=0.5)] = 0.0  # share of sequences that repeat text or random tokens

@@ -114,6 +114,8 @@ def cross_field_faults(value: Callable[[str], Any]) -> list[str]:
     at_most("data.context", "architecture.n_positions")
     faults += _batch_faults(value("training.tokens_per_step"), value("data.context"), value("training.micro_batch"))
     faults += _trapezoid_faults(value)
+    if value("data.corpus") == "generated" and value("data.weights"):  # now, not after an hour of writing
+        faults.append("data.weights: names sources of another corpus, generated text has one; set data.weights={}")
     faults += _pretraining_faults(value) if pretraining else _removal_faults(value)
     width, heads = value("architecture.n_embd"), value("architecture.n_head")
     if width is not None and heads is not None and width % heads:

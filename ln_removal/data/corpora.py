@@ -30,6 +30,9 @@ SUFFIXES = TEXT_SUFFIXES + JSONL_SUFFIXES + PARQUET_SUFFIXES
 
 VALIDATION_FRACTION = 0.005
 
+GENERATED = "generated"
+"""The corpus that a model writes itself; see data/generated.py, which needs torch."""
+
 WHOLE_FILE_BYTES = 1 << 20
 """Text files up to this size are one document; larger ones are cut into pieces."""
 
@@ -101,7 +104,8 @@ def check_fraction(fraction: float) -> float:
     """`fraction` itself when it is a usable share of validation documents; UserError otherwise."""
     if not 0 < fraction <= 1:
         raise UserError(
-            f"validation_fraction is {fraction}; give a number above 0 and at most 1 (0.005 is half a percent)"
+            f"the share of validation documents (validation_fraction) is {fraction}; give a number above 0 and at most 1 "
+            "(0.005 is half a percent)"
         )
     return fraction
 

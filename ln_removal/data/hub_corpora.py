@@ -198,9 +198,12 @@ class HubCorpus:
         validation_fraction: float | None = None,
         max_bytes: int | None = None,
     ) -> None:
+        self.name = source.name
+        self._asked_fraction = validation_fraction is not None
+        if source.nanogpt_split or any(part.validation and not part.optional for part in source.parts):
+            self._check_no_fraction()
         fraction = source.validation_fraction if validation_fraction is None else check_fraction(validation_fraction)
         self.source = replace(source, field=field or source.field, validation_fraction=fraction)
-        self.name = source.name
         self.max_bytes = max_bytes
         if source.tokenised and max_bytes is not None:
             raise UserError(f"{self.name} holds tokens, not text, so max_bytes cannot limit it; use --max-tokens")
@@ -221,6 +224,8 @@ class HubCorpus:
             if stream is None:
                 continue
             held_out |= part.validation
+            if part.validation:
+                self._check_no_fraction()
             split_of = self._splitter(stream, part, held_out)
             most = VALIDATION_DOCUMENTS if part.validation else sys.maxsize
             first = self._fast_forward(stream, min(skip - position, most))
@@ -239,6 +244,14 @@ class HubCorpus:
                 position += 1
         if position < 2:
             raise UserError(f"{self.name} holds {position} documents; at least 2 are needed; choose a larger data set")
+
+    def _check_no_fraction(self) -> None:
+        """Raises UserError when a share of validation documents was asked for, which this data set does not leave open."""
+        if self._asked_fraction:
+            raise UserError(
+                f"{self.name} has a validation split of its own; leave out --validation-share (data.validation_share in a "
+                "recipe)"
+            )
 
     def _check_compression(self) -> None:
         from fsspec.compression import available_compressions

@@ -1,4 +1,5 @@
-"""Open a corpus by its name, or only its held-out text: the Python source of this machine, a data set of the Hub, local files.
+"""Open a corpus by its name, or only its held-out text: the Python source of this machine, a data set of the Hub, local files, a
+model's own text.
 
 The Python source is the embedded corpus, the same kind of text as CodeParrot. It has two sources: `stdlib` (the running
 interpreter's standard library) and `site-packages` (what is installed beside this package). The validation split is a set of
@@ -20,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ln_removal.data.corpora import SOURCE, Corpus, Document, LocalFiles, Split, TokenDocument
+from ln_removal.data.corpora import GENERATED, SOURCE, Corpus, Document, LocalFiles, Split, TokenDocument
 from ln_removal.data.hub_corpora import KNOWN_CORPORA, HubCorpus, hub_source
 from ln_removal.errors import UserError
 
@@ -66,6 +67,15 @@ def is_held_out(module_path: str) -> bool:
     if module_path.startswith(NEVER_HELD_OUT) or "/test/" in module_path or "/tests/" in module_path:
         return False
     return int.from_bytes(_digest(module_path)[:8], "big") % HELD_OUT_ONE_IN == 0
+
+
+@dataclass(frozen=True)
+class Writer:
+    """Who writes the corpus `generated`, how many training tokens of it, and where; see `generated.GeneratedText`."""
+
+    model: str
+    max_tokens: int | None
+    device: str = "auto"
 
 
 class PythonSource:
@@ -193,16 +203,18 @@ def _is_copy(text: str, fingerprints: set[int]) -> bool:
 def known_corpora() -> dict[str, str]:
     """Every corpus that has a name, with one line about it."""
     python = {PythonSource.name: "the Python source of this machine: standard library and installed packages"}
-    return python | {name: source.summary for name, source in KNOWN_CORPORA.items()}
+    generated = {GENERATED: "what the model of --tokenizer writes itself, for models whose training text nobody has"}
+    return python | {name: source.summary for name, source in KNOWN_CORPORA.items()} | generated
 
 
-def open_corpus(name_or_path: str, **options: Any) -> Corpus:
+def open_corpus(name_or_path: str, *, writer: Writer | None = None, **options: Any) -> Corpus:
     """The corpus of that name, the Hub data set `hub:OWNER/NAME[:CONFIG]`, or the file or directory of that path.
 
     Args:
         name_or_path: a name wins over a path; write `./NAME` for a directory that has the name of a corpus.
-        options: what the corpus takes: `max_bytes` always; `field` and `validation_fraction` for files and the Hub. An
-            option that is None counts as not given.
+        writer: the model that writes the corpus `generated`; other corpora leave it alone.
+        options: what the corpus takes: `max_bytes` for text that is there; `field` for files and the Hub; `validation_fraction`
+            where a hash decides which documents are held out. An option that is None counts as not given.
 
     Returns:
         The corpus. Nothing has been read yet, and the Hub has not been asked.
@@ -213,6 +225,8 @@ def open_corpus(name_or_path: str, **options: Any) -> Corpus:
     factory: Callable[..., Corpus]
     if name_or_path == PythonSource.name:
         factory = PythonSource
+    elif name_or_path == GENERATED:
+        factory = _generated(writer)
     elif name_or_path in KNOWN_CORPORA:
         factory = partial(HubCorpus, KNOWN_CORPORA[name_or_path])
     elif name_or_path.startswith("hub:"):
@@ -229,10 +243,26 @@ def open_corpus(name_or_path: str, **options: Any) -> Corpus:
         )
     given = {key: value for key, value in options.items() if value is not None}
     accepted = inspect.signature(factory).parameters
+    if "validation_fraction" in given and "validation_fraction" not in accepted:
+        raise UserError(
+            f"{name_or_path} has a validation split of its own, the same on every machine; leave out --validation-share "
+            "(data.validation_share in a recipe)"
+        )
     if unknown := [key for key in given if key not in accepted]:
         keys = ", ".join(key for key, parameter in accepted.items() if parameter.kind is parameter.KEYWORD_ONLY)
         raise UserError(f"{name_or_path} does not take the option {unknown[0]}; it takes {keys}")
     return factory(**given)
+
+
+def _generated(writer: Writer | None) -> Callable[..., Corpus]:
+    if writer is None:
+        raise UserError(
+            f"the corpus {GENERATED} is what a model writes, and here is none to write it; prepare it first with "
+            f"`ln-prepare {GENERATED} --tokenizer MODEL --max-tokens N` and use its tokens"
+        )
+    from ln_removal.data.generated import GeneratedText
+
+    return partial(GeneratedText, writer.model, max_tokens=writer.max_tokens, device=writer.device)
 
 
 def _is_path(text: str) -> bool:

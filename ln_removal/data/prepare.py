@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from filelock import FileLock, Timeout
 
-from ln_removal.data.corpora import SPLITS, Corpus, Document, TokenDocument
+from ln_removal.data.corpora import GENERATED, SPLITS, Corpus, Document, TokenDocument
 from ln_removal.data.encoder import EncoderPool
 from ln_removal.data.sampler import read_ahead
 from ln_removal.data.tokens import (
@@ -43,7 +44,13 @@ PROGRESS = "progress.json"
 LOCK = "prepare.lock"
 BATCH_BYTES = 1 << 20
 BATCH_DOCUMENTS = 1024
+BYTES_A_TOKEN = 64
+"""What a token of a pre-tokenised document counts as in a batch. 16,384 make one, so that a model that writes them is seen to."""
+
 QUEUED_BATCHES = 4
+
+SECONDS_BETWEEN_CHECKPOINTS = 30.0
+"""Of a corpus that comes slowly, at most the work of so many seconds is lost."""
 
 Batch = list[Document | TokenDocument]
 
@@ -92,7 +99,7 @@ def prepare(
         tokenizer_sha256: its fingerprint (`ln_removal.models.loading.tokenizer_fingerprint`).
         max_tokens: stop once the train split has this many tokens.
         shard_tokens: tokens after which a shard is closed and the next one opened (a document is never split).
-        checkpoint_tokens: tokens between two points from which an interrupted run resumes.
+        checkpoint_tokens: tokens between two points from which an interrupted run resumes; 30 seconds make one too.
         workers: processes that encode; default: one a core, and none for a corpus of a few megabytes.
         progress: called after every batch.
 
@@ -190,8 +197,10 @@ def _encode_rest(
     consumed: int,
 ) -> None:
     """Append the corpus from document `consumed` on, until it ends, the limit is reached or a signal comes."""
-    index, since_checkpoint = shards.index, 0
-    batches = read_ahead(_batches(corpus, consumed), QUEUED_BATCHES)
+    index, since_checkpoint, saved = shards.index, 0, time.monotonic()
+    batches = _batches(corpus, consumed)
+    if corpus.name != GENERATED:  # of which a batch takes so long that none should be written for nothing
+        batches = read_ahead(batches, QUEUED_BATCHES)
     with deferred("batch") as stop, closing(batches) as read, encoders:
         for batch, encoded in encoders.in_order(read, _texts):
             for part in _parts(batch, encoded, index):
@@ -200,9 +209,10 @@ def _encode_rest(
             consumed += len(batch)
             if progress is not None:
                 progress(_progress(index))
-            if since_checkpoint >= limits.checkpoint_tokens:
+            late = time.monotonic() - saved >= SECONDS_BETWEEN_CHECKPOINTS
+            if late or since_checkpoint >= limits.checkpoint_tokens:
                 _checkpoint(shards, consumed)
-                since_checkpoint = 0
+                since_checkpoint, saved = 0, time.monotonic()
             if limits.reached(index):
                 return
             if stop:
@@ -236,12 +246,12 @@ def _check_splits(corpus: Corpus, index: TokenIndex, max_tokens: int | None) -> 
             raise UserError(f"{corpus.name}: the corpus gave no {split} document; {more}, or choose another corpus")
 
 
-def _batches(corpus: Corpus, skip: int) -> Iterator[Batch]:
+def _batches(corpus: Corpus, skip: int) -> Generator[Batch, None, None]:
     batch: Batch = []
     size = 0
     for document in corpus.documents(skip):
         batch.append(document)
-        size += len(document.text) if isinstance(document, Document) else 4 * len(document.tokens)
+        size += len(document.text) if isinstance(document, Document) else BYTES_A_TOKEN * len(document.tokens)
         if size >= BATCH_BYTES or len(batch) >= BATCH_DOCUMENTS:
             yield batch
             batch, size = [], 0
@@ -354,7 +364,8 @@ def prepare_bar(label: str, *, total: int | None, enabled: bool) -> Iterator[Cal
     with tqdm(desc=label, unit="tok", unit_scale=True, total=total, file=sys.stderr, disable=not enabled) as bar:
 
         def show(progress: PrepareProgress) -> None:
-            bar.set_postfix_str(f"{progress.documents:,} documents, {progress.bytes / 1e6:,.0f} MB", refresh=False)
+            size = f", {progress.bytes / 1e6:,.0f} MB" if progress.bytes else ""
+            bar.set_postfix_str(f"{progress.documents:,} documents{size}", refresh=False)
             bar.update(progress.tokens - bar.n)
 
         yield show

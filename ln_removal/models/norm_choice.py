@@ -25,7 +25,7 @@ Shape legend: D model width, H heads, K width of one head.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,13 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2LMHeadModel
 from transformers.models.gpt_neox.configuration_gpt_neox import GPTNeoXConfig
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXForCausalLM
 from transformers.pytorch_utils import Conv1D
+
+from ln_removal.models.loading import SIZES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ln_removal.config.recipe import ArchitectureSpec
 
 
 class LearnableLeakyReLU(nn.Module):
@@ -215,3 +222,38 @@ def _choose_activation(body: nn.Module, mlps: list[Any], config: Any) -> None:
 def _init_slope(module: nn.Module) -> None:
     if isinstance(module, LearnableLeakyReLU):
         module.reset_parameters()
+
+
+CHOICES = {"block_norm", "final_norm", "biases", "activation", "negative_slope", "slopes"}
+"""Entries of [architecture] that the configurations of this module take as they are."""
+
+
+def build_model(architecture: ArchitectureSpec, *, eot_token_id: int) -> PreTrainedModel:
+    """A freshly initialised model without dropout, on the CPU and in float32.
+
+    It is of transformers' own class if that has the architecture, else of a class of this module, and initialised as
+    its class does it. Models of one shape and with the same `biases` begin with the same matrices if they are built from the
+    same random state, whatever else differs.
+    """
+    entries: dict[str, Any] = {
+        "vocab_size": architecture.vocab_size,
+        "bos_token_id": eot_token_id,
+        "eos_token_id": eot_token_id,
+    }
+    if architecture.family == "gpt2":
+        entries |= architecture.model_dump(include={"n_positions", "n_embd", "n_layer", "n_head"})
+        entries |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    else:
+        entries |= {theirs: getattr(architecture, ours) for ours, theirs in SIZES.items()}
+        entries |= {"intermediate_size": 4 * architecture.n_embd}
+    if not architecture.is_plain:
+        entries |= architecture.model_dump(include=CHOICES)
+    elif architecture.activation == "relu":
+        entries["activation_function" if architecture.family == "gpt2" else "hidden_act"] = "relu"
+    config_class, model_class = {
+        ("gpt2", True): (GPT2Config, GPT2LMHeadModel),
+        ("gpt2", False): (RevivalGPT2Config, RevivalGPT2LMHeadModel),
+        ("pythia", True): (GPTNeoXConfig, GPTNeoXForCausalLM),
+        ("pythia", False): (RevivalGPTNeoXConfig, RevivalGPTNeoXForCausalLM),
+    }[architecture.family, architecture.is_plain]
+    return model_class(config_class(**entries))

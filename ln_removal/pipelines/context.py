@@ -108,7 +108,6 @@ class RunContext:
         tracker = Tracker(
             directory / METRICS_FILE,
             total_steps=recipe.training.steps,
-            tokens_per_step=recipe.training.tokens_per_step,
             label=label,
             enabled=self.is_main,
             progress=self.progress,

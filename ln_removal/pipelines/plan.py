@@ -1,6 +1,6 @@
 """The dry run: find and resolve the recipe that a command names, and estimate what a run or a sweep of it takes.
 
-Nothing is trained, and no weights are read.
+Nothing is trained, and no weights are read. cpu_time.py adds the measured time of a CPU.
 """
 
 from __future__ import annotations
@@ -158,6 +158,7 @@ def plan(
     *,
     device: str = "cpu",
     tokens_per_second: float | None = None,
+    note: str = "",
     control: bool = False,
     processes: int = 1,
 ) -> Plan:
@@ -167,7 +168,9 @@ def plan(
         recipe: a removal or a pretraining recipe.
         architecture: of the model; None finds it: see `architecture_of`.
         device: "cpu", or a GPU's name such as "NVIDIA H100 80GB HBM3".
-        tokens_per_second: a measured speed of all processes together, used in place of the estimate.
+        tokens_per_second: a measured speed of all processes together, used in place of the estimate. It is that of the removal:
+            a control without a teacher is faster in proportion.
+        note: how that was measured, or why not, in a sentence.
         control: a vanilla control of the same length is trained too.
         processes: GPUs that share each step.
 
@@ -187,13 +190,13 @@ def plan(
     peak = peak_of(device)
     micro_batch = micro_batch_of(recipe, shape, peak, processes)
     memory = estimate_memory(recipe, shape, micro_batch)
-    work = _flops(recipe, shape, control=control)
+    work = run_flops(recipe, shape, control=control)
     seconds = None
     if tokens_per_second is not None:
-        seconds = recipe.tokens * (2 if control else 1) / tokens_per_second
+        seconds = recipe.tokens / tokens_per_second * work / run_flops(recipe, shape, control=False)
     elif peak is not None:
         seconds = work / (assumed_rate(peak, recipe) * processes)
-    elsewhere = {} if seconds is not None else {name: DEVICE_PEAKS[name] for name in ("H100", "A100")}
+    elsewhere = {} if peak is not None else {name: DEVICE_PEAKS[name] for name in ("H100", "A100")}
     return Plan(
         recipe=recipe,
         architecture=shape,
@@ -204,27 +207,29 @@ def plan(
         memory=memory,
         seconds=seconds,
         seconds_elsewhere={name: work / assumed_rate(other, recipe) for name, other in elsewhere.items()},
-        assumptions=_assumptions(recipe, memory, device, tokens_per_second, control=control),
+        assumptions=_assumptions(
+            recipe, memory, device, note, gpu=tokens_per_second is None or bool(elsewhere), control=control
+        ),
     )
 
 
-def _flops(recipe: Recipe, shape: ArchitectureSpec, *, control: bool) -> float:
+def run_flops(recipe: Recipe, shape: ArchitectureSpec, *, control: bool) -> float:
     """FLOPs of the whole run. A teacher's forward pass adds a third to forward and backward; the control has no teacher."""
     passes = (4 / 3 if has_teacher(recipe) else 1) + (1 if control else 0)
     return recipe.tokens * flops_per_token(shape, recipe.data.context) * passes
 
 
 def _assumptions(
-    recipe: Recipe, memory: Memory, device: str, tokens_per_second: float | None, *, control: bool
+    recipe: Recipe, memory: Memory, device: str, note: str, *, gpu: bool, control: bool
 ) -> tuple[str, ...]:
-    """What the estimates of a plan assume, in sentences."""
+    """What the estimates of a plan assume, in sentences; `gpu` if one of them is a GPU's."""
     peak = peak_of(device)
     found = [memory_assumption(recipe)]
     if peak is not None and memory.total > peak.memory:
         found.append(f"this does not fit into the {readable(peak.memory)} of {device}")
-    if tokens_per_second is not None:
-        found.append(f"measured speed of {tokens_per_second:,.0f} tokens/s")
-    else:
+    if note:
+        found.append(note)
+    if gpu:
         found.append(
             f"GPU time at {ASSUMED_UTILISATION:.0%} of the {recipe.training.precision} peak, without data preparation, "
             "evaluation and checkpoints"

@@ -6,10 +6,9 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from accelerate.utils import set_seed
-from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from ln_removal.config.presets import check_is_pretraining
 from ln_removal.data.corpora import Corpus, Document
@@ -19,21 +18,19 @@ from ln_removal.errors import UserError
 from ln_removal.evaluation.loss import LossResult, cross_entropy
 from ln_removal.evaluation.scoring import check_same_tokenizer
 from ln_removal.export.write import save_model
-from ln_removal.models import norm_choice
-from ln_removal.models.loading import SIZES, load_model, load_tokenizer
+from ln_removal.models.loading import load_model, load_tokenizer
+from ln_removal.models.norm_choice import build_model
 from ln_removal.pipelines.context import RunContext, run_context
+from ln_removal.pipelines.cpu_time import warn_of_days
 from ln_removal.report.base_model_card import write_base_model_card
 from ln_removal.training.loop import TrainResult, train
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-    from ln_removal.config.recipe import ArchitectureSpec, Recipe
+    from ln_removal.config.recipe import Recipe
     from ln_removal.data.tokens import TokenDataset
     from ln_removal.training.metrics import Progress
-
-CHOICES = {"block_norm", "final_norm", "biases", "activation", "negative_slope", "slopes"}
-"""Entries of [architecture] that the configurations of models/norm_choice.py take as they are."""
 
 TOKENIZER_BYTES_PER_SOURCE = 15_000_000
 """How much text of each source of the corpus a tokenizer is trained on."""
@@ -90,6 +87,7 @@ def pretrain_in(context: RunContext, recipe: Recipe) -> PretrainResult:
     architecture = recipe.architecture
     assert architecture is not None
     with context.claim(recipe):
+        warn_of_days(context, recipe)
         tokenizer, data = _prepare(context, recipe)
         set_seed(recipe.seed)
         model = build_model(architecture, eot_token_id=data.eot_token_id)
@@ -150,37 +148,6 @@ def _export(
     return final
 
 
-def build_model(architecture: ArchitectureSpec, *, eot_token_id: int) -> PreTrainedModel:
-    """A freshly initialised model without dropout, on the CPU and in float32.
-
-    It is of transformers' own class if that has the architecture, else of a class of models/norm_choice.py, and initialised as
-    its class does it. Models of one shape and with the same `biases` begin with the same matrices if they are built from the
-    same random state, whatever else differs.
-    """
-    entries: dict[str, Any] = {
-        "vocab_size": architecture.vocab_size,
-        "bos_token_id": eot_token_id,
-        "eos_token_id": eot_token_id,
-    }
-    if architecture.family == "gpt2":
-        entries |= architecture.model_dump(include={"n_positions", "n_embd", "n_layer", "n_head"})
-        entries |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    else:
-        entries |= {theirs: getattr(architecture, ours) for ours, theirs in SIZES.items()}
-        entries |= {"intermediate_size": 4 * architecture.n_embd}
-    if not architecture.is_plain:
-        entries |= architecture.model_dump(include=CHOICES)
-    elif architecture.activation == "relu":
-        entries["activation_function" if architecture.family == "gpt2" else "hidden_act"] = "relu"
-    config_class, model_class = {
-        ("gpt2", True): (GPT2Config, GPT2LMHeadModel),
-        ("gpt2", False): (norm_choice.RevivalGPT2Config, norm_choice.RevivalGPT2LMHeadModel),
-        ("pythia", True): (GPTNeoXConfig, GPTNeoXForCausalLM),
-        ("pythia", False): (norm_choice.RevivalGPTNeoXConfig, norm_choice.RevivalGPTNeoXForCausalLM),
-    }[architecture.family, architecture.is_plain]
-    return model_class(config_class(**entries))
-
-
 def _tokenizer(recipe: Recipe, corpus: Corpus, directory: Path) -> PreTrainedTokenizerFast:
     """The recipe's tokenizer, or one trained on the corpus. That is trained once: a resumed run finds it in `directory`."""
     assert recipe.architecture is not None
@@ -213,10 +180,11 @@ def prepare_tokens(context: RunContext, recipe: Recipe) -> tuple[PreTrainedToken
     Raises:
         UserError: as `open_corpus`, `load_tokenizer` and `prepare`.
     """
-    corpus = open_corpus(recipe.data.corpus, max_bytes=recipe.data.max_bytes)
+    spec = recipe.data
+    corpus = open_corpus(spec.corpus, max_bytes=spec.max_bytes, validation_fraction=spec.validation_share)
     tokenizer = _tokenizer(recipe, corpus, context.out / "tokenizer")
     name = recipe.data.tokenizer or recipe.name
-    return tokenizer, context.prepare_tokens(corpus, tokenizer, recipe.data, name=name)
+    return tokenizer, context.prepare_tokens(corpus, tokenizer, spec, name=name)
 
 
 def _tokenizer_of(data: TokenDataset, recipe: Recipe) -> PreTrainedTokenizerFast:

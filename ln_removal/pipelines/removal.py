@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ln_removal.config.presets import check_is_removal
-from ln_removal.data.open_corpus import open_corpus
+from ln_removal.data.corpora import GENERATED
+from ln_removal.data.open_corpus import Writer, open_corpus
 from ln_removal.data.tokens import TokenDataset
 from ln_removal.errors import UserError
 from ln_removal.evaluation import results as results_file
@@ -36,6 +37,7 @@ from ln_removal.models.loading import load_model, load_tokenizer, tokenizer_fing
 from ln_removal.norms.schedule import expand
 from ln_removal.norms.surgery import install
 from ln_removal.pipelines.context import RunContext, run_context
+from ln_removal.pipelines.cpu_time import warn_of_days
 from ln_removal.report.model_card import write_model_card
 from ln_removal.report.page import REPORT_FILE, write_report
 from ln_removal.training.checkpoint import checkpoints
@@ -118,6 +120,7 @@ def remove(
             write_pages(context, recipe, finished, missing=True)
             return finished
         asked = _question_set(questions, recipe.data.corpus)
+        warn_of_days(context, recipe, control=control)
         inputs = prepare(context, recipe)
         data = inputs.data
         if not (resume and _is_exported(out, recipe.export)):
@@ -222,8 +225,17 @@ def _own_tokens(context: RunContext, recipe: Recipe, tokenizer: PreTrainedTokeni
     named = recipe.data.tokenizer
     if named and tokenizer_fingerprint(load_tokenizer(named)) != tokenizer_fingerprint(tokenizer):
         raise UserError(f"data.tokenizer is {named}, another tokenizer than that of {recipe.model}; leave it out")
-    corpus = open_corpus(recipe.data.corpus, max_bytes=recipe.data.max_bytes)
-    data = context.prepare_tokens(corpus, tokenizer, recipe.data, name=named or recipe.model)
+    spec = recipe.data
+    if spec.corpus == GENERATED:  # written for this run: not more than it trains on
+        most = min(recipe.tokens, spec.max_tokens or recipe.tokens)
+        spec = spec.model_copy(update={"max_tokens": most})
+    corpus = open_corpus(
+        spec.corpus,
+        writer=Writer(recipe.model, spec.max_tokens, context.accelerator.device.type),
+        max_bytes=spec.max_bytes,
+        validation_fraction=spec.validation_share,
+    )
+    data = context.prepare_tokens(corpus, tokenizer, spec, name=named or recipe.model)
     try:
         _check_enough(recipe, data)
     except UserError:

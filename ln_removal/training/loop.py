@@ -51,7 +51,7 @@ class TrainResult:
     Attributes:
         tokens: training tokens of all sessions.
         seconds: training time of all sessions, without evaluation and checkpoints.
-        tokens_per_second: the speed of this session, without evaluation and checkpoints.
+        tokens_per_second: the speed of this session, without evaluation, checkpoints and its first step, which may compile.
         skipped_steps: the number of steps whose loss or gradient was not finite.
         last_loss: the last finite loss of this session, nats per token; None if there was no step left to train.
     """
@@ -124,6 +124,7 @@ class _Training:
         self.last_loss: float | None = None
         self._before = replace(self.state)  # what earlier sessions did
         self._began, self._paused_seconds = time.perf_counter(), 0.0
+        self._first_step_seconds = self._evaluation_seconds = self._checkpoint_seconds = 0.0
         objective.train()
 
     def _newest_checkpoint(self) -> TrainerState:
@@ -206,6 +207,8 @@ class _Training:
             removal.sites.average_over_ranks()
             removal.sites.update_running(spec.std_momentum, discard=bad)
         self.state.step, self.state.tokens = step + 1, self.state.tokens + spec.tokens_per_step
+        if step == self._before.step:
+            self._first_step_seconds = self._elapsed()
 
     def log(self, step: int, *, saves: bool) -> None:
         """Write the metrics of the steps since the last call. Waits for the device.
@@ -230,7 +233,13 @@ class _Training:
                 self._log_incidents(self.waiting.observe(loss), number)
         state.skipped = self._before.skipped + self.bad_steps.total
         self.last_loss = next((loss for loss, _, _ in reversed(rows) if math.isfinite(loss)), self.last_loss)
-        tracker.show(state.step, stage=self.session.stage_at(step), loss=rows[-1][0], tokens_per_second=speed)
+        tracker.show(
+            state.step,
+            stage=self.session.stage_at(step),
+            loss=rows[-1][0],
+            tokens_per_second=speed,
+            seconds_left=self._seconds_left(speed),
+        )
         if saves and not are_finite(self.session.objective.trained):
             self.bad_steps.blame_weights(step)
         if self.bad_steps.diverged:
@@ -267,10 +276,12 @@ class _Training:
         session = self.session
         if session.evaluate is None:
             return
+        began = time.perf_counter()
         session.objective.eval()
         figures = session.evaluate()
         session.tracker.log("evaluation", self.state.step, dict(figures))
         session.objective.train()
+        self._evaluation_seconds = time.perf_counter() - began
         last = self.state.step == session.spec.steps
         if last and self.bad_steps.streak and not all(map(math.isfinite, figures.values())):
             self.bad_steps.blame_weights(step)
@@ -278,15 +289,31 @@ class _Training:
 
     def save(self) -> None:
         """Write a checkpoint. Every rank calls this, and all wait for the main one."""
-        session = self.session
+        session, began = self.session, time.perf_counter()
         self.state.schedule = None if self.waiting is None else self.waiting.state()
         if session.accelerator.is_main_process:
             keep = session.spec.keep_checkpoints
             save_checkpoint(session.state_directory, self.state, session.objective.trained, self.optimizers, keep=keep)
         session.accelerator.wait_for_everyone()
+        self._checkpoint_seconds = time.perf_counter() - began
 
     def _tokens_per_second(self, elapsed: float) -> float:
-        return (self.state.step - self._before.step) * self.session.spec.tokens_per_step / max(elapsed, 1e-9)
+        """The average speed after the session's first step, which may compile; that of the first step while it is the only one."""
+        steps = self.state.step - self._before.step
+        if steps > 1:
+            steps, elapsed = steps - 1, elapsed - self._first_step_seconds
+        return steps * self.session.spec.tokens_per_step / max(elapsed, 1e-9)
+
+    def _seconds_left(self, tokens_per_second: float) -> float:
+        """Of the whole run at this speed. A pause to come is as long as the last one of its kind; before that, nothing."""
+        spec, done = self.session.spec, self.state.step
+
+        def to_come(every: int) -> int:  # one is due after the last step; that of this step has not been made yet
+            return -(-spec.steps // every) - (done - 1) // every
+
+        training = (spec.steps - done) * spec.tokens_per_step / max(tokens_per_second, 1e-9)
+        evaluations = to_come(spec.evaluate_every) * self._evaluation_seconds
+        return training + evaluations + to_come(spec.checkpoint_every) * self._checkpoint_seconds
 
     def result(self) -> TrainResult:
         """What the finished training reports."""

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
+from ln_removal.config.estimate import readable_duration
 from ln_removal.errors import UserError
 from ln_removal.files.metrics_log import set_aside, truncate_metrics
 
@@ -24,6 +25,9 @@ Progress = bool | Literal["lines"]
 
 SECONDS_BETWEEN_LINES = 30.0
 
+BAR = "{{desc}} {{percentage:3.0f}}%|{{bar}}| {{n_fmt}}/{{total_fmt}} [{{elapsed}}<{remaining}{{postfix}}]"
+"""tqdm's own {remaining} counts the first step, which may compile."""
+
 
 class Tracker:
     """Writes metrics and shows progress while its context is open. Of several ranks only the main one has an enabled one.
@@ -32,7 +36,6 @@ class Tracker:
         path: metrics.jsonl, one JSON object a line, each with `kind` ("train", "evaluation", "observation", "event",
             "incident", "rollback", "recipe", "windows") and `step`.
         total_steps: the length of the run.
-        tokens_per_step: for the time left.
         label: shown before the bar, such as "removal" or "control".
         enabled: False writes and shows nothing.
         progress: how steps are shown.
@@ -48,7 +51,6 @@ class Tracker:
         path: Path,
         *,
         total_steps: int,
-        tokens_per_step: int,
         label: str,
         enabled: bool = True,
         progress: Progress = True,
@@ -57,7 +59,6 @@ class Tracker:
     ) -> None:
         self._path = path
         self._total_steps = total_steps
-        self._tokens_per_step = tokens_per_step
         self._label = label
         self._enabled = enabled
         self._progress = progress
@@ -79,7 +80,7 @@ class Tracker:
                 file=sys.stderr,
                 dynamic_ncols=True,
                 disable=self._progress is not True,
-                bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
+                bar_format=BAR.format(remaining="?"),
             )
         return self
 
@@ -124,24 +125,24 @@ class Tracker:
             # Not wandb's own step, which may not fall: events are logged before the metrics of earlier steps.
             self._wandb.log({**numbers, "step": step})
 
-    def show(self, step: int, *, stage: str, loss: float, tokens_per_second: float) -> None:
-        """Move the bar to `step` finished steps; `loss` in nats per token."""
+    def show(self, step: int, *, stage: str, loss: float, tokens_per_second: float, seconds_left: float) -> None:
+        """Move the bar to `step` finished steps; `loss` in nats per token, `seconds_left` until the run has ended."""
         if not self._enabled:
             return
         figures = f"{stage}, loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s"
         if self._progress == "lines":
-            self._line(step, figures, tokens_per_second)
+            self._line(step, figures, seconds_left)
             return
+        self._bar.bar_format = BAR.format(remaining=tqdm.format_interval(seconds_left))
         self._bar.set_postfix_str(figures, refresh=False)
         self._bar.update(step - self._bar.n)
 
-    def _line(self, step: int, figures: str, tokens_per_second: float) -> None:
+    def _line(self, step: int, figures: str, seconds_left: float) -> None:
         now = time.monotonic()
         if now - self._last_line < SECONDS_BETWEEN_LINES and step < self._total_steps:
             return
         self._last_line = now
-        left = (self._total_steps - step) * self._tokens_per_step / max(tokens_per_second, 1e-9)
-        remaining = f", {left / 60:,.0f} min left" if step < self._total_steps else ""
+        remaining = f", {readable_duration(seconds_left)} left" if step < self._total_steps else ""
         print(f"{self._label} {step}/{self._total_steps}: {figures}{remaining}", file=sys.stderr, flush=True)
 
     def say(self, line: str) -> None:
