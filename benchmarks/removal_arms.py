@@ -79,7 +79,7 @@ def staged(*, until: float, taper: float, special: float, start: float = 0.0) ->
     return schedule
 
 
-PROMPTS = {"bos_rows": 0.1, "copies": 0.05}
+PROMPTS = {"bos_rows": 0.2, "copies": 0.1}
 """Training rows that begin with the end-of-text token, and rows that repeat themselves, as in recipe tiny."""
 
 CONTROL = "control"

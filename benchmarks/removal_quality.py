@@ -1,9 +1,9 @@
 """How good is a removal: arms that differ in schedule and loss, trained on equal tokens and equal batches.
 
     python benchmarks/removal_quality.py --model tiny --tokens DIR --out DIR --seeds 0 1 2
-    python benchmarks/removal_quality.py --model /tmp/testbed/model --name massive --tokens DIR --out DIR --arms at-once taper
+    python benchmarks/removal_quality.py --model /tmp/testbed/model --name massive --tokens DIR --out DIR --arms at-once ours
 
-Each (arm, seed) is one run of `ln_removal.remove`, written to OUT/NAME/ARM-SEED.json when it is done; what is there already is
+Each (arm, seed) is one run, written to OUT/NAME/ARM-SEED.json when it is done; what is there already is
 not trained again. The table has, for each arm, mean and standard error over seeds of the held-out cross-entropy, of the gap
 (minus the control's with the same seed); the tokens until the held-out loss is within 0.05 of the control's, and until it is that
 of the best published arm at its end, LayerNorms gone for good in both cases (medians); the worst training loss and the worst loss
@@ -31,8 +31,15 @@ from measuring import machine
 from removal_arms import ARMS, CONTROLS, Arm, control_of
 
 from ln_removal.config.recipe import Recipe, TrainingSpec, load_recipe, parse_overrides
+from ln_removal.data.tokens import TokenDataset
+from ln_removal.evaluation.loss import cross_entropy
+from ln_removal.evaluation.prompts import KINDS, prompt_losses, prompt_sets
+from ln_removal.files.metrics_log import METRICS_FILE
+from ln_removal.models.loading import load_model
 from ln_removal.norms.schedule import expand
-from ln_removal.pipelines.removal import remove
+from ln_removal.pipelines import removal
+from ln_removal.pipelines.context import run_context
+from ln_removal.training.loop import train
 
 CLOSE = 0.05
 """Nats per token: the gap whose tokens are counted."""
@@ -84,12 +91,16 @@ def run_arm(recipe: Recipe, tokens: Path, work: Path, *, control: bool, device: 
     began = time.perf_counter()
     if work.exists():
         shutil.rmtree(work)
+    context = run_context(work, tokens=tokens, device=device, progress=False)
     if control:
-        train_control(recipe, tokens, work, device)
-        rows = read_rows(work / "control" / "metrics.jsonl")
+        removal.train_control(context, recipe, TokenDataset.open(tokens))
+        rows = read_rows(work / "control" / METRICS_FILE)
     else:
-        remove(recipe, work, tokens=tokens, questions=None, device=device, progress=False)
-        rows = read_rows(work / "metrics.jsonl")
+        inputs = removal.prepare(context, recipe)
+        with removal.removal_session(context, recipe, inputs) as session:
+            trained = train(session)
+        removal.export(context, recipe, inputs, trained)
+        rows = read_rows(work / METRICS_FILE)
     evaluations = [(row["step"], row["cross_entropy"]) for row in rows if row["kind"] == "evaluation"]
     training = [row["loss"] for row in rows if row["kind"] == "train"]
     return {
@@ -103,22 +114,8 @@ def run_arm(recipe: Recipe, tokens: Path, work: Path, *, control: bool, device: 
     }
 
 
-def train_control(recipe: Recipe, tokens: Path, work: Path, device: str) -> None:
-    """The vanilla control alone."""
-    from ln_removal.data.tokens import TokenDataset
-    from ln_removal.pipelines import removal
-    from ln_removal.pipelines.context import RunContext
-    from ln_removal.training.setup import build_accelerator
-
-    context = RunContext(work, build_accelerator(device), progress=False)
-    removal.train_control(context, recipe, TokenDataset.open(tokens))
-
-
 def scores(recipe: Recipe, model: Path, tokens: Path, device: str) -> dict[str, Any]:
     """Held-out cross-entropy of a finished model, and its losses on prompts and on odd text."""
-    from ln_removal.data.tokens import TokenDataset
-    from ln_removal.evaluation.loss import cross_entropy
-    from ln_removal.models.loading import load_model
 
     loaded = load_model(str(model), device=device)
     loss = cross_entropy(
@@ -132,8 +129,6 @@ def scores(recipe: Recipe, model: Path, tokens: Path, device: str) -> dict[str, 
 
 def scores_on_prompts(loaded: Any, tokens: Path, context: int) -> dict[str, Any]:
     """Mean loss on each kind of prompt, and the largest mean loss of a sequence of each kind of odd text."""
-    from ln_removal.data.tokens import TokenDataset
-    from ln_removal.evaluation.prompts import KINDS, prompt_losses, prompt_sets
 
     data = TokenDataset.open(tokens)
     positions = loaded.model.config.max_position_embeddings
@@ -302,7 +297,6 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the shared recipe")
     parser.add_argument("--json", type=Path, help="also write the whole table with every run here")
     given = parser.parse_args()
-    from ln_removal.models.loading import load_model
 
     BASE.update(parse_overrides(given.set))
     loaded = load_model(given.model)
