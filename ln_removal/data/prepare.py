@@ -44,7 +44,7 @@ PROGRESS = "progress.json"
 LOCK = "prepare.lock"
 BATCH_BYTES = 1 << 20
 BATCH_DOCUMENTS = 1024
-BYTES_A_TOKEN = 64
+BATCH_BYTES_A_TOKEN = 64
 """What a token of a pre-tokenised document counts as in a batch. 16,384 make one, so that a model that writes them is seen to."""
 
 QUEUED_BATCHES = 4
@@ -251,7 +251,7 @@ def _batches(corpus: Corpus, skip: int) -> Generator[Batch, None, None]:
     size = 0
     for document in corpus.documents(skip):
         batch.append(document)
-        size += len(document.text) if isinstance(document, Document) else BYTES_A_TOKEN * len(document.tokens)
+        size += len(document.text) if isinstance(document, Document) else BATCH_BYTES_A_TOKEN * len(document.tokens)
         if size >= BATCH_BYTES or len(batch) >= BATCH_DOCUMENTS:
             yield batch
             batch, size = [], 0
