@@ -20,14 +20,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from measuring import machine, write_result
 from measuring import table as aligned
-from removal_quality import mean_and_error, scores, train_control
+from removal_quality import mean_and_error, scores, train_one
 
 from ln_removal.config.presets import with_steps
 from ln_removal.config.recipe import Recipe, load_recipe
 from ln_removal.data.open_corpus import Writer, open_corpus
 from ln_removal.data.prepare import prepare
 from ln_removal.models.loading import load_tokenizer, tokenizer_fingerprint
-from ln_removal.pipelines.removal import remove
 
 VALIDATION_SHARE = 0.05
 
@@ -72,11 +71,7 @@ def trained(
 ) -> dict[str, Any]:
     """Train on `tokens`; the scores on the held-out part of each of `texts`."""
     began = time.perf_counter()
-    if control:
-        train_control(recipe, tokens, work, device)
-    else:
-        remove(recipe, work, tokens=tokens, questions=None, device=device, progress=False)
-    model = work / ("control/model" if control else "model")
+    model = train_one(recipe, tokens, work, control=control, device=device)
     found = {name: scores(recipe, model, place, device)["cross_entropy"] for name, place in texts.items()}
     return {"held_out": found, "seconds": round(time.perf_counter() - began, 1)}
 

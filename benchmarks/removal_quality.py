@@ -91,16 +91,8 @@ def run_arm(recipe: Recipe, tokens: Path, work: Path, *, control: bool, device: 
     began = time.perf_counter()
     if work.exists():
         shutil.rmtree(work)
-    context = run_context(work, tokens=tokens, device=device, progress=False)
-    if control:
-        removal.train_control(context, recipe, TokenDataset.open(tokens))
-        rows = read_rows(work / "control" / METRICS_FILE)
-    else:
-        inputs = removal.prepare(context, recipe)
-        with removal.removal_session(context, recipe, inputs) as session:
-            trained = train(session)
-        removal.export(context, recipe, inputs, trained)
-        rows = read_rows(work / METRICS_FILE)
+    model = train_one(recipe, tokens, work, control=control, device=device)
+    rows = read_rows(model.parent / METRICS_FILE)
     evaluations = [(row["step"], row["cross_entropy"]) for row in rows if row["kind"] == "evaluation"]
     training = [row["loss"] for row in rows if row["kind"] == "train"]
     return {
@@ -110,8 +102,21 @@ def run_arm(recipe: Recipe, tokens: Path, work: Path, *, control: bool, device: 
         "worst_training_loss": max(math.inf if loss is None else loss for loss in training),  # null: it was not finite
         "tokens_per_second": statistics.median(row["tokens_per_second"] for row in rows if row["kind"] == "train"),
         "seconds": round(time.perf_counter() - began, 1),
-        **scores(recipe, work / ("control/model" if control else "model"), tokens, device),
+        **scores(recipe, model, tokens, device),
     }
+
+
+def train_one(recipe: Recipe, tokens: Path, work: Path, *, control: bool, device: str) -> Path:
+    """Make the removal, or its control alone, in the directory `work`; returns the model's."""
+    context = run_context(work, tokens=tokens, device=device, progress=False)
+    if control:
+        removal.train_control(context, recipe, TokenDataset.open(tokens))
+        return work / "control" / "model"
+    inputs = removal.prepare(context, recipe)
+    with removal.removal_session(context, recipe, inputs) as session:
+        trained = train(session)
+    removal.export(context, recipe, inputs, trained)
+    return work / "model"
 
 
 def scores(recipe: Recipe, model: Path, tokens: Path, device: str) -> dict[str, Any]:
