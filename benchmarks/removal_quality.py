@@ -108,6 +108,7 @@ def run_arm(recipe: Recipe, tokens: Path, work: Path, *, control: bool, device: 
 
 def train_one(recipe: Recipe, tokens: Path, work: Path, *, control: bool, device: str) -> Path:
     """Make the removal, or its control alone, in the directory `work`; returns the model's."""
+    work.mkdir(parents=True)
     context = run_context(work, tokens=tokens, device=device, progress=False)
     if control:
         removal.train_control(context, recipe, TokenDataset.open(tokens))
