@@ -101,7 +101,7 @@ def model_of(work: Path, tokens: Path, steps: int) -> Path:
             },
             "training": {
                 "steps": steps,
-                "tokens_per_step": 4_096,
+                "tokens_per_step": 2_048,
                 "learning_rate": 3e-3,
                 "minimum_learning_rate": 1e-4,
                 "warmup_steps": 20,
@@ -167,15 +167,15 @@ def losses(model: Path, tokens: Path) -> dict[str, float]:
     return {kind: cross_entropy(loaded, split, context=CONTEXT, windows=kind).cross_entropy for kind in kinds}
 
 
-CONTROLS = ("control stream", "control document")
-REMOVALS = ("default stream", "default document", "published document")
+CONTROLS = ("control document", "control stream")
+REMOVALS = ("default document", "published document", "default stream")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--model-steps", type=int, default=200)
+    parser.add_argument("--model-steps", type=int, default=600)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
@@ -184,7 +184,7 @@ def main() -> None:
     model = model_of(given.work / "pretraining", tokens, given.model_steps)
     found: dict[str, dict[int, dict[str, Any]]] = {}
     for seed in given.seeds:
-        for arm in (*CONTROLS, *REMOVALS):
+        for arm in (CONTROLS[0], *REMOVALS, CONTROLS[1]):
             file = given.work / f"{arm.replace(' ', '-')}-{seed}-{given.steps}.json"
             if not file.exists():
                 recipe = recipe_of(arm, model, seed, given.steps)

@@ -75,14 +75,12 @@ class DocumentSampler(Sampler):
 
     def _draw_epoch(self, epoch: int) -> _Packed:
         generator = np.random.Generator(np.random.Philox(key=[self._seed, epoch]))
-        # Documents of one length trade places.
+        # Documents of one length trade places: drawn[n] stands where document n would, with the token in front or without.
         drawn = np.lexsort((generator.random(len(self._length)), self._length))
         by_size = np.argsort(self._size, kind="stable")
-        piece = np.empty(len(drawn), np.int64)  # for each place: the document, and with it ...
-        role = np.empty(
-            len(drawn), np.int64
-        )  # ... the number of one of the same length whose size and token in front it has
-        piece[self._places], role[self._places] = drawn[by_size], by_size
+        role = np.empty(len(drawn), np.int64)
+        role[self._places] = by_size
+        piece = drawn[role]
         last = np.cumsum(self._row_sizes)
         rows = np.stack([last - self._row_sizes, last], axis=1)[generator.permutation(len(last))]
         bos = self._bos[role]

@@ -289,15 +289,14 @@ def check_windows(session: Session, recipe: Recipe, data: TokenDataset) -> None:
     if found is None:
         return
     session.tracker.log(WINDOWS, 0, asdict(found))
-    losses = {"document": found.document, "stream": found.stream}
-    chosen = recipe.data.windows
-    other = "stream" if chosen == "document" else "document"
-    surplus = losses[chosen] - losses[other]
+    surplus, other = found.stream - found.document, "document"
+    if recipe.data.windows == "document":
+        surplus, other = -surplus, "stream"
     if surplus > CLEARLY_WORSE and surplus > 2 * found.standard_error:
-        read = {"document": "documents from their start", "stream": "the same text in a stream of documents"}
         session.tracker.say(
-            f"warning: the original has a loss of {losses[other]:.2f} nats on {read[other]} and of {losses[chosen]:.2f} on "
-            f'{read[chosen]}, which this recipe trains on; set data.windows = "{other}" if the model was trained that way'
+            f"warning: the original has a loss of {found.document:.2f} nats on documents that are read from their start, and of "
+            f"{found.stream:.2f} on the same text in the middle of a stream; this recipe trains on the worse of the two, so set "
+            f'data.windows = "{other}" if the model was trained that way'
         )
 
 
