@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from measuring import machine, table, write_result
 from removal_arms import ARMS
-from removal_quality import BASE, train_control
+from removal_quality import BASE, train_one
 
 from ln_removal.config.presets import with_layers, with_steps
 from ln_removal.config.recipe import Recipe, WindowKind, load_recipe, validate_recipe, with_overrides
@@ -145,7 +145,7 @@ def run(recipe: Recipe, tokens: Path, work: Path, *, control: bool) -> dict[str,
     began, said = time.perf_counter(), io.StringIO()
     shutil.rmtree(work, ignore_errors=True)
     if control:
-        train_control(recipe, tokens, work, "cpu")
+        train_one(recipe, tokens, work, control=True, device="cpu")
     else:
         with contextlib.redirect_stderr(said):
             remove(recipe, work, tokens=tokens, questions=None, device="cpu", progress=False)
