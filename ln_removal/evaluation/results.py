@@ -16,7 +16,7 @@ A model has one of three roles: `original` (before any training), `control` (the
       "tokens": 403210,                                                         validation tokens scored, each model
       "seconds": 412.0,                                                         wall-clock time of the command
       "device": "cpu",
-      "settings": {"data": ..., "context": ..., "precision": ...,
+      "settings": {"data": ..., "context": ..., "windows": ..., "precision": ...,
                    "questions": ..., "question_set": ..., "protocol": ...},
       "by_data": [{"data": ..., "differences": [...], "by_position": {...}, "worst": [...], ...}, ...],
       "prompts": [{"kind": "document start", "bos": true, "loss": {"original": ..., "control": ..., "ln_free": ...},
@@ -56,6 +56,7 @@ from pydantic import (
     model_validator,
 )
 
+from ln_removal.config.recipe import WindowKind
 from ln_removal.errors import UserError
 from ln_removal.files.atomic import write_json_atomically
 from ln_removal.files.resources import package_version
@@ -272,6 +273,7 @@ class Settings(Schema):
     Attributes:
         data: name of the first data set.
         context: tokens in a window.
+        windows: "stream", or "document" where each document was read by itself.
         precision: of the forward passes.
         questions: how many were asked of each model.
         question_set, protocol: empty when no questions were asked.
@@ -279,6 +281,7 @@ class Settings(Schema):
 
     data: str
     context: int
+    windows: WindowKind = "stream"
     precision: Precision = "float32"
     questions: NonNegativeInt = 0
     question_set: str = ""
@@ -308,8 +311,10 @@ class Results(Schema):
     versions: dict[str, str] = Field(default_factory=lambda: versions())
 
     @property
-    def stride_note(self) -> str:
-        """`, stride 512` where windows overlapped, which lowers the loss; else empty."""
+    def windows_note(self) -> str:
+        """`, each document by itself`, or `, stride 512` where windows overlapped, which lowers the loss; else empty."""
+        if self.settings.windows == "document":
+            return ", each document by itself"
         first = self.by_data[0] if self.by_data else None
         return f", stride {first.stride:,}" if first is not None and first.stride < first.context else ""
 

@@ -139,6 +139,7 @@ def score(inputs: ScoringInputs, options: ScoringOptions, *, seconds_before: flo
         settings=Settings(
             data=next(iter(inputs.data_sets)),
             context=inputs.context,
+            windows=inputs.windows,
             questions=next(iter(choices.values())).questions if choices else 0,
             question_set=questions.name if questions else "",
             protocol=questions.protocol if questions else "",

@@ -302,7 +302,7 @@ def _scores(results: Results) -> str:
     roles = shown_roles(results)
     rows = [(row.label, *map(row.value, roles)) for row in score_rows(results, _LABELS)]
     settings = results.settings
-    window = f"windows of {settings.context}{results.stride_note}"
+    window = f"windows of {settings.context}{results.windows_note}"
     notes = [f"{results.tokens:,} tokens of {settings.data}, {window}, {settings.precision}."]
     if settings.questions:
         notes.append(

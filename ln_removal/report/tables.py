@@ -263,7 +263,7 @@ def _further_tables(results: Results) -> Iterator[Table]:
 def _notes(results: Results) -> list[str]:
     """How the models were scored, and the gap."""
     settings = results.settings
-    window = f"context {settings.context}{results.stride_note}"
+    window = f"context {settings.context}{results.windows_note}"
     notes = [f"{results.tokens:,} tokens of {settings.data}, {window}, {settings.precision}"]
     if settings.questions:
         notes.append(f"{settings.questions:,} questions of {settings.question_set}, protocol {settings.protocol}")
