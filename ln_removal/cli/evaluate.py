@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ln_removal.cli import console
-
-
-class Windows(StrEnum):
-    """The values of --windows."""
-
-    stream = "stream"
-    document = "document"
-
+from ln_removal.config.recipe import WindowKind
 
 SourceArgument = Annotated[
     str,
@@ -66,7 +58,7 @@ StrideOption = Annotated[
     ),
 ]
 WindowsOption = Annotated[
-    Windows | None,
+    WindowKind | None,
     typer.Option(
         help="Score windows of the text as one stream, or each document from its start: as the models were trained. "
         "Default: the run's, else stream.",
@@ -119,35 +111,27 @@ def evaluate(
 ) -> None:
     """Score a run's models, or any models, on held-out tokens.
 
-    A model inside a run (DIR/model) takes tokens, context, limit and windows from that run. Besides the mean: median and percentiles,
-    the worst windows with their text, calibration, loss by position, and the differences between the models with 95 %
-    paired bootstrap intervals; the loss on prompts as TransformerLens makes them, with the end-of-text token in front and
-    without it. Before ln-report, write them to RUN/results.json with --out.
+    A model inside a run (DIR/model) takes tokens, context, limit and windows from that run. Besides the mean: percentiles, the
+    worst windows, calibration, loss by position and on prompts, and differences with 95 % paired bootstrap intervals. Before
+    ln-report, write them to RUN/results.json with --out.
 
     \b
     Examples:
       ln-evaluate checkpoints/demo
       ln-evaluate checkpoints/demo/model --json
       ln-evaluate checkpoints/gpt2/model --original gpt2 --tokens data/the-pile --questions hellaswag
-      ln-evaluate checkpoints/gpt2 --corpus wikitext --corpus the-pile --corpus notes.txt --max-tokens 1000000
+      ln-evaluate checkpoints/gpt2 --corpus wikitext --corpus notes.txt --max-tokens 1000000
       ln-evaluate checkpoints/demo --odd-text --prompt "def read_lines(path):"
     """
     console.check_writable(out, "--out")
     place = console.pick_device(device)
-
     from ln_removal.evaluation import results as results_file
     from ln_removal.evaluation.hellaswag import load_question_set
     from ln_removal.evaluation.scoring import STRESS_SEQUENCES, ScoringOptions, score, scoring_inputs
 
+    limits = {"context": context, "max_tokens": max_tokens}
     with scoring_inputs(
-        source,
-        tokens or (),
-        corpus or (),
-        original=original,
-        control=control,
-        context=context,
-        max_tokens=max_tokens,
-        windows=None if windows is None else windows.value,
+        source, tokens or (), corpus or (), original=original, control=control, windows=windows, **limits
     ) as inputs:
         options = ScoringOptions(
             stride=stride,

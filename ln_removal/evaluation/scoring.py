@@ -99,23 +99,12 @@ def score(inputs: ScoringInputs, options: ScoringOptions, *, seconds_before: flo
             are checked before the first one is scored.
     """
     from ln_removal.data.stress_text import stress_sequences
-    from ln_removal.evaluation.compare import Comparison
     from ln_removal.evaluation.prompts import compare_prompts, prompt_sets
     from ln_removal.evaluation.results import Settings, collect
 
     began = time.perf_counter()
     tokenizer = _checked_tokenizer(inputs, options)
-    comparisons = [
-        Comparison(
-            name,
-            data,
-            context=inputs.context,
-            windows=inputs.windows,
-            stride=options.stride,
-            max_tokens=inputs.max_tokens,
-        )
-        for name, data in inputs.data_sets.items()
-    ]
+    comparisons = _comparisons(inputs, options)
     count, seed = options.stress_sequences, options.seed
     stress = stress_sequences(tokenizer, context=max(3, inputs.context + 1), count=count, seed=seed) if count else {}
     prompts = prompt_sets(
@@ -152,6 +141,23 @@ def score(inputs: ScoringInputs, options: ScoringOptions, *, seconds_before: flo
         stress_texts=_stress_texts(tokenizer, stress, found),
         samples=list(_samples(found, options)),
     )
+
+
+def _comparisons(inputs: ScoringInputs, options: ScoringOptions) -> list[Comparison]:
+    """One for each data set; no model is in them yet."""
+    from ln_removal.evaluation.compare import Comparison
+
+    return [
+        Comparison(
+            name,
+            data,
+            context=inputs.context,
+            windows=inputs.windows,
+            stride=options.stride,
+            max_tokens=inputs.max_tokens,
+        )
+        for name, data in inputs.data_sets.items()
+    ]
 
 
 def _checked_tokenizer(inputs: ScoringInputs, options: ScoringOptions) -> PreTrainedTokenizerBase:
