@@ -248,6 +248,6 @@ def test_special_constants_are_not_dropped_before_the_last_freeze() -> None:
 
 
 def test_the_stage_of_a_schedule_that_freezes_everything_together() -> None:
-    schedule = expand(load_recipe("gpt2").schedule, 12, 1000)  # type: ignore[arg-type]
+    schedule = expand(load_recipe("gpt2-together").schedule, 12, 1000)  # type: ignore[arg-type]
     stages = [schedule.stage(step) for step in (0, 1, 50, 100, 200, 251)]
     assert stages == ["real", "freezing 1 %", "freezing 50 %", "special", "special", "recovery"]

@@ -29,6 +29,10 @@ VOCABULARY_MULTIPLE_ON_CUDA = 64
 """The vocabulary is padded to a multiple of this on a GPU: GPT-2's 50,257 would keep its matrix products off the fast kernels."""
 
 
+AS_GOOD = 1e-3
+"""Nats per token. A teacher that is worse by less is as good: before anything freezes, both differ by rounding alone."""
+
+
 class Head(NamedTuple):
     """What turns hidden states into logits: weight (V, D), bias (V,) or None."""
 
@@ -118,10 +122,10 @@ def _only(kept: Tensor | None, values: Tensor) -> Tensor:
 
 
 def _where_at_most(first: Tensor, second: Tensor, length: int) -> Tensor:
-    """1.0 in each sequence of `length` positions where `first` is at most `second` on the mean, else 0.0; all are (rows, 1)."""
+    """1.0 in each sequence of `length` positions where the mean of `first` is not above that of `second`, else 0.0; (rows, 1)."""
     rows = len(first)
     span = length if rows % length == 0 else rows
-    lower = (second - first).view(-1, span).sum(dim=1, keepdim=True) >= 0
+    lower = (second - first).view(-1, span).mean(dim=1, keepdim=True) > -AS_GOOD
     return lower.expand(-1, span).reshape(rows, 1).to(first.dtype)
 
 
