@@ -80,7 +80,7 @@ def staged(*, until: float, taper: float, special: float, start: float = 0.0) ->
 
 
 PROMPTS = {"bos_rows": 0.2, "copies": 0.1}
-"""Training rows that begin with the end-of-text token, and rows that repeat themselves, as in recipe tiny."""
+"""Rows that begin with the end-of-text token, and rows that repeat themselves. The recipes have half as many of the latter."""
 
 CONTROL = "control"
 CONTROLS = {CONTROL: {}, "control-prompts": PROMPTS}
@@ -99,18 +99,22 @@ ARMS: dict[str, Arm] = {
     "paper-2": Arm("Baroni et al. 2025, compressed", published("gpt2-fast")),
     "paper-2-aux": Arm("the same with its auxiliary loss", published("gpt2-fast-aux"), PAPER_STD),
     "at-once": Arm("every site and both special constants in step 1", together()),
-    "ours": Arm("recipe tiny: layer by layer, std loss, a teacher", LAYER_BY_LAYER, {**STD, **TEACHER}, PROMPTS),
-    "ours-together": Arm(
+    "staged-teacher": Arm(
+        "layer by layer, std loss, a teacher that stays for the whole run", LAYER_BY_LAYER, {**STD, **TEACHER}, PROMPTS
+    ),
+    "together-teacher": Arm(
         "the same, all sites tapered together", together(taper=0.1, special=0.25), {**STD, **TEACHER}, PROMPTS
     ),
-    "ours-fading": Arm("the same, with a teacher that fades", LAYER_BY_LAYER, {**STD, **FADING}, PROMPTS),
-    "ours-shrink": Arm(
+    "staged-fading": Arm(
+        "the method of recipe tiny: the same with a teacher that fades", LAYER_BY_LAYER, {**STD, **FADING}, PROMPTS
+    ),
+    "shrink-teacher": Arm(
         "the same after a tenth of the run in which outlying positions shrink",
         staged(until=0.1, taper=0.05, special=0.1, start=0.1),
         {**STD, **TEACHER, **SHRINK},
         PROMPTS,
     ),
-    "ours-plain": Arm("the same without rows that look like prompts", LAYER_BY_LAYER, {**STD, **TEACHER}),
+    "staged-plain": Arm("the same without rows that look like prompts", LAYER_BY_LAYER, {**STD, **TEACHER}),
 }
 
 

@@ -1,7 +1,7 @@
 """How good is a removal: arms that differ in schedule and loss, trained on equal tokens and equal batches.
 
     python benchmarks/removal_quality.py --model tiny --tokens DIR --out DIR --seeds 0 1 2
-    python benchmarks/removal_quality.py --model /tmp/testbed/model --name massive --tokens DIR --out DIR --arms at-once ours
+    python benchmarks/removal_quality.py --model /tmp/testbed/model --name massive --tokens DIR --out DIR --arms at-once staged-fading
 
 Each (arm, seed) is one run, written to OUT/NAME/ARM-SEED.json when it is done; what is there already is
 not trained again. The table has, for each arm, mean and standard error over seeds of the held-out cross-entropy, of the gap

@@ -55,7 +55,7 @@ def test_the_table_of_arms_shows_prompts_where_every_run_has_them() -> None:
         "tokens_per_second": 1.0,
     }
     rows = table(
-        {"control": {0: run(0), 1: run(0)}, "ours-plain": {0: run(0.1), 1: run(0.2)}, "at-once": {0: run(1), 1: older}},
+        {"control": {0: run(0), 1: run(0)}, "staged-plain": {0: run(0.1), 1: run(0.2)}, "at-once": {0: run(1), 1: older}},
         1,
         {},
         {},
@@ -65,7 +65,7 @@ def test_the_table_of_arms_shows_prompts_where_every_run_has_them() -> None:
         for line in show(rows).splitlines()
         for cells in [line.split("|")]
     }
-    assert shown["ours-plain"][-7:] == ["6.50", *["+0.1500", "+0.4500"] * 3]
+    assert shown["staged-plain"][-7:] == ["6.50", *["+0.1500", "+0.4500"] * 3]
     assert shown["at-once"][-7:] == ["-"] * 7 and shown["at-once"][-8] == "5.00"
 
 

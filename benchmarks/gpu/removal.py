@@ -18,7 +18,7 @@ from measuring import cores, machine, write_result
 from removal_arms import CONTROLS
 from removal_quality import BASE, recipe_of, run_arm, scores_on_prompts, show, table
 
-ARMS = (*CONTROLS, "paper-2", "at-once", "ours", "ours-together", "ours-fading")
+ARMS = (*CONTROLS, "paper-2", "at-once", "staged-teacher", "together-teacher", "staged-fading")
 
 
 def run_one(options: argparse.Namespace) -> None:
