@@ -100,13 +100,16 @@ ARMS: dict[str, Arm] = {
     "paper-2-aux": Arm("the same with its auxiliary loss", published("gpt2-fast-aux"), PAPER_STD),
     "at-once": Arm("every site and both special constants in step 1", together()),
     "staged-teacher": Arm(
-        "layer by layer, std loss, a teacher that stays for the whole run", LAYER_BY_LAYER, {**STD, **TEACHER}, PROMPTS
+        "the method of recipe tiny: layer by layer, std loss, a teacher that stays",
+        LAYER_BY_LAYER,
+        {**STD, **TEACHER},
+        PROMPTS,
     ),
     "together-teacher": Arm(
         "the same, all sites tapered together", together(taper=0.1, special=0.25), {**STD, **TEACHER}, PROMPTS
     ),
     "staged-fading": Arm(
-        "the method of recipe tiny: the same with a teacher that fades", LAYER_BY_LAYER, {**STD, **FADING}, PROMPTS
+        "the same with a teacher that fades, as in recipe gpt2", LAYER_BY_LAYER, {**STD, **FADING}, PROMPTS
     ),
     "shrink-teacher": Arm(
         "the same after a tenth of the run in which outlying positions shrink",
