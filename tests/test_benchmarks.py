@@ -55,7 +55,11 @@ def test_the_table_of_arms_shows_prompts_where_every_run_has_them() -> None:
         "tokens_per_second": 1.0,
     }
     rows = table(
-        {"control": {0: run(0), 1: run(0)}, "staged-plain": {0: run(0.1), 1: run(0.2)}, "at-once": {0: run(1), 1: older}},
+        {
+            "control": {0: run(0), 1: run(0)},
+            "staged-plain": {0: run(0.1), 1: run(0.2)},
+            "at-once": {0: run(1), 1: older},
+        },
         1,
         {},
         {},

@@ -173,7 +173,12 @@ main()
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir() if path.name != "prepare.lock"}
+    # A process that is killed in the middle of an atomic write leaves its temporary file.
+    return {
+        path.name: path.read_bytes()
+        for path in directory.iterdir()
+        if path.name != "prepare.lock" and path.suffix != ".tmp"
+    }
 
 
 @pytest.mark.usefixtures("small_batches")

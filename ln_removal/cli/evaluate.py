@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from ln_removal.cli import console
-from ln_removal.config.recipe import WindowKind
 
 SourceArgument = Annotated[
     str,
@@ -58,7 +57,7 @@ StrideOption = Annotated[
     ),
 ]
 WindowsOption = Annotated[
-    WindowKind | None,
+    Literal["stream", "document"] | None,
     typer.Option(
         help="Score windows of the text as one stream, or each document from its start: as the models were trained. "
         "Default: the run's, else stream.",
