@@ -115,6 +115,8 @@ class Sampler(ABC):
         """Stress text or a copied sequence that takes the place of sequence `number`, (T + 1,); None where none does."""
         if self._mixed_in is not None and (stress := self._mixed_in.draw(self._seed, number)) is not None:
             return stress
+        if not self._copies:
+            return None
         generator = np.random.Generator(np.random.Philox(key=[self._seed, number], counter=[3, 0, 0, 0]))
         return self._copied(number, generator) if generator.random() < self._copies else None
 

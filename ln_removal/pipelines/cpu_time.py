@@ -158,9 +158,8 @@ def _objective(recipe: Recipe, shape: ArchitectureSpec) -> Objective:
     distillation = None
     if has_teacher(recipe):
         distillation = Distillation(as_teacher(copy.deepcopy(model), spec.precision), spec.distillation)
-    install(model, eot_token_id=0)
-    auxiliary = Auxiliary(spec.auxiliary_weight, spec.auxiliary_target, spec.auxiliary_sites)
-    return Objective(model, eot_token_id=0, auxiliary=auxiliary, distillation=distillation).train()
+    install(model, eot_token_id=0, median=spec.std_statistic == "median")
+    return Objective(model, eot_token_id=0, auxiliary=Auxiliary.of(spec), distillation=distillation).train()
 
 
 def _memory_needed(recipe: Recipe, shape: ArchitectureSpec, micro_batch: int) -> int:

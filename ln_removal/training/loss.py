@@ -28,6 +28,8 @@ from ln_removal.training.cross_entropy import Head, linear_cross_entropy
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ln_removal.config.recipe import TrainingSpec
+
 
 OUTLYING = math.log(1.5)
 """A position is outlying where its std is more than 1.5 times the constant, or less than the constant over 1.5."""
@@ -49,6 +51,11 @@ class Auxiliary:
     target: Literal["batch", "constants"] = "batch"
     sites: Literal["ln_f", "all"] = "ln_f"
     outlier_weight: float = 0.0
+
+    @classmethod
+    def of(cls, spec: TrainingSpec) -> Auxiliary:
+        """The terms that a recipe's [training] asks for."""
+        return cls(spec.auxiliary_weight, spec.auxiliary_target, spec.auxiliary_sites, spec.outlier_weight)
 
 
 @dataclass(frozen=True)

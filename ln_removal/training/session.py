@@ -264,8 +264,7 @@ def _objective(
     if spec.distillation > 0:
         assert teacher is not None, "the caller keeps a copy of the original model"
         distillation = Distillation(teacher.to(model.device), spec.distillation)
-    auxiliary = Auxiliary(spec.auxiliary_weight, spec.auxiliary_target, spec.auxiliary_sites, spec.outlier_weight)
-    return Objective(model, eot_token_id=eot_token_id, auxiliary=auxiliary, distillation=distillation)
+    return Objective(model, eot_token_id=eot_token_id, auxiliary=Auxiliary.of(spec), distillation=distillation)
 
 
 def _entropy_penalty(model: PreTrainedModel, spec: TrainingSpec) -> EntropyPenalty | None:
