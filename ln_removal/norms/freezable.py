@@ -174,7 +174,7 @@ class FreezableNorm(nn.Module):
             self.register_buffer(name, initial.to(device=weight.device))
 
         buffer("mix", torch.zeros(readers, dtype=dtype))
-        # Ones, not zeros: frozen_std ** -mix is computed while mix is still 0 and has to stay finite.
+        # Ones, not zeros: their logarithm is taken while mix is still 0 and has to stay finite.
         buffer("frozen_std", torch.ones(readers, N_CLASSES, dtype=dtype))
         buffer("captured_std", torch.ones(readers, N_CLASSES, dtype=dtype))
         buffer("dropped", torch.zeros(N_CLASSES, dtype=dtype))
@@ -200,14 +200,21 @@ class FreezableNorm(nn.Module):
         variance = variance + self.eps
         if self.training:
             self._observe(variance, classes)
-        real = torch.rsqrt(variance)  # (B, T, 1)
-        frozen = self.frozen_std.reciprocal() ** self.mix.unsqueeze(1)  # (R, K)
         centred = (wide - mean) * self.weight
-        # x ** 0 is exactly 1, so the scale is exactly 1 / constant at mix 1, and exactly that of LayerNorm at mix 0.
         return tuple(
-            torch.addcmul(self.bias, centred, real ** (1 - self.mix[r]) * frozen[r][classes].unsqueeze(-1)).to(x.dtype)
+            torch.addcmul(self.bias, centred, self._scale(r, variance.log(), classes)).to(x.dtype)
             for r in range(self.readers)
         )
+
+    def _scale(self, reader: int, log_variance: Tensor, classes: Tensor) -> Tensor:
+        """The scale of one reader, (B, T, 1), by the module's formula. At mix 1 it is exactly 1 / constant, whatever the variance is.
+
+        As one exponential, because compilers for a CPU compute that once for a position, and a power once for each channel.
+        """
+        mix, constants = self.mix[reader], self.frozen_std[reader]
+        frozen = (mix * constants.log())[classes].unsqueeze(-1)
+        between = torch.exp((mix - 1) / 2 * log_variance - frozen)
+        return torch.where(mix == 1, constants.reciprocal()[classes].unsqueeze(-1), between)
 
     @torch.no_grad()
     def _observe(self, variance: Tensor, classes: Tensor) -> None:
