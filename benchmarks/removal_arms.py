@@ -79,8 +79,8 @@ def staged(*, until: float, taper: float, special: float, start: float = 0.0) ->
     return schedule
 
 
-PROMPTS = {"bos_rows": 0.2, "copies": 0.1}
-"""Rows that begin with the end-of-text token, and rows that repeat themselves. The recipes have half as many of the latter."""
+PROMPTS = {"bos_rows": 0.2, "copies": 0.075}
+"""Rows that begin with the end-of-text token, and rows that repeat themselves, as in the recipes."""
 
 CONTROL = "control"
 CONTROLS = {CONTROL: {}, "control-prompts": PROMPTS}
@@ -100,7 +100,7 @@ ARMS: dict[str, Arm] = {
     "paper-2-aux": Arm("the same with its auxiliary loss", published("gpt2-fast-aux"), PAPER_STD),
     "at-once": Arm("every site and both special constants in step 1", together()),
     "staged-teacher": Arm(
-        "the method of recipe tiny: layer by layer, std loss, a teacher that stays",
+        "the method of recipe tiny: layer by layer, std loss, a teacher until the model catches up",
         LAYER_BY_LAYER,
         {**STD, **TEACHER},
         PROMPTS,
@@ -109,7 +109,7 @@ ARMS: dict[str, Arm] = {
         "the same, all sites tapered together", together(taper=0.1, special=0.25), {**STD, **TEACHER}, PROMPTS
     ),
     "staged-fading": Arm(
-        "the same with a teacher that fades, as in recipe gpt2", LAYER_BY_LAYER, {**STD, **FADING}, PROMPTS
+        "the same with a teacher that also fades linearly to nothing", LAYER_BY_LAYER, {**STD, **FADING}, PROMPTS
     ),
     "shrink-teacher": Arm(
         "the same after a tenth of the run in which outlying positions shrink",

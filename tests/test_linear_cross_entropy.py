@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ln_removal.training import cross_entropy as linear
-from ln_removal.training.cross_entropy import Head, LinearLoss, linear_cross_entropy, pad_vocabulary
+from ln_removal.training.cross_entropy import WHOLE_LAG, Head, LinearLoss, linear_cross_entropy, pad_vocabulary
 
 WIDTH, TEACHER_WIDTH, VOCABULARY = 7, 5, 11
 
@@ -73,19 +73,36 @@ def test_distillation_is_the_mixture_of_both_losses(rows: int, share: float) -> 
     same_gradients(found.total, expected, (hidden, weight, bias))
 
 
-def test_the_teacher_is_heeded_only_in_sequences_that_it_predicts_better() -> None:
-    length, sequences, share = 4, 8, 0.7  # a chunk holds whole sequences
+@pytest.mark.parametrize("some", [False, True])
+def test_the_teacher_is_heeded_as_far_as_the_student_is_behind_it(some: bool) -> None:
+    length, sequences, share = 4, 24, 0.7  # a chunk holds whole sequences
     hidden, weight, bias, targets = student(length * sequences)
-    taught, its_head = teacher(length * sequences)
+    # A teacher that differs little from the student, and more from sequence to sequence.
+    noise = torch.randn(length * sequences, WIDTH, generator=torch.Generator().manual_seed(5))
+    taught = hidden.detach() + noise * torch.linspace(0.02, 0.6, length * sequences).unsqueeze(1)
+    its_head = Head(weight.detach(), bias.detach())
+    kept = torch.ones(sequences, length, dtype=torch.bool)
+    if some:
+        kept[:, -1] = False
+        kept[3] = False
     log_ours = F.linear(hidden, weight, bias).log_softmax(dim=1)
-    log_theirs = F.linear(taught, its_head.weight).log_softmax(dim=1)
+    log_theirs = F.linear(taught, *its_head).log_softmax(dim=1)
     ours, theirs = (
         F.nll_loss(log, targets, reduction="none").view(sequences, length) for log in (log_ours, log_theirs)
     )
     divergence = (log_theirs.exp() * (log_theirs - log_ours)).sum(dim=1).view(sequences, length)
-    better = (theirs.mean(dim=1) <= ours.mean(dim=1)).float().unsqueeze(1)
-    assert 0 < better.sum() < sequences
-    expected = ((1 - share * better) * ours + share * better * divergence).mean()
+    terms = []
+    heeds = []
+    for sequence in range(sequences):
+        of = kept[sequence]
+        if not of.any():
+            continue
+        lag = (ours[sequence][of] - theirs[sequence][of]).mean().item()
+        heed = share * min(1.0, max(0.0, lag / WHOLE_LAG))
+        heeds.append(heed)
+        terms.append(((1 - heed) * ours[sequence] + heed * divergence[sequence])[of])
+    assert 0.0 in heeds and share in heeds and any(0 < heed < share for heed in heeds)
+    expected = torch.cat(terms).mean()
     found = linear_cross_entropy(
         hidden,
         Head(weight, bias),
@@ -93,6 +110,7 @@ def test_the_teacher_is_heeded_only_in_sequences_that_it_predicts_better() -> No
         teacher_hidden=taught,
         teacher_head=its_head,
         share=torch.tensor(share),
+        trained=kept.flatten() if some else None,
         length=length,
     )
     torch.testing.assert_close(found.total, expected, rtol=1e-5, atol=1e-6)

@@ -242,13 +242,13 @@ def test_a_model_taught_by_its_own_copy(tiny_gpt2: GPT2LMHeadModel, token_ids: T
     sites = install(tiny_gpt2, eot_token_id=EOT)
     objective = Objective(tiny_gpt2, eot_token_id=EOT, distillation=Distillation(teacher, share=0.4)).train()
     loss = objective(token_ids)
-    assert loss.total.item() == pytest.approx(0.6 * plain.total.item(), rel=1e-5), "neither diverges from the other yet"
+    assert loss.total.item() == pytest.approx(plain.total.item(), rel=1e-5), "it is not behind its teacher yet"
     assert loss.cross_entropy.item() == pytest.approx(plain.cross_entropy.item(), rel=1e-5)
     sites.update_running(0.9)
     for site in sites.sites:
         sites.set_mix(site, 1.0)
     frozen = objective(token_ids)
-    assert frozen.total > 0.6 * frozen.cross_entropy, "a frozen model differs from its teacher"
+    assert frozen.total != frozen.cross_entropy, "a frozen model is behind its teacher"
     frozen.total.backward()
     assert all(parameter.grad is None for parameter in teacher.parameters())
     assert not teacher.training and tiny_gpt2.training

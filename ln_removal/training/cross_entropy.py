@@ -7,8 +7,9 @@ targets y and share s,
     loss        = (1 - s) CE(y, softmax z) + s KL(softmax t || softmax z)
     d loss / dz = softmax z - (1 - s) y - s softmax t
 
-The teacher can be heeded only where it knows better: s is then 0 in a sequence whose targets it predicts worse than the student,
-on the mean. A student that has learned something is not drawn back to what its teacher does not know.
+The teacher can be heeded only as far as the student is behind it. In a sequence whose targets the student predicts worse by
+the mean lag g, the share is then s min(1, max(0, g / WHOLE_LAG)). A student that catches up learns from the text, so it can get
+ahead of its teacher; one that cannot keeps its teacher.
 
 Shape legend: N positions, D model width, D' teacher's width, V vocabulary.
 """
@@ -29,8 +30,9 @@ VOCABULARY_MULTIPLE_ON_CUDA = 64
 """The vocabulary is padded to a multiple of this on a GPU: GPT-2's 50,257 would keep its matrix products off the fast kernels."""
 
 
-AS_GOOD = 1e-3
-"""Nats per token. A teacher that is worse by less is as good: before anything freezes, both differ by rounding alone."""
+WHOLE_LAG = 0.1
+"""Nats per token. A sequence in which the student is behind the teacher by this or more gives the teacher its whole share.
+Measured between 0 and 0.5 on a model that still learns and on one that does not (docs/LOG.md, 2026-11-26, third session)."""
 
 
 class Head(NamedTuple):
@@ -73,8 +75,8 @@ def linear_cross_entropy(
         share: s, in [0, 1]: how much of the loss is the Kullback-Leibler divergence from the teacher. As a scalar tensor
             it can change between the calls of a compiled graph.
         trained: (N,), true for the positions that the mean is over; the others have no gradient. None takes all.
-        length: positions of a sequence, which divides N: the teacher is heeded in the sequences where it knows better. A chunk
-            that does not hold a whole number of sequences counts as one. None heeds it everywhere.
+        length: positions of a sequence, which divides N: the teacher is heeded as far as the student is behind it in a sequence.
+            A chunk that does not hold a whole number of sequences counts as one. None heeds it everywhere.
     """
     assert (teacher_hidden is None) == (teacher_head is None), "a teacher has hidden states and a head"
     assert isinstance(share, Tensor) or 0 <= share <= 1, share
@@ -121,12 +123,18 @@ def _only(kept: Tensor | None, values: Tensor) -> Tensor:
     return values if kept is None else torch.where(kept, values, 0.0)
 
 
-def _where_at_most(first: Tensor, second: Tensor, length: int) -> Tensor:
-    """1.0 in each sequence of `length` positions where the mean of `first` is not above that of `second`, else 0.0; (rows, 1)."""
-    rows = len(first)
+def _heed(behind: Tensor, kept: Tensor | None, length: int) -> Tensor:
+    """How far to heed the teacher in each sequence of `length` positions, from 0 to 1; (rows, 1).
+
+    Args:
+        behind: the student's loss minus the teacher's, (rows, 1); 0 where not kept.
+        kept: (rows, 1), the positions that the mean is over; None takes all.
+    """
+    rows = len(behind)
     span = length if rows % length == 0 else rows
-    lower = (second - first).view(-1, span).mean(dim=1, keepdim=True) > -AS_GOOD
-    return lower.expand(-1, span).reshape(rows, 1).to(first.dtype)
+    count = span if kept is None else kept.view(-1, span).sum(dim=1, keepdim=True).clamp(min=1)
+    lag = behind.view(-1, span).sum(dim=1, keepdim=True) / count
+    return (lag / WHOLE_LAG).clamp(0, 1).expand(-1, span).reshape(rows, 1)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -177,7 +185,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 divergence += apart.sum()
                 heeded = share
                 if length is not None:
-                    heeded = share * _where_at_most(_only(kept, -log_taught.gather(1, target)), loss, length)
+                    heeded = share * _heed(loss + _only(kept, log_taught.gather(1, target)), kept, length)
                 total += ((1 - heeded) * loss + heeded * apart).sum()
                 slope = slope - (1 - heeded) * one_hot - heeded * probable
             slope = _only(kept, slope)
