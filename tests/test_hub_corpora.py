@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from fake_hub import FakeHub, run_client
 
+from ln_removal.data.corpora import Document, TokenDocument
 from ln_removal.data.hub_corpora import KNOWN_CORPORA, HubCorpus, _articles, hub_source, nanogpt_validation
 from ln_removal.errors import UserError
 
@@ -249,6 +251,23 @@ def test_rows_without_text_keep_their_place_and_give_nothing(results: Results) -
         "tokens stand for text: there are none"
     )
     assert stream(results, "nulls, from 2") == documents[2:]
+
+
+def test_a_tokenizer_is_trained_on_the_rows_that_have_text() -> None:
+    from ln_removal.pipelines.pretraining import _tokenizer_texts
+
+    class Rows(HubCorpus):
+        rows: list[Document | TokenDocument]
+
+        def documents(self, skip: int = 0) -> Iterator[Document | TokenDocument]:
+            yield from self.rows
+
+    corpus = Rows(KNOWN_CORPORA["wikitext"])
+    corpus.rows = [Document("one", "train", "a"), TokenDocument([], "train", "a"), Document("two", "train", "a")]
+    assert list(_tokenizer_texts(corpus)) == ["one", "two"]
+    corpus.rows.append(TokenDocument([5], "train", "a"))
+    with pytest.raises(UserError, match="already tokenised"):
+        list(_tokenizer_texts(corpus))
 
 
 def test_a_data_sets_own_validation_split_is_held_out_up_to_a_limit(results: Results) -> None:

@@ -5,17 +5,15 @@ One document, one line or one parquet batch is in memory at a time. Only a JSON 
 
 from __future__ import annotations
 
-import bz2
 import codecs
-import gzip
+import importlib
 import io
 import json
-import lzma
 import os
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, count, islice
@@ -23,6 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from ln_removal.errors import UserError
+
+try:
+    from lzma import LZMAError
+except ImportError:
+    LZMAError = OSError  # type: ignore[misc, assignment]
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
@@ -47,7 +50,7 @@ PARQUET_ROWS = 512
 BINARY_PROBE_BYTES = 8192
 UTF16_BYTES = 64 << 10
 
-READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError)
+READ_ERRORS = (OSError, EOFError, zlib.error, LZMAError)
 """What reading a file raises that is missing, unreadable, cut off or not compressed as its ending says."""
 
 _ANY_JSON = {".json", *(".json" + compression for compression in COMPRESSIONS)}
@@ -75,20 +78,16 @@ def opened(file: Path) -> Iterator[io.BufferedReader]:
 
 
 def _decompressed(file: Path) -> io.BufferedReader:
-    openers: dict[str, Callable[[Path], Any]] = {
-        ".gz": gzip.open,
-        ".bz2": bz2.open,
-        ".xz": lzma.open,
-        ".zst": _zstandard,
-    }
-    opener = openers.get(file.suffix.lower())
-    return file.open("rb") if opener is None else io.BufferedReader(opener(file))
+    suffix = file.suffix.lower()
+    if suffix == ".zst":
+        import pyarrow as pa
 
-
-def _zstandard(file: Path) -> Any:
-    import pyarrow as pa
-
-    return pa.CompressedInputStream(file.open("rb"), "zstd")
+        return io.BufferedReader(pa.CompressedInputStream(file.open("rb"), "zstd"))
+    # Imported only when needed: Python can be built without some of them.
+    modules = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma"}
+    if suffix in modules:
+        return io.BufferedReader(importlib.import_module(modules[suffix]).open(file))
+    return file.open("rb")
 
 
 class _FromUtf16(io.RawIOBase):
