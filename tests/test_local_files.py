@@ -336,7 +336,8 @@ def test_parquet_columns_are_checked(tmp_path: Path) -> None:
 def test_directory_with_nothing_to_read_says_what_is_there(tmp_path: Path) -> None:
     (tmp_path / "a.docx").write_text("a")
     (tmp_path / "b.docx").write_text("b")
-    with pytest.raises(UserError, match=r"\.docx"):
+    (tmp_path / "c.json").write_text('[{"body": "c"}]')
+    with pytest.raises(UserError, match=r"found 2 \.docx, 1 \.json; .*1 \.json without the field 'text'"):
         list(LocalFiles(tmp_path).documents())
 
 

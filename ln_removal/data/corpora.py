@@ -181,6 +181,11 @@ class LocalFiles:
         return (
             f"{self.path} holds {count} documents; at least 2 are needed, one to train on and one to validate on; read "
             f"are {WHAT_IS_READ} that are not empty, hidden or binary; found {_listed(endings) or 'no files'}"
+            + (
+                f"; of these were passed over {_listed(passed_over)}"
+                if (passed_over := self._reader.passed_over)
+                else ""
+            )
         )
 
     def remarks(self) -> list[str]:
