@@ -18,7 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from ln_removal.errors import UserError
 from ln_removal.evaluation.choices import Prompt, batches, ending_log_probs, pack
-from ln_removal.evaluation.hellaswag import PROTOCOLS, ChoiceResult, Protocol, evaluate_choices
+from ln_removal.evaluation.hellaswag import PROTOCOLS, ChoiceResult, Protocol, evaluate_choices, texts_of
 from ln_removal.evaluation.questions import Question, load_questions, write_jsonl
 
 TEXTS = [
@@ -351,10 +351,84 @@ def test_loading_text(tmp_path: Path, suffix: str) -> None:
     assert (second.ind, second.activity_label, second.label) == (1, "Cleaning", 0)
 
 
+RECORD: dict[str, Any] = {
+    "ind": 7, "activity_label": "Cooking", "ctx_a": "A man.", "ctx_b": "he", "ctx": "A man. he", "label": 1,
+    "endings": ["a", "b", "c", "d"], "split": "val", "source_id": "x~1",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("form", ["lines", "array", "array on one line", "text"])
+def test_every_form_of_a_file_of_questions_may_begin_with_a_byte_order_mark(
+    tmp_path: Path, form: str, encoding: str
+) -> None:
+    records = [RECORD, {**RECORD, "ind": 8, "ctx": "naïve [title]\u2028he", "label": 3}]
+    text = {
+        "lines": "".join(json.dumps(record, ensure_ascii=False) + "\r\n" for record in records),
+        "array": "\n" + json.dumps(records, indent=2, ensure_ascii=False) + "\n",
+        "array on one line": json.dumps(records),
+        "text": "".join(f"Cooking: {record['ctx']}\r\n{record['label']}\r\na\r\nb\r\nc\r\nd\r\n" for record in records),
+    }[form]
+    path = tmp_path / "q.json"
+    path.write_bytes(text.encode(encoding))
+    loaded = load_questions(path)
+    assert [(q.ctx, q.label, q.endings) for q in loaded] == [
+        (record["ctx"], record["label"], ("a", "b", "c", "d")) for record in records
+    ]
+    assert [q.ind for q in loaded] == ([0, 1] if form == "text" else [7, 8])
+
+
+def test_a_null_is_an_empty_text_and_never_the_word_none(tmp_path: Path) -> None:
+    nulls = dict.fromkeys(("ind", "activity_label", "ctx_a", "ctx_b", "split", "source_id"))
+    (tmp_path / "q.jsonl").write_text(json.dumps({**RECORD, "ctx": "A man.", **nulls}))
+    (loaded,) = load_questions(tmp_path / "q.jsonl")
+    assert loaded == Question(
+        ind=0, activity_label="", ctx_a="A man.", ctx_b="", ctx="A man.", endings=("a", "b", "c", "d"), label=1
+    )
+    assert texts_of(loaded, "lm-eval")[0].strip() == ": A man."
+    (tmp_path / "b.jsonl").write_text(json.dumps({**RECORD, "ctx_a": "A man. he", "ctx_b": None}))
+    assert texts_of(load_questions(tmp_path / "b.jsonl")[0], "lm-eval")[0].strip() == "Cooking: A man. he"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ctx": None}, "ctx is null"),
+        ({"ctx": 5}, "ctx is 5"),
+        ({"ctx_a": ["A man."]}, "ctx_a is ['A man.']"),
+        ({"ctx_b": False}, "ctx_b is False"),
+        ({"activity_label": {"en": "Cooking"}}, "activity_label is"),
+        ({"source_id": 3}, "source_id is 3"),
+        ({"ind": "7"}, "ind is '7'"),
+        ({"label": None}, "without labels"),
+        ({"label": 1.0}, "the label is '1.0'"),
+        ({"endings": ["a", "b", None, "d"]}, "not a list of 4"),
+        ({"ctx_a": None}, "ctx_b without ctx_a"),
+    ],
+)
+@pytest.mark.parametrize("indent", [None, 1])
+def test_other_types_are_errors_with_the_line(
+    tmp_path: Path, change: dict[str, Any], message: str, indent: int | None
+) -> None:
+    records = [RECORD, {**RECORD, **change}]
+    text = json.dumps(records, indent=1) if indent else "".join(json.dumps(record) + "\n" for record in records)
+    (tmp_path / "q.jsonl").write_text(text)
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
+        load_questions(tmp_path / "q.jsonl")
+    line = text[: text.rindex('"ind"')].count("\n") if indent else 2  # the bracket stands on the line before "ind"
+    assert f"line {line}: " in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("", "it is empty"),
+        ("[]", "its list is empty"),
+        ('[{"ctx": "a"},\n{"ctx', "line 2: not JSON"),
+        ('[\n{"ctx": "a"}]', "line 2: no endings, label"),
+        ("[{} {}]", "line 1: not JSON"),
+        ("[{}] more", "line 1: not JSON"),
+        ("[[step] no colon\n0\na\nb\nc\nd\n", "line 1: expected 'activity_label: context'"),
         ('{"ctx": "a"}', "line 1: no endings, label"),
         ('{"ctx": "a", "endings": ["a", "b"], "label": 0}', "not a list of 4"),
         ('{"ctx": "a", "endings": ["a", "b", "c", "d"], "label": ""}', "test split is published without labels"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from fake_hub import FakeHub, run_client
 
+from ln_removal.data.corpora import Document, TokenDocument
 from ln_removal.data.hub_corpora import KNOWN_CORPORA, HubCorpus, _articles, hub_source, nanogpt_validation
 from ln_removal.errors import UserError
 
@@ -107,6 +109,7 @@ def fill(hub: FakeHub) -> None:
         f"{split}.parquet": parquet({"text": [f"{split} {n}" for n in range(9)]}) for split in ("train", "validation")
     }
     hub.add("datasets", "some/splits", splits)
+    hub.add("datasets", "some/nulls", {"train.parquet": parquet({"text": ["one", None, "two", "", "three"]})})
     hub.add("datasets", "some/closed", {"data.csv": b"text\na\nb\n"}, gated=True)
     hub.add("datasets", "some/script", {"script.py": b"raise SystemExit('a script ran')\n"})
 
@@ -131,6 +134,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
         'report("column", open_corpus("hub:some/rows", field="body", validation_fraction=0.2))\n'
         "import ln_removal.data.hub_corpora\n"
         "ln_removal.data.hub_corpora.VALIDATION_DOCUMENTS = 3\n"
+        "for skip in (0, 2):\n"
+        '    report(f"nulls, from {skip}", open_corpus("hub:some/nulls"), skip=skip)\n'
         'report("both", open_corpus("hub:some/splits"))\n'
         'report("both, by share", open_corpus("hub:some/splits", validation_fraction=0.2))\n'
         "for skip in (2, 3, 5):\n"
@@ -238,6 +243,31 @@ def test_any_data_set_by_id_and_column(results: Results) -> None:
     documents = stream(results, "column")
     assert [text for text, _, _ in documents] == [f"row {number}" for number in range(40)]
     assert 1 <= sum(split == "validation" for _, split, _ in documents) <= 20
+
+
+def test_rows_without_text_keep_their_place_and_give_nothing(results: Results) -> None:
+    documents = stream(results, "nulls, from 0")
+    assert [text for text, _, _ in documents] == ["one", [], "two", [], "three"], (
+        "tokens stand for text: there are none"
+    )
+    assert stream(results, "nulls, from 2") == documents[2:]
+
+
+def test_a_tokenizer_is_trained_on_the_rows_that_have_text() -> None:
+    from ln_removal.pipelines.pretraining import _tokenizer_texts
+
+    class Rows(HubCorpus):
+        rows: list[Document | TokenDocument]
+
+        def documents(self, skip: int = 0) -> Iterator[Document | TokenDocument]:
+            yield from self.rows
+
+    corpus = Rows(KNOWN_CORPORA["wikitext"])
+    corpus.rows = [Document("one", "train", "a"), TokenDocument([], "train", "a"), Document("two", "train", "a")]
+    assert list(_tokenizer_texts(corpus)) == ["one", "two"]
+    corpus.rows.append(TokenDocument([5], "train", "a"))
+    with pytest.raises(UserError, match="already tokenised"):
+        list(_tokenizer_texts(corpus))
 
 
 def test_a_data_sets_own_validation_split_is_held_out_up_to_a_limit(results: Results) -> None:

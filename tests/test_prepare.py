@@ -20,8 +20,9 @@ from tokenizers import Tokenizer
 from ln_removal.data import encoder
 from ln_removal.data import prepare as prepare_module
 from ln_removal.data import tokens as tokens_module
-from ln_removal.data.corpora import Document, Split, TokenDocument
+from ln_removal.data.corpora import Document, LocalFiles, Split, TokenDocument
 from ln_removal.data.encoder import END_OF_TEXT, train_code_tokenizer
+from ln_removal.data.open_corpus import HeldOutText
 from ln_removal.data.prepare import QUEUED_BATCHES, PrepareProgress, prepare
 from ln_removal.data.tokens import TokenDataset
 from ln_removal.errors import UserError
@@ -233,6 +234,59 @@ def test_an_interrupted_preparation_resumes_to_the_same_bytes(
     assert asked[-1] == 59
     if place >= 39:
         assert asked[0] > 0, "documents behind a checkpoint are not encoded again"
+
+
+def test_documents_without_text_are_counted_once_across_interruptions(
+    tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = documents()
+    for number in (2, 7, 30, 58):
+        given[number] = TokenDocument([], "train", "one")
+
+    def fail(number: int) -> None:
+        if number == 45:
+            raise RuntimeError("the connection broke")
+
+    options = {"shard_tokens": 150, "checkpoint_tokens": 300}
+    with pytest.raises(RuntimeError, match="the connection broke"):
+        run(ListCorpus(given, before=fail), tokenizer, tmp_path / "broken", **options)
+    assert not caplog.messages
+    asked: list[int] = []
+    resumed = run(ListCorpus(given, before=asked.append), tokenizer, tmp_path / "broken", **options)
+    assert 7 < asked[0] <= 45, "some of them were read before the interruption"
+    assert resumed.index.without_text == 4
+    (message,) = caplog.messages
+    assert "listed" in message and " 4 of the documents" in message
+    texts = run(
+        ListCorpus([document for document in given if isinstance(document, Document)]), tokenizer, tmp_path / "all"
+    )
+    for source in ("one", "two"):
+        assert tokens_of(resumed, "train", source) == tokens_of(texts, "train", source)
+
+
+def test_an_index_without_the_count_of_empty_documents_is_read(tmp_path: Path, tokenizer: Any) -> None:
+    run(ListCorpus(documents()), tokenizer, tmp_path)
+    index = json.loads((tmp_path / "index.json").read_text())
+    del index["without_text"]
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    assert run(ListCorpus(documents()), tokenizer, tmp_path).index.without_text == 0
+
+
+def test_what_was_changed_or_passed_over_is_said_at_the_end(
+    tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "a.jsonl").write_bytes(b'{"text": "one"}\n{"text": null}\n{"text": "caf\xe9"}\n{"text": "two"}\n')
+    (texts / "b.csv").write_text("text\n")
+    for corpus in (LocalFiles(texts), HeldOutText(LocalFiles(texts))):
+        caplog.clear()
+        for _ in range(2):  # what was prepared before is opened without a word
+            run(corpus, tokenizer, tmp_path / type(corpus).__name__)  # type: ignore[arg-type]
+        replaced, without_text, passed_over = caplog.messages
+        assert "UTF-8" in replaced and " 1 of" in replaced and "a.jsonl, line 3" in replaced
+        assert "'text'" in without_text and " 1 of" in without_text and "a.jsonl, line 2" in without_text
+        assert "1 .csv" in passed_over
 
 
 def test_worker_processes_change_nothing(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:

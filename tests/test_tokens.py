@@ -178,6 +178,21 @@ def test_no_index(tmp_path: Path, dataset: TokenDataset) -> None:
             TokenDataset.open(place)
 
 
+@pytest.mark.parametrize("named", ["data", "data/train.bin"])
+def test_token_files_of_another_program_are_not_taken_for_an_unfinished_preparation(
+    tmp_path: Path, named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
+    for name in ("train.bin", "val.bin"):
+        np.arange(99, dtype=np.uint16).tofile(f"data/{name}")
+    with pytest.raises(UserError) as caught:
+        TokenDataset.open(named)
+    for part in ("train.bin, val.bin", "nanoGPT", "ln-prepare", "openwebtext"):
+        assert part in str(caught.value)
+    assert "unfinished" not in str(caught.value)
+
+
 def test_json_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "value.json"
     write_json_atomically(path, {"old": 1})

@@ -1,4 +1,4 @@
-"""What a corpus is, and corpora from files of this machine: text, jsonl, parquet, or a directory of them.
+"""What a corpus is, and corpora from files of this machine: text, JSON, parquet, or a directory of them.
 
 A corpus is a deterministic stream of documents, each in one split and from one named source. Local documents come in the
 order of the files' paths. Whatever the size, one document, one line or one parquet batch is in memory at a time.
@@ -6,44 +6,27 @@ order of the files' paths. Whatever the size, one document, one line or one parq
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
 import os
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import BinaryIO, Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
+from ln_removal.data.text_files import SUFFIXES, WHAT_IS_READ, FileReader, ending
 from ln_removal.errors import UserError
 
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "validation")
-
-TEXT_SUFFIXES = (".txt", ".md", ".py")
-JSONL_SUFFIXES = (".jsonl", ".jsonl.gz")
-PARQUET_SUFFIXES = (".parquet",)
-SUFFIXES = TEXT_SUFFIXES + JSONL_SUFFIXES + PARQUET_SUFFIXES
 
 VALIDATION_FRACTION = 0.005
 
 GENERATED = "generated"
 """The corpus that a model writes itself; see data/generated.py, which needs torch."""
 
-WHOLE_FILE_BYTES = 1 << 20
-"""Text files up to this size are one document; larger ones are cut into pieces."""
-
-PIECE_BYTES = 64 << 10
-"""A piece ends at the first blank line after this many bytes..."""
-
-MAXIMUM_PIECE_BYTES = 256 << 10
-"""...or, when there is none, at the last line that ends before this many bytes."""
-
-PARQUET_ROWS = 512
 SOURCE = "local"
+MOST_KINDS_LISTED = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +66,15 @@ class Corpus(Protocol):
         ...
 
 
+@runtime_checkable
+class Remarking(Protocol):
+    """A corpus that notes what it had to change or to pass over."""
+
+    def remarks(self) -> list[str]:
+        """One line for each kind of change, about the documents read since `documents` was last called."""
+        ...
+
+
 def hash_split(index: int, key: str, fraction: float) -> Split:
     """The split of a document by a hash of its key.
 
@@ -114,15 +106,13 @@ class LocalFiles:
     """A file or a directory as a corpus.
 
     Args:
-        path: `.txt`, `.md`, `.py` (one document a file; larger than 1 MiB: pieces cut at blank lines), `.jsonl`,
-            `.jsonl.gz`, `.parquet` (one document a row), or a directory with such files at any depth. In a directory,
-            hidden and binary files and other endings are passed over.
-        field: the field of a jsonl line, or the column of a parquet file, that holds the text.
+        path: `.txt`, `.md`, `.py` (one document a file; larger than 1 MiB: pieces cut at blank lines), `.jsonl`, `.ndjson`
+            (one document a line), `.json` (lines or one array), all of these also compressed, `.parquet` (one document a
+            row), or a directory with such files at any depth. In a directory, links are followed once; hidden and binary
+            files and other endings are passed over, and `remarks` says so.
+        field: the field of a JSON object, or the column of a parquet file, that holds the text.
         validation_fraction: share of the documents held out for validation (see `hash_split`).
         max_bytes: stop after about this many bytes of training text (UTF-8).
-
-    Attributes:
-        invalid_utf8: documents in which bytes that are not UTF-8 were replaced, counted while `documents` runs.
 
     Raises:
         UserError: the path does not exist, or is a file of another kind.
@@ -141,14 +131,14 @@ class LocalFiles:
         self.field = field
         self.validation_fraction = check_fraction(validation_fraction)
         self.max_bytes = max_bytes
-        self.invalid_utf8 = 0
+        self._reader = FileReader(field)
         if not self.path.exists():
             raise UserError(
                 f"no such file or directory: {path}; give one that exists, or a corpus that ln-prepare --help lists"
             )
-        if self.path.is_file() and not self.path.name.lower().endswith(SUFFIXES):
+        if self.path.is_file() and ending(self.path) not in SUFFIXES:
             raise UserError(
-                f"{path} has an ending that is not read; give a file with one of {', '.join(SUFFIXES)}, or a directory"
+                f"{path} has an ending that is not read; give a file with one of {WHAT_IS_READ}, or a directory"
             )
 
     def identity(self) -> dict[str, object]:
@@ -168,7 +158,6 @@ class LocalFiles:
         }
 
     def documents(self, skip: int = 0) -> Iterator[Document]:
-        self.invalid_utf8 = 0
         count = written = 0
         for key, text in self._texts():
             if self.max_bytes is not None and written >= self.max_bytes and count >= 2:
@@ -188,152 +177,109 @@ class LocalFiles:
                 f"{self.path} holds {count} documents ({self.path.stat().st_size:,} bytes); at least 2 are needed, one "
                 "to train on and one to validate on; add text, or give a directory"
             )
-        endings = Counter(path.suffix or path.name for path in _walk(self.path))
-        found = ", ".join(f"{number} {ending}" for ending, number in endings.most_common(5)) or "no files"
+        endings = Counter(_described(path) for path in _walk(self.path))
         return (
             f"{self.path} holds {count} documents; at least 2 are needed, one to train on and one to validate on; read "
-            f"are {' '.join(SUFFIXES)} that are not empty, hidden or binary; found {found}"
+            f"are {WHAT_IS_READ} that are not empty, hidden or binary; found {_listed(endings) or 'no files'}"
+            + (
+                f"; of these were passed over {_listed(passed_over)}"
+                if (passed_over := self._reader.passed_over)
+                else ""
+            )
         )
+
+    def remarks(self) -> list[str]:
+        read, again = self._reader, "correct them and prepare again if they matter"
+        remarks = []
+        if read.replaced.count:
+            remarks.append(
+                f"{self.name}: bytes that are not UTF-8 were replaced by U+FFFD in {read.replaced.count:,} of the documents "
+                f"read, the first in {read.replaced.first}; {again}"
+            )
+        if read.without_text.count:
+            remarks.append(
+                f"{self.name}: no text in the field {self.field!r} of {read.without_text.count:,} of the rows read, which were "
+                f"passed over, the first in {read.without_text.first}; {again}"
+            )
+        if not self.path.is_file():
+            others = Counter(_described(path) for path in _walk(self.path) if not _is_read(path)) + read.passed_over
+            if others:
+                remarks.append(f"{self.name}: passed over {_listed(others)}; read are {WHAT_IS_READ}")
+        return remarks
 
     def _files(self) -> Iterator[Path]:
         if self.path.is_file():
             yield self.path
         else:
-            yield from (path for path in _walk(self.path) if path.name.lower().endswith(SUFFIXES))
+            yield from filter(_is_read, _walk(self.path))
 
     def _key(self, file: Path) -> str:
         return file.name if file == self.path else file.relative_to(self.path).as_posix()
 
     def _texts(self) -> Iterator[tuple[str, str]]:
         """Every document as (key, text); documents of white space only are left out."""
+        self._reader = FileReader(self.field)
         for file in self._files():
-            key, name = self._key(file), file.name.lower()
-            try:
-                if name.endswith(TEXT_SUFFIXES):
-                    texts = self._text_file(file)
-                elif name.endswith(JSONL_SUFFIXES):
-                    texts = self._jsonl(file)
-                else:
-                    texts = self._parquet(file)
-                for number, text in enumerate(texts):
-                    if text.strip():
-                        yield f"{key}:{number}", text
-            except (OSError, EOFError, zlib.error) as error:
-                raise UserError(f"{file} cannot be read: {error}; remove it or make it readable") from error
-
-    def _text_file(self, file: Path) -> Iterator[str]:
-        with file.open("rb") as opened:
-            if b"\0" in opened.read(8192):
-                if file == self.path:
-                    raise UserError(f"{file} is a binary file; give UTF-8 text")
-                return
-            opened.seek(0)
-            if os.fstat(opened.fileno()).st_size <= WHOLE_FILE_BYTES:
-                yield self._decode(opened.read())
-            else:
-                yield from map(self._decode, _pieces(opened))
-
-    def _jsonl(self, file: Path) -> Iterator[str]:
-        with gzip.open(file) if file.name.lower().endswith(".gz") else file.open("rb") as opened:
-            for number, raw in enumerate(opened, start=1):
-                line = self._decode(raw)
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise UserError(
-                        f"{file}, line {number}: not JSON ({error.msg} at column {error.colno}); correct that line"
-                    ) from None
-                except (ValueError, RecursionError) as error:  # a number of thousands of digits, or too many brackets
-                    raise UserError(f"{file}, line {number}: cannot be read as JSON ({error}); correct it") from None
-                text = row.get(self.field) if isinstance(row, dict) else None
-                if not isinstance(text, str):
-                    found = ", ".join(map(str, islice(row, 8))) if isinstance(row, dict) else type(row).__name__
-                    raise UserError(
-                        f"{file}, line {number}: no text in the field {self.field!r} (found: {found}); name the right "
-                        "one with --field"
-                    )
-                yield self._without_surrogates(text)
-
-    def _parquet(self, file: Path) -> Iterator[str]:
-        import pyarrow as pa
-        from pyarrow import parquet
-
-        try:
-            # Buffering ahead would keep everything read so far in memory until the file is closed.
-            with parquet.ParquetFile(file, pre_buffer=False) as opened:
-                schema = opened.schema_arrow
-                if self.field not in schema.names:
-                    raise UserError(
-                        f"{file} has no column {self.field!r} (found: {', '.join(schema.names)}); name the right "
-                        "one with --field"
-                    )
-                kind = schema.field(self.field).type
-                if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-                    raise UserError(
-                        f"{file}: the column {self.field!r} holds {kind}, not strings; name the text column "
-                        "with --field"
-                    )
-                for batch in opened.iter_batches(batch_size=PARQUET_ROWS, columns=[self.field]):
-                    for data in batch.column(0).cast(pa.large_binary()).to_pylist():
-                        yield self._decode(data or b"")
-        except pa.ArrowException as error:
-            raise UserError(
-                f"{file} is not a whole parquet file: {' '.join(str(error).split())[:200]}; copy or write it again"
-            ) from error
-
-    def _decode(self, data: bytes) -> str:
-        data = data.removeprefix(b"\xef\xbb\xbf")
-        try:
-            return data.decode()
-        except UnicodeDecodeError:
-            self.invalid_utf8 += 1
-            return data.decode(errors="replace")
-
-    def _without_surrogates(self, text: str) -> str:
-        """JSON can spell half of a surrogate pair, which no encoding of text has."""
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            self.invalid_utf8 += 1
-            return text.encode(errors="replace").decode()
-        return text
+            key = self._key(file)
+            for number, text in enumerate(self._reader.texts(file, required=file == self.path)):
+                if text.strip():
+                    yield f"{key}:{number}", text
 
 
-def _walk(directory: Path) -> Iterator[Path]:
-    """All files below a directory in the order of their paths, without hidden ones and those behind linked folders."""
+def _is_read(path: Path) -> bool:
+    return ending(path) in SUFFIXES and path.is_file()
+
+
+def _described(path: Path) -> str:
+    """What a file counts as in a list of those that are not read."""
+    if path.is_file():
+        return ending(path) or "without an ending"
+    return "broken link" if path.is_symlink() else "special file"
+
+
+def _listed(files: Counter[str]) -> str:
+    """Such as "3 .csv, 1 binary .txt", the most frequent first."""
+    listed = [f"{number:,} {kind}" for kind, number in files.most_common(MOST_KINDS_LISTED)]
+    rest = files.total() - sum(number for _, number in files.most_common(MOST_KINDS_LISTED))
+    return ", ".join([*listed, *([f"{rest:,} others"] if rest else [])])
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    """All files below a directory in the order of their paths, without hidden ones.
+
+    Links are followed, but nothing is given twice: a link to what is in the directory anyway is left out, and so is a folder or a
+    file outside of it that an earlier link led to. A link that leads nowhere is given, because it is not read as a file.
+
+    Args:
+        root: a resolved path.
+    """
+    seen: set[str] = set()
 
     def refuse(error: OSError) -> None:
         raise UserError(
             f"{error.filename} cannot be listed: {error.strerror}; make it readable or leave it out"
         ) from error
 
-    for folder, folders, files in os.walk(directory, onerror=refuse):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            path = Path(folder, name)
-            if not name.startswith(".") and path.is_file():
-                yield path
+    def is_new(path: Path) -> bool:
+        real = Path(os.path.realpath(path))
+        if real.is_relative_to(root):
+            hidden = any(part.startswith(".") for part in real.relative_to(root).parts)
+            if not hidden and (real.is_dir() or (real.is_file() and ending(real) in SUFFIXES)):
+                return False  # it is read under its own name
+        if str(real) in seen:
+            return False
+        seen.add(str(real))
+        return True
 
-
-def _pieces(file: BinaryIO) -> Iterator[bytes]:
-    """Cut a text into pieces of a little over PIECE_BYTES, at blank lines where possible; joined, they are the text."""
-    piece = bytearray()
-    while line := file.readline(MAXIMUM_PIECE_BYTES):
-        piece += line
-        while len(piece) > MAXIMUM_PIECE_BYTES:
-            end = piece.rfind(b"\n", PIECE_BYTES, MAXIMUM_PIECE_BYTES) + 1
-            end = end or _character_boundary(piece, MAXIMUM_PIECE_BYTES)
-            yield bytes(piece[:end])
-            del piece[:end]
-        if len(piece) >= PIECE_BYTES and not line.strip():
-            yield bytes(piece)
-            piece.clear()
-    if piece:
-        yield bytes(piece)
-
-
-def _character_boundary(data: bytearray, end: int) -> int:
-    """The last position up to `end` that is not inside a UTF-8 character (`end` itself when that is nowhere near)."""
-    return next((end - back for back in range(4) if data[end - back] & 0xC0 != 0x80), end)
+    for folder, folders, files in os.walk(root, onerror=refuse, followlinks=True):
+        linked = os.path.realpath(folder) != folder
+        given = {
+            name: path
+            for name in sorted([*folders, *files])
+            if not name.startswith(".")
+            for path in [Path(folder, name)]
+            if not (linked or os.path.islink(path)) or is_new(path)
+        }
+        below = given.keys() & folders
+        folders[:] = sorted(below)
+        yield from (path for name, path in given.items() if name not in below)

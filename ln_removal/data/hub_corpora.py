@@ -237,10 +237,10 @@ class HubCorpus:
                         return
                     written += len(value.encode())
                 if position >= skip:
-                    if isinstance(value, str):
+                    if isinstance(value, str) and value:
                         yield Document(value, split, self.name)
-                    else:
-                        yield TokenDocument(value, split, self.name)
+                    else:  # a row without text keeps its place, because a resumed preparation counts rows
+                        yield TokenDocument(value or [], split, self.name)
                 position += 1
         if position < 2:
             raise UserError(f"{self.name} holds {position} documents; at least 2 are needed; choose a larger data set")

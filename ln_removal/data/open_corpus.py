@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ln_removal.data.corpora import GENERATED, SOURCE, Corpus, Document, LocalFiles, Split, TokenDocument
+from ln_removal.data.corpora import GENERATED, SOURCE, Corpus, Document, LocalFiles, Remarking, Split, TokenDocument
 from ln_removal.data.hub_corpora import KNOWN_CORPORA, HubCorpus, hub_source
 from ln_removal.errors import UserError
 
@@ -280,7 +280,7 @@ class HeldOutText:
     """
 
     def __init__(self, corpus: Corpus, max_tokens: int | None = None) -> None:
-        self.corpus = corpus
+        self.corpus = _WholeFiles.like(corpus) if isinstance(corpus, LocalFiles) else corpus
         self.name = corpus.name
         self.max_tokens = max_tokens
 
@@ -305,9 +305,12 @@ class HeldOutText:
                 f"{self.name} holds no text to evaluate on; name a file or directory with text, or a corpus"
             )
 
+    def remarks(self) -> list[str]:
+        return self.corpus.remarks() if isinstance(self.corpus, Remarking) else []
+
     def _all(self) -> Iterator[Document | TokenDocument]:
         if isinstance(self.corpus, LocalFiles):
-            yield from _WholeFiles(self.corpus.path).documents()
+            yield from self.corpus.documents()
             return
         comes_first = False  # the held-out part, as a whole: nothing after it is worth downloading
         for number, document in enumerate(self.corpus.documents()):
@@ -323,6 +326,12 @@ class HeldOutText:
 
 class _WholeFiles(LocalFiles):
     """Local files without a training split."""
+
+    @classmethod
+    def like(cls, files: LocalFiles) -> _WholeFiles:
+        return cls(
+            files.path, field=files.field, validation_fraction=files.validation_fraction, max_bytes=files.max_bytes
+        )
 
     def documents(self, skip: int = 0) -> Iterator[Document]:
         for number, (_, text) in enumerate(self._texts()):

@@ -8,10 +8,11 @@ A preparation that was interrupted truncates its shards to those lengths and goe
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from filelock import FileLock, Timeout
 
-from ln_removal.data.corpora import GENERATED, SPLITS, Corpus, Document, TokenDocument
+from ln_removal.data.corpora import GENERATED, SPLITS, Corpus, Document, Remarking, TokenDocument
 from ln_removal.data.encoder import EncoderPool
 from ln_removal.data.sampler import read_ahead
 from ln_removal.data.tokens import (
@@ -53,6 +54,8 @@ SECONDS_BETWEEN_CHECKPOINTS = 30.0
 """Of a corpus that comes slowly, at most the work of so many seconds is lost."""
 
 Batch = list[Document | TokenDocument]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -186,6 +189,10 @@ def _prepare_locked(
         _remove_unfinished(out)
         raise
     (out / PROGRESS).unlink(missing_ok=True)
+    if index.without_text:
+        logger.warning("%s: no text in %s of the documents read; they gave no tokens", corpus.name, index.without_text)
+    for remark in corpus.remarks() if isinstance(corpus, Remarking) else []:
+        logger.warning("%s", remark)
 
 
 def _encode_rest(
@@ -207,6 +214,7 @@ def _encode_rest(
                 shards.append(part)
                 since_checkpoint += part.tokens
             consumed += len(batch)
+            index.without_text += sum(isinstance(document, TokenDocument) and not document.tokens for document in batch)
             if progress is not None:
                 progress(_progress(index))
             late = time.monotonic() - saved >= SECONDS_BETWEEN_CHECKPOINTS
@@ -313,7 +321,7 @@ def _resume(out: Path, index: TokenIndex) -> int:
             file = out / shard.file
             if not file.is_file() or file.stat().st_size < shard.tokens * width:
                 raise UserError(f"{file} is shorter than {path.name} says; delete {out} and prepare again")
-        index.shards = before.shards
+        index.shards, index.without_text = before.shards, before.without_text
     # Shards begun after the last checkpoint. Only files with a shard's name: the directory may hold others.
     known = {shard.file for shard in index.shards}
     for leftover in out.glob("*.bin"):
@@ -360,8 +368,12 @@ def prepare_bar(label: str, *, total: int | None, enabled: bool) -> Iterator[Cal
         enabled: False shows nothing.
     """
     from tqdm import tqdm
+    from tqdm.contrib.logging import logging_redirect_tqdm
 
-    with tqdm(desc=label, unit="tok", unit_scale=True, total=total, file=sys.stderr, disable=not enabled) as bar:
+    with (
+        logging_redirect_tqdm() if enabled else nullcontext(),  # else a warning would stand on the line of the bar
+        tqdm(desc=label, unit="tok", unit_scale=True, total=total, file=sys.stderr, disable=not enabled) as bar,
+    ):
 
         def show(progress: PrepareProgress) -> None:
             size = f", {progress.bytes / 1e6:,.0f} MB" if progress.bytes else ""

@@ -49,7 +49,7 @@ class Shard:
 
 @dataclass
 class TokenIndex:
-    """What `index.json` holds."""
+    """What `index.json` holds. `without_text` counts documents that have no text and gave no token (a null, for instance)."""
 
     corpus: dict[str, object]
     tokenizer: dict[str, str]
@@ -57,6 +57,7 @@ class TokenIndex:
     eot_token_id: int
     dtype: str
     shards: list[Shard] = field(default_factory=list)
+    without_text: int = 0
     format: str = FORMAT
 
     def total(self, split: Split, attribute: str) -> int:
@@ -205,8 +206,7 @@ class TokenDataset:
         directory = Path(directory)
         path = directory / INDEX
         if not path.is_file():
-            found = "an unfinished preparation" if directory.is_dir() and any(directory.glob("*.bin")) else "no tokens"
-            raise UserError(f"{directory}: {found} (there is no {INDEX}); run ln-prepare with --out {directory}")
+            raise UserError(_what_else(directory))
         index = read_index(path)
         width = np.dtype(index.dtype).itemsize
         for shard in index.shards:
@@ -229,6 +229,30 @@ class TokenDataset:
         for shard in self.index.shards:
             if checksum(self.directory / shard.file) != shard.sha256:
                 raise UserError(f"{self.directory / shard.file} does not match its checksum; run ln-prepare again")
+
+
+def _what_else(directory: Path) -> str:
+    """What to say about a directory without an index."""
+    if not directory.exists():
+        return f"{directory}: there is no such directory; make it with ln-prepare CORPUS --out {directory}"
+    folder = directory if directory.is_dir() else directory.parent
+    files = sorted(file.name for file in folder.glob("*.bin"))
+    if any(SHARD_NAME.fullmatch(name) for name in files):
+        return (
+            f"{folder}: an unfinished preparation (there is no {INDEX}); run the ln-prepare command again that began it, with "
+            f"--out {folder}"
+        )
+    if files:
+        return (
+            f"{folder}: no tokens of ln-prepare (there is no {INDEX}), but {', '.join(files[:3])}; nanoGPT and llm.c write such "
+            "files, which do not say what their tokenizer is or where the documents came from, so they are not read; prepare "
+            "the same text with ln-prepare CORPUS --out OTHER (nanoGPT's OpenWebText is the corpus openwebtext)"
+        )
+    if not directory.is_dir():
+        return (
+            f"{directory} is a file; give the directory that ln-prepare wrote, or make one with ln-prepare {directory}"
+        )
+    return f"{directory}: no tokens (there is no {INDEX}); run ln-prepare CORPUS --out {directory}"
 
 
 def read_index(path: Path) -> TokenIndex:
@@ -264,7 +288,7 @@ def parse_index(raw: dict[str, Any]) -> TokenIndex:
     for shard in index.shards:
         if Path(shard.file).name != shard.file or shard.split not in SPLITS:
             raise ValueError(f"the shard {shard.file!r} is not a file of this directory")
-    numbers = [index.vocab_size, index.eot_token_id]
+    numbers = [index.vocab_size, index.eot_token_id, index.without_text]
     numbers += [number for shard in index.shards for number in (shard.tokens, shard.documents, shard.bytes)]
     if not all(type(number) is int and number >= 0 for number in numbers):
         raise ValueError("a count is not a whole number")

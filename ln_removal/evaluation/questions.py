@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import bz2
-import gzip
+import io
 import json
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ln_removal.data.text_files import READ_ERRORS, array_items, is_json_array, opened
 from ln_removal.errors import UserError
 
 ENDINGS = 4
 HUB_NAME = "Rowan/hellaswag"
+ARRAY_PROBE = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +58,9 @@ class Question:
 
 
 def load_questions(path: Path | str) -> list[Question]:
-    """Read a file of questions: the official jsonl or the six-line text form, plain, .gz or .bz2.
+    """Read a file of questions: the official jsonl, a JSON array of the same records, or the six-line text form.
 
+    The file may be compressed (.gz, .bz2, .xz, .zst) and may begin with a byte-order mark, of UTF-8 or UTF-16.
     In the text form a question has six lines: `activity_label: ctx`, the index of the right ending, and the four endings.
     It does not tell ctx_a from ctx_b, so ctx_a is the whole context and ctx_b is empty.
 
@@ -67,13 +68,15 @@ def load_questions(path: Path | str) -> list[Question]:
         UserError: the file cannot be read, is empty, or has a malformed question (the message names its line).
     """
     path = Path(path)
-    openers: dict[str, Any] = {".bz2": bz2.open, ".gz": gzip.open}
     try:
-        with openers.get(path.suffix, open)(path, "rt", encoding="utf-8") as file:
-            # splitlines would also break at other characters, which a text may contain.
-            lines = file.read().split("\n")
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        with opened(path) as stream, io.TextIOWrapper(stream, encoding="utf-8-sig") as file:
+            text = file.read()
+    except (*READ_ERRORS, UnicodeDecodeError) as error:
         raise UserError(f"cannot read questions from {path}: {error}; give a jsonl or six-line text file") from error
+    if is_json_array(text[:ARRAY_PROBE].encode()):
+        return _parse_array(text, path)
+    # splitlines would also break at other characters, which a text may contain.
+    lines = text.split("\n")
     while lines and not lines[-1].strip():
         lines.pop()
     if not lines:
@@ -138,6 +141,20 @@ def _parse_jsonl(lines: list[str], path: Path) -> Iterator[Question]:
         yield _question(record, f"{path}, line {number}", number - 1)
 
 
+def _parse_array(text: str, path: Path) -> list[Question]:
+    try:
+        records = list(array_items(text))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg}); expected a list of questions") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON ({error}); expected a list of questions") from error
+    if not records:
+        raise UserError(
+            f"{path} holds no questions: its list is empty; give the official jsonl or the six-line text form"
+        )
+    return [_question(record, f"{path}, line {line}", number) for number, (line, record) in enumerate(records)]
+
+
 def _parse_text(lines: list[str], path: Path) -> Iterator[Question]:
     size = ENDINGS + 2
     if len(lines) % size:
@@ -161,7 +178,7 @@ def _question(record: Any, where: str, number: int) -> Question:
     missing = [key for key in ("ctx", "endings", "label") if key not in record]
     if missing:
         raise UserError(f"{where}: no {', '.join(missing)}; a question has ctx, endings and label")
-    endings, label = record["endings"], str(record["label"]).strip()
+    endings, label = record["endings"], "" if record["label"] is None else str(record["label"]).strip()
     if not isinstance(endings, list) or len(endings) != ENDINGS or not all(isinstance(e, str) for e in endings):
         raise UserError(f"{where}: endings is not a list of {ENDINGS} texts; only four-way questions are scored")
     if label not in {str(index) for index in range(ENDINGS)}:
@@ -169,21 +186,35 @@ def _question(record: Any, where: str, number: int) -> Question:
             "the test split is published without labels, use the validation split" if not label else "expected 0 to 3"
         )
         raise UserError(f"{where}: the label is {label!r}; {hint}")
-    index = record.get("ind", number)
+    index = number if record.get("ind") is None else record["ind"]
     if type(index) is not int:
         raise UserError(f"{where}: ind is {index!r}; expected a whole number")
-    texts = [*endings, *(str(record.get(key, "")) for key in ("ctx", "ctx_a", "ctx_b", "activity_label"))]
-    if any("\ud800" <= character <= "\udfff" for character in "".join(texts)):
-        raise UserError(f"{where}: the text holds half of a surrogate pair, which is no character; correct the file")
+    ctx = _text(record, "ctx", where)
+    if ctx is None:
+        raise UserError(f'{where}: ctx is null; give the context as a text (an empty one is written "")')
     first, second, third, fourth = endings
-    return Question(
+    question = Question(
         ind=index,
-        activity_label=str(record.get("activity_label", "")),
-        ctx_a=str(record.get("ctx_a", record["ctx"])),
-        ctx_b=str(record.get("ctx_b", "")),
-        ctx=str(record["ctx"]),
+        activity_label=_text(record, "activity_label", where) or "",
+        ctx_a=ctx if (ctx_a := _text(record, "ctx_a", where)) is None else ctx_a,
+        ctx_b=_text(record, "ctx_b", where) or "",
+        ctx=ctx,
         endings=(first, second, third, fourth),
         label=int(label),
-        split=str(record.get("split", "validation")),
-        source_id=str(record.get("source_id", "")),
+        split=_text(record, "split", where) or "validation",
+        source_id=_text(record, "source_id", where) or "",
     )
+    if ctx_a is None and question.ctx_b:
+        raise UserError(f"{where}: ctx_b without ctx_a, so the context would be read twice; give both, or only ctx")
+    texts = [*endings, question.ctx, question.ctx_a, question.ctx_b, question.activity_label]
+    if any("\ud800" <= character <= "\udfff" for character in "".join(texts)):
+        raise UserError(f"{where}: the text holds half of a surrogate pair, which is no character; correct the file")
+    return question
+
+
+def _text(record: Mapping[str, Any], key: str, where: str) -> str | None:
+    """The text of a field; None where it is null or missing."""
+    value = record.get(key)
+    if value is not None and not isinstance(value, str):
+        raise UserError(f"{where}: {key} is {value!r:.60}, a {type(value).__name__}; expected a text")
+    return value

@@ -168,6 +168,8 @@ def _tokenizer_texts(corpus: Corpus) -> Iterator[str]:
     taken: dict[str, int] = {}
     for document in corpus.documents():
         if not isinstance(document, Document):
+            if not document.tokens:  # a row without text
+                continue
             raise UserError(f"{corpus.name} is already tokenised; name its tokenizer in data.tokenizer")
         if document.split == "train" and taken.get(document.source, 0) < TOKENIZER_BYTES_PER_SOURCE:
             taken[document.source] = taken.get(document.source, 0) + len(document.text)
