@@ -86,8 +86,8 @@ CONTROL = "control"
 CONTROLS = {CONTROL: {}, "control-prompts": PROMPTS}
 """The controls, each with its changes to [data]. An arm is compared with the one that trained on the same tokens."""
 
-TEACHER = {"distillation": 1.0}
-FADING = {"distillation": 1.0, "distillation_end": 0.0}
+TEACHER = {"distillation": 1.0, "distillation_lag": 0.05}
+FADING = {**TEACHER, "distillation_end": 0.0}
 STD = {"auxiliary_weight": 0.1, "auxiliary_target": "constants", "auxiliary_sites": "all"}
 SHRINK = {"outlier_weight": 0.3, "std_statistic": "median"}
 PAPER_STD = {"auxiliary_weight": 0.1}

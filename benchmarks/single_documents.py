@@ -31,7 +31,7 @@ from removal_arms import ARMS
 from removal_quality import BASE, train_one
 
 from ln_removal.config.presets import with_layers, with_steps
-from ln_removal.config.recipe import Recipe, WindowKind, load_recipe, validate_recipe, with_overrides
+from ln_removal.config.recipe import Recipe, TrainingSpec, WindowKind, load_recipe, validate_recipe, with_overrides
 from ln_removal.data.encoder import train_code_tokenizer
 from ln_removal.data.tokens import Shard, TokenDataset, TokenIndex, write_index
 from ln_removal.evaluation.loss import cross_entropy
@@ -137,7 +137,9 @@ def recipe_of(arm: str, model: Path, seed: int, steps: int) -> Recipe:
         training = {key: value for key, value in BASE.items() if key.startswith("training.")}
         return load_recipe("tiny", {**training, **changes, "schedule": schedule, "training.steps": steps})
     default = with_layers(load_recipe("tiny"), written_for=load_config("tiny").n_layer, n_layer=LAYERS)
-    return with_overrides(with_steps(default, steps), changes)
+    # A model of one's own gets the default lag; the one of `tiny` is for a model that fine-tuning does not improve.
+    lag = TrainingSpec.model_fields["distillation_lag"].default
+    return with_overrides(with_steps(default, steps), {**changes, "training.distillation_lag": lag})
 
 
 def run(recipe: Recipe, tokens: Path, work: Path, *, control: bool) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ln_removal.training import cross_entropy as linear
-from ln_removal.training.cross_entropy import WHOLE_LAG, Head, LinearLoss, linear_cross_entropy, pad_vocabulary
+from ln_removal.training.cross_entropy import Head, LinearLoss, linear_cross_entropy, pad_vocabulary
 
 WIDTH, TEACHER_WIDTH, VOCABULARY = 7, 5, 11
 
@@ -75,7 +75,7 @@ def test_distillation_is_the_mixture_of_both_losses(rows: int, share: float) -> 
 
 @pytest.mark.parametrize("some", [False, True])
 def test_the_teacher_is_heeded_as_far_as_the_student_is_behind_it(some: bool) -> None:
-    length, sequences, share = 4, 24, 0.7  # a chunk holds whole sequences
+    length, sequences, share, whole_lag = 4, 24, 0.7, 0.1  # a chunk holds whole sequences
     hidden, weight, bias, targets = student(length * sequences)
     # A teacher that differs little from the student, and more from sequence to sequence.
     noise = torch.randn(length * sequences, WIDTH, generator=torch.Generator().manual_seed(5))
@@ -98,7 +98,7 @@ def test_the_teacher_is_heeded_as_far_as_the_student_is_behind_it(some: bool) ->
         if not of.any():
             continue
         lag = (ours[sequence][of] - theirs[sequence][of]).mean().item()
-        heed = share * min(1.0, max(0.0, lag / WHOLE_LAG))
+        heed = share * min(1.0, max(0.0, lag / whole_lag))
         heeds.append(heed)
         terms.append(((1 - heed) * ours[sequence] + heed * divergence[sequence])[of])
     assert 0.0 in heeds and share in heeds and any(0 < heed < share for heed in heeds)
@@ -112,6 +112,7 @@ def test_the_teacher_is_heeded_as_far_as_the_student_is_behind_it(some: bool) ->
         share=torch.tensor(share),
         trained=kept.flatten() if some else None,
         length=length,
+        whole_lag=whole_lag,
     )
     torch.testing.assert_close(found.total, expected, rtol=1e-5, atol=1e-6)
     same_gradients(found.total, expected, (hidden, weight, bias))

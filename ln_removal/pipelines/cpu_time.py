@@ -157,7 +157,9 @@ def _objective(recipe: Recipe, shape: ArchitectureSpec) -> Objective:
         return Objective(model, eot_token_id=0).train()
     distillation = None
     if has_teacher(recipe):
-        distillation = Distillation(as_teacher(copy.deepcopy(model), spec.precision), spec.distillation)
+        distillation = Distillation(
+            as_teacher(copy.deepcopy(model), spec.precision), spec.distillation, spec.distillation_lag
+        )
     install(model, eot_token_id=0, median=spec.std_statistic == "median")
     return Objective(model, eot_token_id=0, auxiliary=Auxiliary.of(spec), distillation=distillation).train()
 

@@ -8,7 +8,7 @@ targets y and share s,
     d loss / dz = softmax z - (1 - s) y - s softmax t
 
 The teacher can be heeded only as far as the student is behind it. In a sequence whose targets the student predicts worse by
-the mean lag g, the share is then s min(1, max(0, g / WHOLE_LAG)). A student that catches up learns from the text, so it can get
+the mean lag g, the share is then s min(1, max(0, g / whole_lag)). A student that catches up learns from the text, so it can get
 ahead of its teacher; one that cannot keeps its teacher.
 
 Shape legend: N positions, D model width, D' teacher's width, V vocabulary.
@@ -28,11 +28,6 @@ products of thousands of rows to be busy."""
 
 VOCABULARY_MULTIPLE_ON_CUDA = 64
 """The vocabulary is padded to a multiple of this on a GPU: GPT-2's 50,257 would keep its matrix products off the fast kernels."""
-
-
-WHOLE_LAG = 0.1
-"""Nats per token. A sequence in which the student is behind the teacher by this or more gives the teacher its whole share.
-Measured between 0 and 0.5 on a model that still learns and on one that does not (docs/LOG.md, 2026-11-26, third session)."""
 
 
 class Head(NamedTuple):
@@ -63,6 +58,7 @@ def linear_cross_entropy(
     share: float | Tensor = 0.0,
     trained: Tensor | None = None,
     length: int | None = None,
+    whole_lag: float = 0.2,
 ) -> LinearLoss:
     """Mean loss of predicting `targets` from `hidden @ head.weight.T + head.bias`, by the module's formula.
 
@@ -77,6 +73,7 @@ def linear_cross_entropy(
         trained: (N,), true for the positions that the mean is over; the others have no gradient. None takes all.
         length: positions of a sequence, which divides N: the teacher is heeded as far as the student is behind it in a sequence.
             A chunk that does not hold a whole number of sequences counts as one. None heeds it everywhere.
+        whole_lag: nats per token; how far behind the student has to be in a sequence for the whole share.
     """
     assert (teacher_hidden is None) == (teacher_head is None), "a teacher has hidden states and a head"
     assert isinstance(share, Tensor) or 0 <= share <= 1, share
@@ -93,7 +90,9 @@ def linear_cross_entropy(
     rows = POSITIONS_IN_A_CHUNK.get(device, POSITIONS_IN_A_CHUNK["cpu"])
     taught = (None, None, None) if teacher_head is None else (teacher_hidden, *teacher_head)
     with torch.autocast(device, enabled=False):
-        sums: Tensor = _LinearCrossEntropy.apply(hidden, *head, targets, trained, *taught, share, length, rows)  # type: ignore[no-untyped-call]
+        sums: Tensor = _LinearCrossEntropy.apply(
+            hidden, *head, targets, trained, *taught, share, length, whole_lag, rows
+        )  # type: ignore[no-untyped-call]
     count = targets.numel() if trained is None else trained.sum().clamp(min=1)
     total, cross_entropy, divergence = (sums / count).unbind()
     return LinearLoss(total, cross_entropy.detach(), divergence.detach())
@@ -123,7 +122,7 @@ def _only(kept: Tensor | None, values: Tensor) -> Tensor:
     return values if kept is None else torch.where(kept, values, 0.0)
 
 
-def _heed(behind: Tensor, kept: Tensor | None, length: int) -> Tensor:
+def _heed(behind: Tensor, kept: Tensor | None, length: int, whole_lag: float) -> Tensor:
     """How far to heed the teacher in each sequence of `length` positions, from 0 to 1; (rows, 1).
 
     Args:
@@ -134,7 +133,7 @@ def _heed(behind: Tensor, kept: Tensor | None, length: int) -> Tensor:
     span = length if rows % length == 0 else rows
     count = span if kept is None else kept.view(-1, span).sum(dim=1, keepdim=True).clamp(min=1)
     lag = behind.view(-1, span).sum(dim=1, keepdim=True) / count
-    return (lag / WHOLE_LAG).clamp(0, 1).expand(-1, span).reshape(rows, 1)
+    return (lag / whole_lag).clamp(0, 1).expand(-1, span).reshape(rows, 1)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -153,6 +152,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         teacher_bias: Tensor | None,
         share: float | Tensor,
         length: int | None,
+        whole_lag: float,
         rows: int,
     ) -> Tensor:
         total = hidden.new_zeros((), dtype=torch.float32)
@@ -185,7 +185,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 divergence += apart.sum()
                 heeded = share
                 if length is not None:
-                    heeded = share * _heed(loss + _only(kept, log_taught.gather(1, target)), kept, length)
+                    behind = loss + _only(kept, log_taught.gather(1, target))
+                    heeded = share * _heed(behind, kept, length, whole_lag)
                 total += ((1 - heeded) * loss + heeded * apart).sum()
                 slope = slope - (1 - heeded) * one_hot - heeded * probable
             slope = _only(kept, slope)
@@ -206,5 +207,5 @@ class _LinearCrossEntropy(torch.autograd.Function):
             (hidden * slope).to(hidden.dtype),
             (weight * slope).to(ctx.dtype),
             None if bias is None else (bias * slope).to(ctx.dtype),
-            *(None,) * 8,
+            *(None,) * 9,
         )

@@ -65,10 +65,12 @@ class Distillation:
     Attributes:
         teacher: a model of the same layout and vocabulary; see `as_teacher`.
         share: s, the share of the token loss that is the divergence from the teacher's next-token distribution.
+        whole_lag: nats per token; how far the model has to be behind the teacher in a sequence for the whole share.
     """
 
     teacher: PreTrainedModel
     share: float
+    whole_lag: float = 0.2
 
 
 def as_teacher(model: PreTrainedModel, precision: Precision) -> PreTrainedModel:
@@ -203,10 +205,12 @@ class Objective(nn.Module):
             auxiliary if auxiliary is not None and auxiliary.weight + auxiliary.outlier_weight > 0 else None
         )
         self.teacher: PreTrainedModel | None = None
+        self.whole_lag = 0.0
         # A buffer: it changes from step to step, and a compiled graph should not.
         self.register_buffer("share", torch.zeros((), device=model.device), persistent=False)
         if distillation is not None and distillation.share > 0:
             self.teacher = distillation.teacher
+            self.whole_lag = distillation.whole_lag
             self.set_share(distillation.share)
             _check_same_layout(model, self.teacher)
         _switch_dropout_off(model)
@@ -274,6 +278,7 @@ class Objective(nn.Module):
             share=self.share,
             trained=None if observed is None else observed.reshape(-1),
             length=inputs.shape[1],
+            whole_lag=self.whole_lag,
         )
         total = loss.total
         if self.auxiliary is not None:

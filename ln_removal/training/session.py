@@ -263,7 +263,7 @@ def _objective(
     distillation = None
     if spec.distillation > 0:
         assert teacher is not None, "the caller keeps a copy of the original model"
-        distillation = Distillation(teacher.to(model.device), spec.distillation)
+        distillation = Distillation(teacher.to(model.device), spec.distillation, spec.distillation_lag)
     return Objective(model, eot_token_id=eot_token_id, auxiliary=Auxiliary.of(spec), distillation=distillation)
 
 
