@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from command_line import done
+from torch import nn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -17,6 +18,29 @@ END_OF_TEXT = "<|endoftext|>"
 STEP = "--set training.tokens_per_step=256 --set training.precision=float32"
 REMOVE = f"ln-remove --model model --set data.corpus=texts --steps 6 --questions none {STEP}"
 """A removal in the world of `write_world`, without its --out."""
+
+
+class Adapter(nn.Module):
+    """As peft wraps a linear layer: `weight` and `bias` are the layer's, and the forward pass adds a product of its own."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        weight = layer.get_parameter("weight")
+        size = weight.T.shape if isinstance(layer, nn.Linear) else weight.shape
+        self.base_layer = layer
+        self.down, self.up = nn.Linear(size[0], 2, bias=False), nn.Linear(2, size[1], bias=False)
+
+    @property
+    def weight(self) -> nn.Parameter:
+        return self.base_layer.get_parameter("weight")
+
+    @property
+    def bias(self) -> nn.Parameter:
+        return self.base_layer.get_parameter("bias")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        added: torch.Tensor = self.base_layer(x) + self.up(self.down(x))
+        return added
 
 
 def write_corpus(directory: Path, documents: int = 24) -> Path:

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from ln_removal.errors import UserError
 from ln_removal.export.stock import EPSILON, NORM_WEIGHT
 from ln_removal.export.verify import TOLERANCE, ExportError, position_errors, readers
-from ln_removal.models.layout import DISARMING_EPSILON, check_supported
+from ln_removal.models.layout import DISARMING_EPSILON, check_plain, check_supported
 from ln_removal.models.normfree_gpt2 import from_folded
 from ln_removal.models.registration import ARCHITECTURE
 from ln_removal.norms.surgery import fold_affine
@@ -249,6 +249,7 @@ def _ln_free(model: GPT2LMHeadModel) -> NormFreeGPT2LMHeadModel:
     if isinstance(model, NormFreeGPT2LMHeadModel):
         if not isinstance(model.lm_head, nn.Linear):
             raise UserError("the model is in a bridge already, which has changed its modules; load it afresh")
+        check_plain(model, norms=())
         return model
     if isinstance(model, GPT2LMHeadModel) and has_disarmed_norms(model):
         return from_disarmed(model)

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from ln_removal.errors import UserError
+from ln_removal.models.layout import check_plain
 from ln_removal.models.normfree_gpt2 import without_identity
 
 if TYPE_CHECKING:
@@ -63,10 +64,12 @@ def to_stock(model: NormFreeGPT2LMHeadModel) -> GPT2LMHeadModel:
         float32, bfloat16 or float16.
 
     Raises:
-        UserError: what reads the residual stream does not ignore its mean, as in a model trained without norms.
+        UserError: what reads the residual stream does not ignore its mean, as in a model trained without norms; or a linear map
+            holds an adapter or is quantised.
     """
     from transformers import GPT2Config, GPT2LMHeadModel
 
+    check_plain(model, norms=())
     if (share := _share_of_mean(model)) > LARGEST_MEAN:
         raise UserError(
             f"the model reads the mean of its residual stream (means are {share:.1%} of its weights, at most {LARGEST_MEAN:.1%} "
