@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -109,6 +110,22 @@ def write_model(
     return directory
 
 
+GENERATION = {"do_sample": True, "temperature": 0.7, "max_new_tokens": 12, "eos_token_id": [0, 1]}
+
+
+def leave_settings(model: Path) -> None:
+    """What users leave in a model's directory: how it was last run, in config.json, and how it is to write text."""
+    flags = {
+        "output_attentions": True,
+        "output_hidden_states": True,
+        "return_dict": False,
+        "gradient_checkpointing": True,
+    }
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    (model / "config.json").write_text(json.dumps(config | flags), encoding="utf-8")
+    (model / "generation_config.json").write_text(json.dumps(GENERATION), encoding="utf-8")
+
+
 def tiny_neox(*, parallel: bool = True) -> PreTrainedModel:
     """A random GPT-NeoX of the Pythia kind: 2 layers, width 32, 4 heads, 101 tokens, 32 positions; evaluation mode."""
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
@@ -130,7 +147,7 @@ def tiny_neox(*, parallel: bool = True) -> PreTrainedModel:
 
 def write_world(place: Path) -> Path:
     """Two models, text, tokens of each, and a finished run with a control, whose checkpoints are of steps 3 and 6."""
-    write_model(place / "model")
+    leave_settings(write_model(place / "model"))
     write_model(place / "other", entries=300)
     write_corpus(place / "texts")
     with pytest.MonkeyPatch.context() as patch:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2LMHeadModel
 
 import ln_removal
-from ln_removal import NormFreeGPT2Config, NormFreeGPT2LMHeadModel, UserError
+from ln_removal import NormFreeGPT2Config, NormFreeGPT2LMHeadModel, UserError, from_disarmed
 from ln_removal.export.stock import EPSILON, to_stock
 from ln_removal.export.verify import TOLERANCE, ExportError, logits_error, norm_modules, verify_export
 from ln_removal.models.normfree_gpt2 import from_folded
@@ -74,6 +74,15 @@ class TestNormFree:
         for name in ("n_layer", "n_embd", "n_head", "vocab_size", "n_positions", "eos_token_id", "resid_pdrop"):
             assert getattr(folded.config, name) == getattr(frozen.config, name), name
         assert not folded.training and not any(p.is_meta for p in folded.parameters())
+
+    def test_settings_for_generation_are_taken_over(self, pair: Pair) -> None:
+        frozen, _ = pair
+        frozen.generation_config.update(do_sample=True, temperature=0.7)
+        folded = from_folded(frozen.config, fold(frozen), frozen.generation_config)
+        for model in (folded, to_stock(folded), from_disarmed(to_stock(folded))):
+            assert model.generation_config.to_dict() == frozen.generation_config.to_dict()
+        folded.generation_config.temperature = 0.8
+        assert frozen.generation_config.temperature == 0.7
 
     def test_it_trains_and_keeps_its_unembedding_apart(self, pair: Pair, token_ids: Tensor) -> None:
         _, folded = pair

@@ -100,7 +100,7 @@ def from_disarmed(model: GPT2LMHeadModel) -> NormFreeGPT2LMHeadModel:
         folded, shift = fold_affine(wide, bias, norms[name].weight, norms[name].bias, sigma)
         state[f"{name}.weight"] = (folded.T if name == "lm_head" else folded).to(weight.dtype).contiguous()
         state[f"{name}.bias"] = shift.to(weight.dtype)
-    return from_folded(model.config, state)
+    return from_folded(model.config, state, model.generation_config)
 
 
 def check_conversion(source: GPT2LMHeadModel, converted: NormFreeGPT2LMHeadModel, input_ids: Tensor) -> float:
@@ -228,9 +228,8 @@ def to_bridge(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase | None 
     from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
     source = _ln_free(model)
-    own = from_folded(source.config, source.state_dict())
+    own = from_folded(source.config, source.state_dict(), source.generation_config)
     own.set_attn_implementation("eager")
-    own.generation_config = copy.deepcopy(source.generation_config)
     bridge = build_bridge_from_module(
         own,
         ARCHITECTURE,
