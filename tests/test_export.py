@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_model import write_tokenizer
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2LMHeadModel
 
@@ -16,6 +17,8 @@ import ln_removal
 from ln_removal import NormFreeGPT2Config, NormFreeGPT2LMHeadModel, UserError, from_disarmed
 from ln_removal.export.stock import EPSILON, to_stock
 from ln_removal.export.verify import TOLERANCE, ExportError, logits_error, norm_modules, verify_export
+from ln_removal.export.write import check_savable
+from ln_removal.models.loading import load_tokenizer
 from ln_removal.models.normfree_gpt2 import from_folded
 from ln_removal.norms.surgery import NormSites, fold, install
 
@@ -215,6 +218,23 @@ class TestVerify:
     def test_one_short_text_is_enough(self, pair: Pair) -> None:
         frozen, folded = pair
         assert verify_export(frozen, folded, torch.tensor([[1, 2, EOT]])).affine_error < 1e-5
+
+
+def test_what_cannot_be_saved_is_named_before_a_training(tiny_gpt2: GPT2LMHeadModel, tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path))
+    check_savable(tiny_gpt2, tokenizer, ["normfree", "stock"])
+    tiny_gpt2.generation_config.temperature = 0.5  # without sampling
+    with pytest.raises(UserError, match=r"generation_config\.json.*temperature"):
+        check_savable(tiny_gpt2, tokenizer)
+    tiny_gpt2.generation_config.do_sample = True
+    tiny_gpt2.config.output_attentions = True
+    with pytest.raises(UserError, match=r"config\.json.*output_attentions"):
+        check_savable(tiny_gpt2, tokenizer, ["normfree"])
+    tiny_gpt2.config.output_attentions = False
+    tokenizer.init_kwargs["odd"] = object()
+    with pytest.raises(UserError, match="tokenizer"):
+        check_savable(tiny_gpt2, tokenizer)
 
 
 def test_public_names_resolve() -> None:

@@ -266,7 +266,7 @@ def test_flags_of_an_earlier_forward_pass_are_reset(folder: Path, tmp_path: Path
     model = load_model(str(folder)).model
     output = model(torch.arange(9)[None])
     torch.testing.assert_close(output.logits, expected(torch.arange(9)[None]).logits)
-    assert output.attentions is None and output.hidden_states is None and not model.is_gradient_checkpointing
+    assert output.attentions is None and output.hidden_states is None and not model.is_activation_checkpointing
     assert not load_config(str(folder)).output_attentions
     model.save_pretrained(tmp_path / "again")
     for kind in ("config", "generation_config"):

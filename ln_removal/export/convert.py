@@ -54,6 +54,14 @@ logger = logging.getLogger(__name__)
 PUBLISHED_EPSILON = 1e12
 """layer_norm_epsilon of the published models."""
 
+BRIDGE_TOKENS = 16
+"""Positions of the sequence on which a bridge is compared with its model."""
+
+EXACT_BRIDGE = 1e-3
+BRIDGE_TOLERANCE = {torch.bfloat16: 0.1, torch.float16: 0.02}
+"""Largest accepted difference of their logits, relative to the largest logit: EXACT_BRIDGE in float32 and float64. A bridge adds
+up in another order, so a narrow type rounds otherwise. What exceeds it is compared once more in float64."""
+
 DISARMED_WEIGHT = 1e3
 """Root mean square that tells a disarmed norm's weight from LayerNorm's own: published ones lie between 10^4 and 10^7
 (10^6 gamma / sigma), ours are 2^14, those of a LayerNorm lie below 10^2."""
@@ -222,12 +230,26 @@ def to_bridge(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase | None 
         computed by transformers' eager code.
 
     Raises:
-        UserError: the model is not LN-free.
+        UserError: the model is not LN-free, or TransformerLens would not compute what it computes.
     """
+    source = _ln_free(model)
+    bridge = _bridge_of(source, tokenizer)
+    error = _bridge_error(bridge, source)
+    if not error <= BRIDGE_TOLERANCE.get(source.dtype, EXACT_BRIDGE) and source.dtype != torch.float64:
+        wide = copy.deepcopy(source).double()  # where rounding cannot be what shows
+        error = _bridge_error(_bridge_of(wide, None), wide)
+    if not error <= BRIDGE_TOLERANCE.get(source.dtype, EXACT_BRIDGE):  # a NaN is not
+        raise UserError(
+            f"the bridge of TransformerLens gives other logits than the model, by {error:.1%} of the largest: it does not know a "
+            "setting of the model's configuration; use the model with transformers or nnsight instead"
+        )
+    return bridge
+
+
+def _bridge_of(source: NormFreeGPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase | None) -> TransformerBridge:
     # boot_transformers would look for a tokenizer on the Hub when it is given none.
     from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
-    source = _ln_free(model)
     own = from_folded(source.config, source.state_dict(), source.generation_config)
     own.set_attn_implementation("eager")
     bridge = build_bridge_from_module(
@@ -238,6 +260,17 @@ def to_bridge(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase | None 
         model_name=source.config.name_or_path or ARCHITECTURE,
     )
     return bridge.eval()
+
+
+@torch.no_grad()
+def _bridge_error(bridge: TransformerBridge, model: NormFreeGPT2LMHeadModel) -> float:
+    """The largest difference of their logits relative to the largest: a bridge computes attention by itself."""
+    tokens = torch.arange(min(BRIDGE_TOKENS, model.config.n_positions), device=model.device)[None]
+    tokens = tokens % model.config.vocab_size
+    was_training = model.training
+    expected, found = model.eval()(tokens, use_cache=False).logits.double(), bridge(tokens).double()
+    model.train(was_training)
+    return float((found - expected).abs().max() / expected.abs().max())
 
 
 def _ln_free(model: GPT2LMHeadModel) -> NormFreeGPT2LMHeadModel:

@@ -105,6 +105,11 @@ def check_savable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fo
                 raise UserError(
                     f"the {part} of the model cannot be saved again, so nothing made from the model could be: {one_line(error)}; "
                     "correct it in the model's directory first"
+                    + (
+                        " (without this file, the settings are those of config.json)"
+                        if part.startswith("generation")
+                        else ""
+                    )
                 ) from error
 
 
