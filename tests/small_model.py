@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from command_line import done
+from torch import nn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -17,6 +19,29 @@ END_OF_TEXT = "<|endoftext|>"
 STEP = "--set training.tokens_per_step=256 --set training.precision=float32"
 REMOVE = f"ln-remove --model model --set data.corpus=texts --steps 6 --questions none {STEP}"
 """A removal in the world of `write_world`, without its --out."""
+
+
+class Adapter(nn.Module):
+    """As peft wraps a linear layer: `weight` and `bias` are the layer's, and the forward pass adds a product of its own."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        weight = layer.get_parameter("weight")
+        size = weight.T.shape if isinstance(layer, nn.Linear) else weight.shape
+        self.base_layer = layer
+        self.down, self.up = nn.Linear(size[0], 2, bias=False), nn.Linear(2, size[1], bias=False)
+
+    @property
+    def weight(self) -> nn.Parameter:
+        return self.base_layer.get_parameter("weight")
+
+    @property
+    def bias(self) -> nn.Parameter:
+        return self.base_layer.get_parameter("bias")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        added: torch.Tensor = self.base_layer(x) + self.up(self.down(x))
+        return added
 
 
 def write_corpus(directory: Path, documents: int = 24) -> Path:
@@ -85,6 +110,22 @@ def write_model(
     return directory
 
 
+GENERATION = {"do_sample": True, "temperature": 0.7, "max_new_tokens": 12, "eos_token_id": [0, 1]}
+
+
+def leave_settings(model: Path) -> None:
+    """What users leave in a model's directory: how it was last run, in config.json, and how it is to write text."""
+    flags = {
+        "output_attentions": True,
+        "output_hidden_states": True,
+        "return_dict": False,
+        "gradient_checkpointing": True,
+    }
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    (model / "config.json").write_text(json.dumps(config | flags), encoding="utf-8")
+    (model / "generation_config.json").write_text(json.dumps(GENERATION), encoding="utf-8")
+
+
 def tiny_neox(*, parallel: bool = True) -> PreTrainedModel:
     """A random GPT-NeoX of the Pythia kind: 2 layers, width 32, 4 heads, 101 tokens, 32 positions; evaluation mode."""
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
@@ -106,7 +147,7 @@ def tiny_neox(*, parallel: bool = True) -> PreTrainedModel:
 
 def write_world(place: Path) -> Path:
     """Two models, text, tokens of each, and a finished run with a control, whose checkpoints are of steps 3 and 6."""
-    write_model(place / "model")
+    leave_settings(write_model(place / "model"))
     write_model(place / "other", entries=300)
     write_corpus(place / "texts")
     with pytest.MonkeyPatch.context() as patch:

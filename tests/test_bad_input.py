@@ -124,6 +124,12 @@ def question(**changes: Any) -> Callable[[Path], None]:
     return written("q.jsonl", f"{json.dumps(QUESTION)}\n{json.dumps(changed)}\n")
 
 
+def unsavable(here: Path) -> None:
+    """A temperature without sampling, which transformers reads, but does not write when it had to change anything else."""
+    edited("model/config.json", temperature=0.5)(here)
+    without("model/generation_config.json")(here)
+
+
 def small_corpus(here: Path) -> None:
     (here / "small").mkdir()
     for name in ("a", "b"):
@@ -185,6 +191,7 @@ CASES: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "weights cut off": (cut("model/model.safetensors"), REMOVING, "model.safetensors"),
     "NaN weights": (weights(first_weight(float("nan"))), REMOVING, "transformer.h.1.mlp.c_fc"),
     "an adapter": (written("model/adapter_config.json", {}), REMOVING, "adapter_config.json"),
+    "settings that cannot be saved again": (unsavable, REMOVING, "generation_config.json"),
     "no tokenizer": (without("model/tokenizer.json"), REMOVING, "tokenizer"),
     "tokenizer of a larger model": (
         lambda here: shutil.copy(here / "model" / "tokenizer.json", here / "other" / "tokenizer.json") and None,

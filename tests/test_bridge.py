@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
 from command_line import run_code
 from disarmed_model import disarm, faithful
-from small_model import write_tokenizer
+from small_model import Adapter, write_tokenizer
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
@@ -16,6 +17,7 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 import ln_removal
 from ln_removal import NormFreeGPT2LMHeadModel, UserError, from_disarmed, to_bridge, to_stock
 from ln_removal.models.loading import load_model, load_tokenizer
+from ln_removal.models.normfree_gpt2 import from_folded
 
 SUMS = {torch.float32: 1e-5, torch.float64: 1e-12}
 
@@ -190,6 +192,59 @@ class TestBridge:
         torch.testing.assert_close(logits(bridge, token_ids).log_softmax(-1), expected, rtol=1e-4, atol=1e-4)
         found, parts = direct_contributions(bridge, token_ids)
         assert relative_error(sum(parts.values()), found) < 1e-5
+
+
+class TestWhatTransformerLensDoesNotKnow:
+    """It computes attention by itself, and so a setting of the configuration may be passed over."""
+
+    @pytest.mark.parametrize("how", ["from memory", "booted"])
+    def test_scores_that_are_not_scaled_are_refused_and_the_way_out_works(
+        self, tiny_gpt2: GPT2LMHeadModel, token_ids: Tensor, tokenizer: PreTrainedTokenizerBase, how: str
+    ) -> None:
+        def bridge_of(model: NormFreeGPT2LMHeadModel) -> TransformerBridge:
+            if how == "from memory":
+                return to_bridge(model)
+            return TransformerBridge.boot_transformers("mine", hf_model=model, tokenizer=tokenizer, device="cpu")
+
+        model = built_with(tiny_gpt2, scale_attn_weights=False)
+        expected = logits(model, token_ids)
+        with pytest.raises(UserError, match="scale_attn_weights"):
+            bridge_of(model)
+        width, head = 32, 8
+        state = model.state_dict()
+        for layer in range(3):
+            state[f"transformer.h.{layer}.attn.c_attn.weight"][:, :width] *= head**0.5
+            state[f"transformer.h.{layer}.attn.c_attn.bias"][:width] *= head**0.5
+        model.config.scale_attn_weights = True
+        assert relative_error(logits(bridge_of(from_folded(model.config, state)), token_ids), expected) < 1e-4
+
+    @pytest.mark.parametrize("setting", ["scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn"])
+    def test_other_settings_of_attention(self, tiny_gpt2: GPT2LMHeadModel, token_ids: Tensor, setting: str) -> None:
+        model = built_with(tiny_gpt2, **{setting: True})
+        assert relative_error(logits(to_bridge(model), token_ids), logits(model, token_ids)) < 1e-4
+
+    def test_logits_are_compared_once(self, model: NormFreeGPT2LMHeadModel, monkeypatch: pytest.MonkeyPatch) -> None:
+        forward = TransformerBridge.forward
+        monkeypatch.setattr(TransformerBridge, "forward", lambda *args, **options: 1.01 * forward(*args, **options))
+        with pytest.raises(UserError, match="logits"):
+            to_bridge(model)
+        monkeypatch.undo()
+        for dtype in (torch.bfloat16, torch.float16, torch.float64):
+            assert to_bridge(model.to(dtype)).cfg.dtype == dtype
+
+    def test_an_adapter_has_to_be_merged(self, model: NormFreeGPT2LMHeadModel) -> None:
+        model.transformer.h[0].mlp.c_fc = Adapter(model.transformer.h[0].mlp.c_fc)
+        for form in (to_bridge, to_stock):
+            with pytest.raises(UserError, match="merge"):
+                form(model)
+
+
+def built_with(model: GPT2LMHeadModel, **settings: bool) -> NormFreeGPT2LMHeadModel:
+    """An LN-free model with these settings, which a model reads when it is built."""
+    disarmed = disarm(model)
+    config = copy.deepcopy(disarmed.config)
+    config.update(settings)
+    return from_folded(config, from_disarmed(disarmed).state_dict())
 
 
 class TestTokenizer:

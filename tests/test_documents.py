@@ -322,18 +322,32 @@ def test_one_graph_reads_documents(
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["of positions", "of pairs", "of pairs, added"])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_in_a_users_own_forward_pass_is_not_observed(side: str) -> None:
+def test_padding_in_a_users_own_forward_pass_is_not_observed(side: str, kind: str) -> None:
     model = make_model("gpt2", torch.float32)
     sites = with_partial_mix(model)
     ids = torch.randint(0, EOT, (2, 12), generator=torch.Generator().manual_seed(0))
     mask = torch.ones(2, 12, dtype=torch.int64)
     padded = slice(0, 5) if side == "left" else slice(7, 12)
     mask[1, padded] = 0
-    model.train()
-    model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0))
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    sees = mask.bool()[:, None, None] & torch.ones(12, 12, dtype=torch.bool).tril()
+    added = torch.zeros(sees.shape).masked_fill(~sees, torch.finfo(torch.float32).min)
+    given = {"of positions": mask, "of pairs": sees, "of pairs, added": added}[kind]
+    model.eval()  # no dropout
+    for norm in sites.norms.values():
+        norm.train()
+    model(input_ids=ids, attention_mask=given, position_ids=positions)
     counts = {tuple(norm.std_count.tolist()) for norm in sites.norms.values()}
     assert counts == {(17.0, 0.0, 2.0)}
+    found = {name: norm.std_sum.clone() for name, norm in sites.norms.items()}
+    for norm in sites.norms.values():
+        norm.std_sum.zero_()
+    for row, kept in zip(ids, mask.bool(), strict=True):  # the same documents without padding
+        model(input_ids=row[kept][None])
+    for name, norm in sites.norms.items():
+        torch.testing.assert_close(norm.std_sum, found[name])
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3])

@@ -9,13 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_model import write_tokenizer
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2LMHeadModel
 
 import ln_removal
-from ln_removal import NormFreeGPT2Config, NormFreeGPT2LMHeadModel, UserError
+from ln_removal import NormFreeGPT2Config, NormFreeGPT2LMHeadModel, UserError, from_disarmed
 from ln_removal.export.stock import EPSILON, to_stock
 from ln_removal.export.verify import TOLERANCE, ExportError, logits_error, norm_modules, verify_export
+from ln_removal.export.write import check_savable
+from ln_removal.models.loading import load_tokenizer
 from ln_removal.models.normfree_gpt2 import from_folded
 from ln_removal.norms.surgery import NormSites, fold, install
 
@@ -74,6 +77,15 @@ class TestNormFree:
         for name in ("n_layer", "n_embd", "n_head", "vocab_size", "n_positions", "eos_token_id", "resid_pdrop"):
             assert getattr(folded.config, name) == getattr(frozen.config, name), name
         assert not folded.training and not any(p.is_meta for p in folded.parameters())
+
+    def test_settings_for_generation_are_taken_over(self, pair: Pair) -> None:
+        frozen, _ = pair
+        frozen.generation_config.update(do_sample=True, temperature=0.7)
+        folded = from_folded(frozen.config, fold(frozen), frozen.generation_config)
+        for model in (folded, to_stock(folded), from_disarmed(to_stock(folded))):
+            assert model.generation_config.to_dict() == frozen.generation_config.to_dict()
+        folded.generation_config.temperature = 0.8
+        assert frozen.generation_config.temperature == 0.7
 
     def test_it_trains_and_keeps_its_unembedding_apart(self, pair: Pair, token_ids: Tensor) -> None:
         _, folded = pair
@@ -206,6 +218,23 @@ class TestVerify:
     def test_one_short_text_is_enough(self, pair: Pair) -> None:
         frozen, folded = pair
         assert verify_export(frozen, folded, torch.tensor([[1, 2, EOT]])).affine_error < 1e-5
+
+
+def test_what_cannot_be_saved_is_named_before_a_training(tiny_gpt2: GPT2LMHeadModel, tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path))
+    check_savable(tiny_gpt2, tokenizer, ["normfree", "stock"])
+    tiny_gpt2.generation_config.temperature = 0.5  # without sampling
+    with pytest.raises(UserError, match=r"generation_config\.json.*temperature"):
+        check_savable(tiny_gpt2, tokenizer)
+    tiny_gpt2.generation_config.do_sample = True
+    tiny_gpt2.config.output_attentions = True
+    with pytest.raises(UserError, match=r"config\.json.*output_attentions"):
+        check_savable(tiny_gpt2, tokenizer, ["normfree"])
+    tiny_gpt2.config.output_attentions = False
+    tokenizer.init_kwargs["odd"] = object()
+    with pytest.raises(UserError, match="tokenizer"):
+        check_savable(tiny_gpt2, tokenizer)
 
 
 def test_public_names_resolve() -> None:

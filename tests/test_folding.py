@@ -9,6 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reference_gpt2 import Reference, SiteSetting
+from small_model import Adapter
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
@@ -171,6 +172,15 @@ class TestFold:
         for site in sites.sites:
             sites.set_mix(site, 0)
         with pytest.raises(UserError, match=r"10 of 10 .*ln_2\.0"):
+            fold(tiny_gpt2)
+
+    @pytest.mark.parametrize("path", ["transformer.h.0.mlp.c_fc", "transformer.h.2.attn.c_proj", "lm_head"])
+    def test_an_adapter_added_after_install_has_to_be_merged(
+        self, tiny_gpt2: GPT2LMHeadModel, token_ids: Tensor, path: str
+    ) -> None:
+        frozen(tiny_gpt2, token_ids)
+        tiny_gpt2.set_submodule(path, Adapter(tiny_gpt2.get_submodule(path)))
+        with pytest.raises(UserError, match=rf"{path} .*merge"):
             fold(tiny_gpt2)
 
     @pytest.mark.parametrize("which", ["eot", "first"])

@@ -13,7 +13,9 @@ import pytest
 import torch
 from fake_hub import FakeHub, read_folder, run_client
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
+from small_model import tiny_neox, write_tokenizer
+from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers, processors
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from ln_removal.data.encoder import train_code_tokenizer
 from ln_removal.errors import UserError
@@ -36,6 +38,7 @@ def report(name, *loaders):
         if loaders[-1] is load_model:
             weights = loaded.model.state_dict()
             result["sum"] = sum(weight.double().sum().item() for weight in weights.values())
+            result["max_new_tokens"] = loaded.model.generation_config.max_new_tokens
             result["ids"] = loaded.tokenizer("def f(x): return x").input_ids
     except UserError as error:
         result["error"] = str(error)
@@ -170,6 +173,18 @@ def shard_index(folder: Path, index: object) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def rename(folder: Path, change: Callable[[str], str]) -> None:
+    weights = load_file(folder / "model.safetensors")
+    save_file(
+        {change(name): weight for name, weight in weights.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
+
+
+def only_an_adapter(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+
+
 def lose_a_shard(folder: Path) -> None:
     model = GPT2LMHeadModel.from_pretrained(folder)
     (folder / "model.safetensors").unlink()
@@ -193,6 +208,23 @@ def lose_a_shard(folder: Path) -> None:
         (lambda f: edit_config(f, n_layer=3), ["transformer.h.2."]),
         (lambda f: edit_config(f, n_layer=0), ["n_layer"]),
         (lambda f: edit_config(f, n_embd=-8), ["n_embd"]),
+        (lambda f: edit_config(f, activation_function="gelu_fancy"), ["activation_function", "gelu_fancy", "gelu_new"]),
+        (lambda f: (f / "generation_config.json").write_text("{"), ["generation_config.json"]),
+        (lambda f: (f / "generation_config.json").write_text("[]"), ["generation_config.json"]),
+        (lambda f: (f / "adapter_config.json").write_text("{}"), ["delete adapter_config.json"]),
+        (only_an_adapter, ["adapter_config.json", "merge"]),
+        (lambda f: rename(f, lambda name: f"module.{name}"), ["'module.'", "DistributedDataParallel"]),
+        (lambda f: rename(f, lambda name: f"_orig_mod.{name}"), ["'_orig_mod.'", "torch.compile"]),
+        (lambda f: rename(f, lambda name: f"_orig_mod.module.{name}"), ["'_orig_mod.module.'"]),
+        (lambda f: rename(f, lambda name: f"student.{name}"), ["'student.'"]),
+        (lambda f: rename(f, lambda name: f"base_model.model.{name}"), ["base_model.model.", "merge"]),
+        (lambda f: rename(f, lambda name: name.replace("c_attn.", "c_attn.base_layer.")), [".base_layer.", "merge"]),
+        (
+            lambda f: edit_weights(
+                f, lambda w: w.update({"transformer.h.0.attn.c_attn.lora_A.weight": torch.ones(2, 8)})
+            ),
+            ["lora_A", "merge"],
+        ),
         (lambda f: (f / "model.safetensors").write_bytes(b""), ["model.safetensors"]),
         (lambda f: shard_index(f, {"weight_map": {}}), ["model.safetensors.index.json"]),
         (lambda f: shard_index(f, {"weight_map": {"a": 1, "b": ["x"]}}), ["model.safetensors.index.json"]),
@@ -221,6 +253,92 @@ def test_damage_is_named_in_one_line(folder: Path, damage: Callable[[Path], obje
     assert str(folder) in message
     for part in expected:
         assert part in message
+
+
+FLAGS = {"output_attentions": True, "output_hidden_states": True, "return_dict": False, "gradient_checkpointing": True}
+
+
+@pytest.mark.parametrize("flags", [FLAGS, {"attn_implementation": "flash_attention_2"}])
+def test_flags_of_an_earlier_forward_pass_are_reset(folder: Path, tmp_path: Path, flags: dict[str, object]) -> None:
+    expected = load_model(str(folder)).model
+    (folder / "generation_config.json").unlink()  # then transformers takes the flags into those settings as well
+    edit_config(folder, **flags)
+    model = load_model(str(folder)).model
+    output = model(torch.arange(9)[None])
+    torch.testing.assert_close(output.logits, expected(torch.arange(9)[None]).logits)
+    assert output.attentions is None and output.hidden_states is None and not model.is_activation_checkpointing
+    assert not load_config(str(folder)).output_attentions
+    model.save_pretrained(tmp_path / "again")
+    for kind in ("config", "generation_config"):
+        written = json.loads((tmp_path / "again" / f"{kind}.json").read_text())
+        assert not any(written.get(flag) for flag in (*flags, "return_dict_in_generate") if flag != "return_dict")
+        assert written.get("return_dict", True)
+
+
+def test_an_unknown_activation_of_a_pythia_is_named_too(tmp_path: Path) -> None:
+    tiny_neox().save_pretrained(tmp_path)
+    edit_config(tmp_path, hidden_act="relu6000")
+    assert "hidden_act is 'relu6000'" in message_of(lambda: load_config(str(tmp_path)))
+
+
+def split_by_itself(tokenizer: Tokenizer) -> None:
+    digits = pre_tokenizers.Split(Regex(r"\d{1,3}|[^\d]+"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(False, use_regex=False)])
+
+
+def lower_case(tokenizer: Tokenizer) -> None:
+    tokenizer.normalizer = normalizers.Lowercase()
+
+
+def prefix_space(tokenizer: Tokenizer) -> None:
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+
+
+def begin_with_end_of_text(tokenizer: Tokenizer) -> None:
+    end = ("<|endoftext|>", tokenizer.token_to_id("<|endoftext|>"))
+    tokenizer.post_processor = processors.TemplateProcessing("<|endoftext|> $A", "$A $B", [end])
+
+
+def left_alone(tokenizer: Tokenizer) -> None:
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+
+
+@pytest.mark.parametrize("change", [split_by_itself, lower_case, prefix_space, begin_with_end_of_text, left_alone])
+@pytest.mark.parametrize(
+    "named", ["GPT2TokenizerFast", "GPT2Tokenizer", "GPTNeoXTokenizerFast", "RobertaTokenizerFast"]
+)
+def test_a_tokenizer_is_the_one_of_its_file_whatever_class_is_named(
+    tmp_path: Path, change: Callable[[Tokenizer], None], named: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_tokenizer(tmp_path)
+    file = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    change(file)
+    file.save(str(tmp_path / "tokenizer.json"))
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": named}))
+    tokenizer = load_tokenizer(str(tmp_path))
+    texts = ("def function_7(VALUE):\n    total = 1234567", "", "<|endoftext|>return  total", "\u00e9\u4e2d")
+    for text in texts:
+        assert tokenizer(text).input_ids == file.encode(text).ids
+    assert tokenizer.eos_token == "<|endoftext|>"
+    tokenizer.save_pretrained(tmp_path / "again")
+    for again in (load_tokenizer(str(tmp_path / "again")), AutoTokenizer.from_pretrained(tmp_path / "again")):
+        assert [again(text).input_ids for text in texts] == [file.encode(text).ids for text in texts]
+    if (change, named) == (left_alone, "GPT2TokenizerFast"):
+        assert type(tokenizer).__name__ == "GPT2Tokenizer" and not caplog.records
+    if change is split_by_itself:
+        assert "pre_tokenizer" in caplog.text
+
+
+def test_a_special_token_that_only_the_class_knows_is_kept(tmp_path: Path) -> None:
+    """As in the repository gpt2, whose tokenizer_config.json names no end of text."""
+    write_tokenizer(tmp_path)
+    file = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    split_by_itself(file)
+    file.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2TokenizerFast", "model_max_length": 32}')
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert tokenizer.eos_token_id == file.token_to_id("<|endoftext|>") and tokenizer.model_max_length == 32
 
 
 def test_a_run_in_place_of_a_model_is_told_where_its_model_is(folder: Path) -> None:
@@ -288,6 +406,7 @@ def test_hub_models_load_and_what_is_wrong_with_them_is_named(original: Path, tm
     files = read_folder(original)
     pickle_only = {"pytorch_model.bin": b"", **{key: data for key, data in files.items() if key != "model.safetensors"}}
     with FakeHub() as hub:
+        files["generation_config.json"] = b'{"max_new_tokens": 7}'
         hub.add("models", "gpt2", {**files, "pytorch_model.bin": b"not asked for", "onnx/config.json": b"{}"})
         hub.add("models", "some/tokenizer", {key: data for key, data in files.items() if "token" in key})
         hub.add("models", "some/closed", files, gated=True)
@@ -311,6 +430,7 @@ def test_hub_models_load_and_what_is_wrong_with_them_is_named(original: Path, tm
     assert done.returncode == 0, done.stderr
     results = {result["name"]: result for result in map(json.loads, done.stdout.splitlines())}
     assert results["gpt2"]["sum"] == pytest.approx(sum_of_weights(original))
+    assert results["gpt2"]["max_new_tokens"] == 7
     assert results["gpt2"]["ids"] == load_tokenizer(str(original))("def f(x): return x").input_ids
     assert "error" not in results["some/tokenizer"]
     assert not any(path.endswith(("gpt2/resolve/main/pytorch_model.bin", "onnx/config.json")) for path in asked)

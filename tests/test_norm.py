@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ from ln_removal.norms.freezable import (
     NormedProjection,
     PositionClasses,
 )
+from ln_removal.norms.surgery import install
 
 EOT = 100
 WIDTH = 8
@@ -381,6 +384,25 @@ def test_no_forward_or_update_reads_a_tensor_on_the_host(monkeypatch: pytest.Mon
     norm.write_dropped(FIRST, 0.5)
     norm.eval()
     norm(x)
+
+
+@pytest.mark.parametrize("narrow", [nn.Module.bfloat16, nn.Module.half, lambda model: model.to(torch.bfloat16)])
+def test_constants_stay_exact_in_a_narrow_model(
+    tiny_gpt2: GPT2LMHeadModel, token_ids: Tensor, narrow: Callable[[nn.Module], nn.Module]
+) -> None:
+    sites = install(tiny_gpt2, eot_token_id=100)
+    tiny_gpt2.train()
+    tiny_gpt2(token_ids)
+    sites.update_running(0.9)
+    sites.set_mix("ln_2.0", 1.0)
+    before = sites.frozen_constants(), sites.running_stds()
+    narrow(tiny_gpt2)
+    assert (sites.frozen_constants(), sites.running_stds()) == before
+    assert {norm.weight.dtype for norm in sites.norms.values()} == {tiny_gpt2.dtype} != {torch.float32}
+    assert tiny_gpt2(token_ids).logits.dtype == tiny_gpt2.dtype
+    tiny_gpt2.double()
+    assert sites.norms["ln_f"].running_std.dtype == torch.float64
+    assert (sites.frozen_constants(), sites.running_stds()) == before
 
 
 def test_no_buffer_is_lost_in_a_state_dict() -> None:

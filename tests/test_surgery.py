@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 import torch._dynamo
 from numpy.typing import NDArray
 from reference_gpt2 import Array, Reference, SiteSetting
+from small_model import Adapter
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.multiprocessing.spawn import spawn
@@ -88,6 +89,61 @@ class TestArchitectures:
         tiny_gpt2.config.add_cross_attention = True
         with pytest.raises(UserError, match="cross-attention"):
             check_supported(tiny_gpt2)
+
+
+def wrap(model: GPT2LMHeadModel, path: str, wrapper: Callable[[Any], nn.Module]) -> None:
+    model.set_submodule(path, wrapper(model.get_submodule(path)))
+
+
+class Quantised(nn.Linear):
+    """As a quantised layer: a class of its own."""
+
+
+class TestWhatIsNotPlain:
+    """A fold reads weights by name: whatever else a module does would be gone without a word."""
+
+    @pytest.mark.parametrize("at", ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"])
+    def test_an_adapter_has_to_be_merged(self, tiny_gpt2: GPT2LMHeadModel, at: str) -> None:
+        wrap(tiny_gpt2, f"transformer.h.1.{at}", Adapter)
+        with pytest.raises(UserError, match=rf"transformer\.h\.1\.{at} .*Adapter.*merge"):
+            install(tiny_gpt2, eot_token_id=EOT)
+        assert isinstance(tiny_gpt2.transformer.ln_f, nn.LayerNorm), "nothing was replaced"
+
+    @pytest.mark.parametrize(
+        ("path", "wrapper"),
+        [
+            ("lm_head", Adapter),
+            ("lm_head", lambda layer: Quantised(layer.in_features, layer.out_features, bias=False)),
+            ("lm_head", nn.utils.parametrizations.weight_norm),
+            ("transformer.h.0.mlp.c_fc", nn.utils.parametrizations.spectral_norm),
+            ("transformer.wte", lambda layer: nn.Sequential(layer)),
+            ("transformer.h.2.mlp.act", lambda _: nn.ReLU()),
+            ("transformer.h.2.mlp", lambda layer: _with(layer, nn.Linear(2, 2))),
+        ],
+    )
+    def test_other_modules(self, tiny_gpt2: GPT2LMHeadModel, path: str, wrapper: Callable[[Any], nn.Module]) -> None:
+        wrap(tiny_gpt2, path, wrapper)
+        with pytest.raises(UserError, match=path.replace(".", r"\.")):
+            install(tiny_gpt2, eot_token_id=EOT)
+
+    def test_a_model_of_peft(self, tiny_gpt2: GPT2LMHeadModel) -> None:
+        wrapped = nn.Sequential(tiny_gpt2)
+        wrapped.merge_and_unload = lambda: tiny_gpt2
+        with pytest.raises(UserError, match="merge_and_unload"):
+            check_supported(wrapped)
+
+    @pytest.mark.parametrize("path", ["transformer.h.0.ln_1", "transformer.h.1.attn.c_attn", "transformer.ln_f"])
+    def test_a_hook_of_a_replaced_module(self, tiny_gpt2: GPT2LMHeadModel, path: str) -> None:
+        handle = tiny_gpt2.get_submodule(path).register_forward_hook(lambda *_: None)
+        with pytest.raises(UserError, match=path.replace(".", r"\.")):
+            install(tiny_gpt2, eot_token_id=EOT)
+        handle.remove()
+        install(tiny_gpt2, eot_token_id=EOT)
+
+
+def _with(module: nn.Module, added: nn.Module) -> nn.Module:
+    module.added = added
+    return module
 
 
 class TestInstall:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from command_line import Commands, done, run_code
-from small_model import REMOVE, write_corpus, write_model
+from small_model import GENERATION, REMOVE, write_corpus, write_model
 
 pytestmark = pytest.mark.slow
 
@@ -28,6 +28,11 @@ def losses(results: Path) -> dict[str, float]:
     return found
 
 
+def generation(model: Path) -> dict[str, object]:
+    settings = json.loads((model / "generation_config.json").read_text(encoding="utf-8"))
+    return {name: value for name, value in settings.items() if name != "transformers_version"}
+
+
 def test_run_leaves_what_the_readme_says(world: Path) -> None:
     run = world / "run"
     for name in ("recipe.toml", "metrics.jsonl", "results.json", "model/config.json", "stock/config.json", "state"):
@@ -40,6 +45,14 @@ def test_run_leaves_what_the_readme_says(world: Path) -> None:
     assert [row["step"] for row in rows(run, "train")] == list(range(6))
     sites = {f"{kind}.{layer}" for kind in ("ln_2", "ln_1_qk", "ln_1_v") for layer in range(2)}
     assert set(frozen(run)) == sites | {"ln_f", "eot", "first"}
+
+
+def test_settings_for_generation_are_kept_and_flags_of_a_forward_pass_are_not(world: Path) -> None:
+    for directory in ("run/model", "run/stock", "run/control/model"):
+        assert generation(world / directory) == GENERATION, directory
+        config = json.loads((world / directory / "config.json").read_text(encoding="utf-8"))
+        given = {"output_attentions", "output_hidden_states", "return_dict", "gradient_checkpointing"} & set(config)
+        assert {name: config[name] for name in given} in ({}, {"gradient_checkpointing": False})
 
 
 def test_both_forms_load_in_a_fresh_process_and_agree(world: Path) -> None:
@@ -60,6 +73,9 @@ print(((model(tokens).logits - stock).abs().max() / stock.abs().max()).item())
 def test_export_of_a_run_without_its_model_folds_the_checkpoint(copied: Path) -> None:
     shutil.rmtree(copied / "run" / "model")
     done("ln-export run --out folded")
+    assert generation(copied / "folded") == GENERATION
+    done("ln-export folded --format stock --out stock")
+    assert generation(copied / "stock") == GENERATION
     done("ln-evaluate folded --tokens run/tokens --context 64 --out again.json")
     assert losses(copied / "again.json")["ln_free"] == pytest.approx(
         losses(copied / "run" / "results.json")["ln_free"], abs=1e-4

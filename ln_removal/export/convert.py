@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from ln_removal.errors import UserError
 from ln_removal.export.stock import EPSILON, NORM_WEIGHT
 from ln_removal.export.verify import TOLERANCE, ExportError, position_errors, readers
-from ln_removal.models.layout import DISARMING_EPSILON, check_supported
+from ln_removal.models.layout import DISARMING_EPSILON, check_plain, check_supported
 from ln_removal.models.normfree_gpt2 import from_folded
 from ln_removal.models.registration import ARCHITECTURE
 from ln_removal.norms.surgery import fold_affine
@@ -53,6 +53,14 @@ logger = logging.getLogger(__name__)
 
 PUBLISHED_EPSILON = 1e12
 """layer_norm_epsilon of the published models."""
+
+BRIDGE_TOKENS = 16
+"""Positions of the sequence on which a bridge is compared with its model."""
+
+EXACT_BRIDGE = 1e-3
+BRIDGE_TOLERANCE = {torch.bfloat16: 0.1, torch.float16: 0.02}
+"""Largest accepted difference of their logits, relative to the largest logit: EXACT_BRIDGE in float32 and float64. A bridge adds
+up in another order, so a narrow type rounds otherwise. What exceeds it is compared once more in float64."""
 
 DISARMED_WEIGHT = 1e3
 """Root mean square that tells a disarmed norm's weight from LayerNorm's own: published ones lie between 10^4 and 10^7
@@ -100,7 +108,7 @@ def from_disarmed(model: GPT2LMHeadModel) -> NormFreeGPT2LMHeadModel:
         folded, shift = fold_affine(wide, bias, norms[name].weight, norms[name].bias, sigma)
         state[f"{name}.weight"] = (folded.T if name == "lm_head" else folded).to(weight.dtype).contiguous()
         state[f"{name}.bias"] = shift.to(weight.dtype)
-    return from_folded(model.config, state)
+    return from_folded(model.config, state, model.generation_config)
 
 
 def check_conversion(source: GPT2LMHeadModel, converted: NormFreeGPT2LMHeadModel, input_ids: Tensor) -> float:
@@ -222,15 +230,28 @@ def to_bridge(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase | None 
         computed by transformers' eager code.
 
     Raises:
-        UserError: the model is not LN-free.
+        UserError: the model is not LN-free, or TransformerLens would not compute what it computes.
     """
+    source = _ln_free(model)
+    bridge = _bridge_of(source, tokenizer)
+    error = _bridge_error(bridge, source)
+    if not error <= BRIDGE_TOLERANCE.get(source.dtype, EXACT_BRIDGE) and source.dtype != torch.float64:
+        wide = copy.deepcopy(source).double()  # where rounding cannot be what shows
+        error = _bridge_error(_bridge_of(wide, None), wide)
+    if not error <= BRIDGE_TOLERANCE.get(source.dtype, EXACT_BRIDGE):  # a NaN is not
+        raise UserError(
+            f"the bridge of TransformerLens gives other logits than the model, by {error:.1%} of the largest: it does not know a "
+            "setting of the model's configuration; use the model with transformers or nnsight instead"
+        )
+    return bridge
+
+
+def _bridge_of(source: NormFreeGPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase | None) -> TransformerBridge:
     # boot_transformers would look for a tokenizer on the Hub when it is given none.
     from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
-    source = _ln_free(model)
-    own = from_folded(source.config, source.state_dict())
+    own = from_folded(source.config, source.state_dict(), source.generation_config)
     own.set_attn_implementation("eager")
-    own.generation_config = copy.deepcopy(source.generation_config)
     bridge = build_bridge_from_module(
         own,
         ARCHITECTURE,
@@ -241,6 +262,17 @@ def to_bridge(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase | None 
     return bridge.eval()
 
 
+@torch.no_grad()
+def _bridge_error(bridge: TransformerBridge, model: NormFreeGPT2LMHeadModel) -> float:
+    """The largest difference of their logits relative to the largest: a bridge computes attention by itself."""
+    tokens = torch.arange(min(BRIDGE_TOKENS, model.config.n_positions), device=model.device)[None]
+    tokens = tokens % model.config.vocab_size
+    was_training = model.training
+    expected, found = model.eval()(tokens, use_cache=False).logits.double(), bridge(tokens).double()
+    model.train(was_training)
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
 def _ln_free(model: GPT2LMHeadModel) -> NormFreeGPT2LMHeadModel:
     from transformers import GPT2LMHeadModel
 
@@ -249,6 +281,7 @@ def _ln_free(model: GPT2LMHeadModel) -> NormFreeGPT2LMHeadModel:
     if isinstance(model, NormFreeGPT2LMHeadModel):
         if not isinstance(model.lm_head, nn.Linear):
             raise UserError("the model is in a bridge already, which has changed its modules; load it afresh")
+        check_plain(model, norms=())
         return model
     if isinstance(model, GPT2LMHeadModel) and has_disarmed_norms(model):
         return from_disarmed(model)

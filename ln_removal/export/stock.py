@@ -19,6 +19,7 @@ Shapes: D model width, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import TYPE_CHECKING
 
@@ -26,10 +27,11 @@ import torch
 from torch import Tensor, nn
 
 from ln_removal.errors import UserError
+from ln_removal.models.layout import check_plain
 from ln_removal.models.normfree_gpt2 import without_identity
 
 if TYPE_CHECKING:
-    from transformers import GPT2LMHeadModel
+    from transformers import GPT2Config, GPT2LMHeadModel
 
     from ln_removal.models.normfree_gpt2 import NormFreeGPT2LMHeadModel
 
@@ -51,6 +53,13 @@ _SMALLEST_CARRIER, _LARGEST_CARRIER = 2.0**-10, 2.0**4
 _READERS = ("attn.c_attn", "mlp.c_fc")
 
 
+def stock_config(config: GPT2Config) -> GPT2Config:
+    """The configuration of the stock form of an LN-free model with configuration `config`."""
+    from transformers import GPT2Config
+
+    return GPT2Config(**without_identity(config) | {"layer_norm_epsilon": EPSILON, "tie_word_embeddings": False})
+
+
 @torch.no_grad()
 def to_stock(model: NormFreeGPT2LMHeadModel) -> GPT2LMHeadModel:
     """Build the stock GPT2LMHeadModel that computes what `model` computes, in evaluation mode.
@@ -63,19 +72,20 @@ def to_stock(model: NormFreeGPT2LMHeadModel) -> GPT2LMHeadModel:
         float32, bfloat16 or float16.
 
     Raises:
-        UserError: what reads the residual stream does not ignore its mean, as in a model trained without norms.
+        UserError: what reads the residual stream does not ignore its mean, as in a model trained without norms; or a linear map
+            holds an adapter or is quantised.
     """
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import GPT2LMHeadModel
 
+    check_plain(model, norms=())
     if (share := _share_of_mean(model)) > LARGEST_MEAN:
         raise UserError(
             f"the model reads the mean of its residual stream (means are {share:.1%} of its weights, at most {LARGEST_MEAN:.1%} "
             "after a fold), which a stock GPT-2's LayerNorm subtracts: it was trained without norms; use --format normfree"
         )
 
-    settings = without_identity(model.config) | {"layer_norm_epsilon": EPSILON, "tie_word_embeddings": False}
     with torch.device("meta"):
-        stock = GPT2LMHeadModel(GPT2Config(**settings))
+        stock = GPT2LMHeadModel(stock_config(model.config))
     width = model.config.n_embd
     state = {name: value.detach().clone() for name, value in model.state_dict().items()}
     for name in [f"transformer.h.{i}.{reader}" for i in range(model.config.n_layer) for reader in _READERS]:
@@ -92,6 +102,7 @@ def to_stock(model: NormFreeGPT2LMHeadModel) -> GPT2LMHeadModel:
     state["transformer.ln_f.bias"].fill_(carrier)
     state["lm_head.weight"] = (weight + (bias / (carrier * width)).unsqueeze(1)).to(like.dtype)
     stock.load_state_dict({name: nn.Parameter(value) for name, value in state.items()}, strict=True, assign=True)
+    stock.generation_config = copy.deepcopy(model.generation_config)
     return stock.eval()
 
 

@@ -14,7 +14,9 @@ import copy
 import inspect
 import json
 import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -23,20 +25,20 @@ from torch import Tensor
 
 from ln_removal.errors import UserError
 from ln_removal.export.convert import check_conversion, from_disarmed, has_disarmed_norms
-from ln_removal.export.stock import to_stock
+from ln_removal.export.stock import stock_config, to_stock
 from ln_removal.export.verify import TOLERANCE, ExportError, logits_error, verify_export
 from ln_removal.files.atomic import check_room, is_full, shortage, written_whole
-from ln_removal.files.hub import is_hub_id
+from ln_removal.files.hub import is_hub_id, one_line
 from ln_removal.models import normfree_gpt2
 from ln_removal.models.loading import quiet_transformers
-from ln_removal.models.normfree_gpt2 import NormFreeGPT2LMHeadModel, from_folded
+from ln_removal.models.normfree_gpt2 import NormFreeGPT2Config, NormFreeGPT2LMHeadModel, from_folded
 from ln_removal.models.precision import export_bytes
 from ln_removal.norms.surgery import fold
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
-    from transformers import GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GPT2Config, GPT2LMHeadModel, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from ln_removal.config.recipe import ExportSpec
 
@@ -45,6 +47,10 @@ MODULE = "modeling_normfree_gpt2"
 
 Format = Literal["normfree", "stock"]
 DIRECTORIES: dict[Format, str] = {"normfree": "model", "stock": "stock"}
+CONFIGURATION: dict[Format, Callable[[GPT2Config], PretrainedConfig]] = {
+    "normfree": NormFreeGPT2Config.from_gpt2,
+    "stock": stock_config,
+}
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +72,45 @@ def add_modelling_file(directory: Path) -> None:
         "AutoModelForCausalLM": f"{MODULE}.{normfree_gpt2.NormFreeGPT2LMHeadModel.__name__}",
     }
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def check_savable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, formats: Sequence[Format] = ()) -> None:
+    """Save, once before a training, all that its result consists of besides weights, so that no mistake in it shows at the end.
+
+    Args:
+        model: what is trained; its configuration and generation configuration are saved, to a temporary directory.
+        tokenizer: saved beside it.
+        formats: also save the configurations of these forms of a GPT-2.
+
+    Raises:
+        UserError: transformers refuses to save one of them.
+    """
+
+    def save(part: str, place: str) -> None:
+        if part == "config.json":
+            for config in (model.config, *(CONFIGURATION[form](model.config) for form in formats)):
+                config.save_pretrained(place)
+        elif part == "tokenizer":
+            tokenizer.save_pretrained(place)
+        elif model.generation_config is not None:
+            model.generation_config.save_pretrained(place)
+
+    with TemporaryDirectory() as temporary, quiet_transformers():
+        for part in ("config.json", "generation_config.json", "tokenizer"):
+            try:
+                save(part, temporary)
+            except OSError:  # no file of the model is at fault
+                raise
+            except Exception as error:
+                raise UserError(
+                    f"the {part} of the model cannot be saved again, so nothing made from the model could be: {one_line(error)}; "
+                    "correct it in the model's directory first"
+                    + (
+                        " (without this file, the settings are those of config.json)"
+                        if part.startswith("generation")
+                        else ""
+                    )
+                ) from error
 
 
 def write_exports(
@@ -91,7 +136,7 @@ def write_exports(
     """
     frozen = frozen.to(device="cpu", dtype=torch.float32).eval()
     tokens = torch.from_numpy(held_out)
-    folded = from_folded(frozen.config, fold(frozen))
+    folded = from_folded(frozen.config, fold(frozen), frozen.generation_config)
     verify_export(frozen, folded, tokens)
     for form in export.formats:
         write_format(folded, tokenizer, out / DIRECTORIES[form], form=form, tokens=tokens, dtype=export.dtype)
@@ -203,6 +248,7 @@ def export_model(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is already in use; choose another --out")
     model, own_tokenizer = open_source(source, tokenizer=tokenizer)
+    check_savable(model, own_tokenizer, [form])
     tokens = _check_tokens(model, rows=4)
     reference = from_folded(model.config, model.state_dict()).float()
     write_format(model, own_tokenizer, out, form=form, tokens=tokens, dtype=dtype, with_code=with_code)
@@ -241,7 +287,8 @@ def open_source(
         raise UserError(f"{error}, or name a model that has the same with --tokenizer (such as gpt2)") from error
     if isinstance(loaded.model, NormFreeGPT2LMHeadModel):
         # A configuration of our own, without a modelling file's entries.
-        return from_folded(loaded.model.config, loaded.model.state_dict()), loaded.tokenizer
+        model = loaded.model
+        return from_folded(model.config, model.state_dict(), model.generation_config), loaded.tokenizer
     if loaded.model.config.model_type != "gpt2":
         raise UserError(
             f"{name} is a {loaded.model.config.model_type} model, which has nothing left to fold; load it as it is (its README.md "
@@ -285,6 +332,6 @@ def _fold_checkpoint(run: Path) -> tuple[NormFreeGPT2LMHeadModel, PreTrainedToke
     for fault in faults:
         logger.warning("passed over: %s", fault)
     loaded.model.eval()
-    folded = from_folded(loaded.model.config, fold(loaded.model))
+    folded = from_folded(loaded.model.config, fold(loaded.model), loaded.model.generation_config)
     verify_export(loaded.model, folded, _check_tokens(folded, rows=2))
     return folded, loaded.tokenizer

@@ -14,6 +14,7 @@ Importing this module needs neither torch nor transformers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -34,6 +35,9 @@ _READER_OF_KIND = {"ln_2": 0, "ln_1_qk": 0, "ln_1_v": 1, "ln_f": 0}
 
 DISARMING_EPSILON = 1e6
 """Least layer_norm_epsilon that is taken to disarm a LayerNorm: the usual one is 1e-5, the published models have 1e12."""
+
+
+MERGE_FIRST = "merge it first (with peft: model = model.merge_and_unload())"
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -126,14 +130,16 @@ def check_supported(model: nn.Module) -> None:
     """Check that `model` is a GPT-2 language model whose norms are all LayerNorms with a weight and a bias.
 
     Raises:
-        UserError: another architecture, cross-attention, norms that are already replaced or gone.
+        UserError: another architecture, cross-attention, norms that are already replaced or gone, or a module that computes
+            something else than GPT-2's; see `check_plain`.
     """
     from torch import nn
     from transformers import GPT2LMHeadModel
 
     if not isinstance(model, GPT2LMHeadModel):
+        adapter = f"; {MERGE_FIRST}" if hasattr(model, "merge_and_unload") else ""
         raise UserError(
-            f"{type(model).__name__} is not supported; pass a GPT2LMHeadModel "
+            f"{type(model).__name__} is not supported{adapter}; pass a GPT2LMHeadModel "
             "(GPT-2 small to XL, distilgpt2 or another checkpoint of that architecture)"
         )
     if model.config.add_cross_attention:
@@ -153,6 +159,58 @@ def check_supported(model: nn.Module) -> None:
             )
         raise UserError(
             f"{name} is of type {type(norm).__name__}, not LayerNorm; pass a GPT-2 that still has its LayerNorms"
+        )
+    check_plain(model, norms=[name for name, _ in _named_norms(model)])
+
+
+def check_plain(model: GPT2LMHeadModel, *, norms: Sequence[str], projection: type[nn.Module] | None = None) -> None:
+    """Check that the weights which a fold reads are all that the modules between the norms compute with.
+
+    An adapter or a quantised layer has a `weight` too, which is not what it multiplies with.
+
+    Args:
+        model: a GPT-2.
+        norms: paths of its norms.
+        projection: class of each c_attn; default: transformers' Conv1D.
+
+    Raises:
+        UserError: a linear map or an embedding is of another class, its weights are no plain parameters, an activation is not
+            the one of the configuration, or the model has parameters that GPT-2 does not have.
+    """
+    from torch import nn
+    from transformers.activations import ACT2FN
+    from transformers.pytorch_utils import Conv1D
+
+    expected: dict[str, type[nn.Module]] = {"transformer.wte": nn.Embedding, "transformer.wpe": nn.Embedding}
+    activation = model.config.activation_function
+    for block in (f"transformer.h.{i}" for i in range(model.config.n_layer)):
+        expected |= {f"{block}.{name}": Conv1D for name in ("attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
+        expected |= {f"{block}.attn.c_attn": projection or Conv1D, f"{block}.mlp.act": type(ACT2FN[activation])}
+    expected["lm_head"] = nn.Linear
+    for name, kind in expected.items():
+        module = model.get_submodule(name)
+        if type(module) is not kind and name.endswith("mlp.act"):
+            raise UserError(
+                f"{name} is of type {type(module).__name__}, but the configuration has activation_function {activation!r}; an "
+                "export is built from the configuration, so pass a model whose activations are the ones that it names"
+            )
+        weight = getattr(module, "weight", None)
+        odd = type(module) is kind and weight is not None and type(weight) is not nn.Parameter
+        if type(module) is not kind or odd:
+            found = (
+                f"{type(module).__name__} with a weight of type {type(weight).__name__}"
+                if odd
+                else type(module).__name__
+            )
+            raise UserError(
+                f"{name} is of type {found}, not a plain {kind.__name__}, and what it does besides would be lost; if it holds an "
+                f"adapter, {MERGE_FIRST}; if it is quantised, load the model in float32"
+            )
+    known = {*norms, *(name for name in expected if not name.endswith("mlp.act"))}
+    if added := [name for name, _ in model.named_parameters() if name.rpartition(".")[0] not in known]:
+        raise UserError(
+            f"the model has {len(added)} parameters that a GPT-2 does not have, such as {added[0]}, which would be lost; if they "
+            f"are of an adapter, {MERGE_FIRST}"
         )
 
 

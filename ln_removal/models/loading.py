@@ -18,6 +18,15 @@ from typing import TYPE_CHECKING, Any, cast
 from ln_removal.errors import UserError
 from ln_removal.files.hub import HUB_SECONDS, first_answer, hub_error, is_hub_id, is_unreachable, one_line
 from ln_removal.files.run_directory import RECIPE_FILE
+from ln_removal.models.checks import (
+    RUNTIME_FLAGS,
+    as_in_file,
+    check_activation,
+    check_finite,
+    check_tensors,
+    reset_generation_flags,
+    reset_runtime_flags,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +36,11 @@ EMBEDDED_MODEL = "tiny"
 MODEL_TYPES = ("gpt2", "normfree_gpt2", "revival_gpt2", "gpt_neox", "revival_gpt_neox")
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json")
+GENERATION = "generation_config.json"
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json"),
+    *("added_tokens.json", "chat_template.jinja"),
+)
 SIZES = {
     "n_layer": "num_hidden_layers",
     "n_head": "num_attention_heads",
@@ -81,7 +94,7 @@ def load_model(
     tokenizer = _read_tokenizer(directory) if tokenizer_from is None else load_tokenizer(tokenizer_from)
     check_tokenizer(config, tokenizer)
     model = _read_weights(directory, config, dtype or torch.float32)
-    _check_finite(model, directory)
+    check_finite(model, directory)
     return LoadedModel(model.to(device).eval(), tokenizer, name)
 
 
@@ -89,6 +102,9 @@ def _read_weights(directory: Path, config: PretrainedConfig, dtype: torch.dtype)
     """The model of a directory whose files are in order; UserError where its weights do not fit its configuration."""
     import transformers
 
+    generation = directory / GENERATION
+    if generation.is_file() and not isinstance(_read_json(generation), dict):  # transformers would pass over it
+        raise UserError(f"{generation} holds no JSON object with settings; copy or download it again, or delete it")
     loader: Any = transformers.AutoModelForCausalLM
     try:
         with quiet_transformers():
@@ -106,32 +122,9 @@ def _read_weights(directory: Path, config: PretrainedConfig, dtype: torch.dtype)
         raise UserError(
             f"{directory} does not load as {config.model_type}: {one_line(error)}; save the model again with save_pretrained"
         ) from error
-    if mismatched := sorted(report["mismatched_keys"]):
-        key, found, expected = mismatched[0]
-        raise UserError(
-            f"{directory}: config.json does not fit {len(mismatched)} of the weights, such as {key}: {tuple(found)} in "
-            f"the file, {tuple(expected)} by config.json; use the config.json that the weights were saved with"
-        )
-    if missing := sorted(report["missing_keys"]):
-        raise UserError(
-            f"{directory}: the weights lack {len(missing)} tensors of a {config.num_hidden_layers}-layer {config.model_type}, "
-            f"such as {missing[0]}; save the model again with save_pretrained"
-        )
-    if unexpected := sorted(report["unexpected_keys"]):
-        left_out = f"{len(unexpected)} tensors unknown to {config.model_type}, such as {unexpected[0]}"
-        logger.warning("%s: left out %s", directory, left_out)
+    check_tensors(directory, config, report)
+    reset_generation_flags(model)
     return cast("PreTrainedModel", model)
-
-
-def _check_finite(model: PreTrainedModel, directory: Path) -> None:
-    """Raises UserError when a weight is NaN or infinite, because then every figure of a long run would be."""
-    for name, weight in model.named_parameters():
-        broken = weight.numel() - int(weight.isfinite().sum())
-        if broken:
-            raise UserError(
-                f"{directory}: {broken:,} of the {weight.numel():,} weights in {name} are NaN or infinite; save the model again "
-                "from a sound checkpoint"
-            )
 
 
 def load_config(name: str) -> PretrainedConfig:
@@ -236,6 +229,7 @@ def _fetch(repo_id: str, *, config: bool, weights: bool, tokenizer: bool) -> Pat
     sharded = weights and WEIGHTS not in files and WEIGHTS_INDEX in files
     if weights:
         wanted.append(WEIGHTS_INDEX if sharded else _required(WEIGHTS, files, repo_id))
+        wanted += [GENERATION] if GENERATION in files else []
     try:
         # The first file notes in the cache what the main branch is now; the others come from the same commit.
         directory = Path(hf_hub_download(repo_id, wanted[0])).parent
@@ -264,7 +258,10 @@ def _read_config(directory: Path) -> PretrainedConfig:
             f"{fields.get('architectures')}; ln-removal works on GPT2LMHeadModel checkpoints (and scores GPT-NeoX ones)"
         )
     try:
-        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        loader: Any = AutoConfig
+        config: PretrainedConfig = loader.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False, **RUNTIME_FLAGS
+        )
     except Exception as error:
         raise UserError(f"{path} is not a valid GPT-2 configuration: {one_line(error)}") from error
     sizes = sizes_of(config)
@@ -277,6 +274,8 @@ def _read_config(directory: Path) -> PretrainedConfig:
         raise UserError(
             f"{path} is not a valid GPT-2 configuration: n_embd {sizes['n_embd']} is no multiple of n_head {sizes['n_head']}"
         )
+    check_activation(config, path)
+    reset_runtime_flags(config)
     return config
 
 
@@ -288,9 +287,11 @@ def _read_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     try:
         with quiet_transformers():
             tokenizer = loader.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+            return as_in_file(tokenizer, directory)
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"the tokenizer in {directory} does not load: {one_line(error)}; save it again") from error
-    return cast("PreTrainedTokenizerBase", tokenizer)
 
 
 def _check_weight_files(directory: Path) -> None:
@@ -298,8 +299,11 @@ def _check_weight_files(directory: Path) -> None:
     from safetensors import SafetensorError, safe_open
 
     names = _names(directory)
-    if ADAPTER in names:  # with the package peft installed, transformers would load the model that it names instead
-        raise UserError(f"{directory} holds an adapter ({ADAPTER}), not a model; merge it into its model and save that")
+    if ADAPTER in names and names & {WEIGHTS, WEIGHTS_INDEX}:
+        raise UserError(  # with the package peft installed, transformers would load the model that it names instead
+            f"{directory} holds the weights of a model and {ADAPTER}, the configuration of an adapter, which other tools may load "
+            f"in its place; if the adapter is merged into the weights, delete {ADAPTER}"
+        )
     sharded = WEIGHTS not in names and WEIGHTS_INDEX in names
     for file in _shards(directory / WEIGHTS_INDEX) if sharded else [_required(WEIGHTS, names, str(directory))]:
         path = directory / file
@@ -340,6 +344,8 @@ def _required(name: str, files: set[str], where: str) -> str:
             'if you trust it, convert it: python -c "from transformers import GPT2LMHeadModel as M; '
             f"M.from_pretrained('{folder}').save_pretrained('{folder}')\""
         )
+    if ADAPTER in files:
+        raise UserError(f"{where} holds an adapter ({ADAPTER}), not a model; merge it into its model and save that")
     raise UserError(f"{where} has no {name}; found: {_listing(files)}")
 
 

@@ -12,11 +12,13 @@ Shapes: D model width, V vocabulary, L layers.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers.generation.configuration_utils import GenerationConfig
 from transformers.models.gpt2.configuration_gpt2 import GPT2Config
 from transformers.models.gpt2.modeling_gpt2 import GPT2LMHeadModel
 
@@ -60,12 +62,15 @@ class NormFreeGPT2LMHeadModel(GPT2LMHeadModel):
         self.post_init()
 
 
-def from_folded(config: GPT2Config, state: Mapping[str, Tensor]) -> NormFreeGPT2LMHeadModel:
+def from_folded(
+    config: GPT2Config, state: Mapping[str, Tensor], generation_config: GenerationConfig | None = None
+) -> NormFreeGPT2LMHeadModel:
     """Build the LN-free model from folded weights, in evaluation mode.
 
     Args:
         config: of the model that was folded; its sizes, dropout and token ids are taken over.
         state: what `ln_removal.norms.surgery.fold` returned. The model takes the tensors over, without a copy.
+        generation_config: how the model that was folded writes text; copied. None: transformers' defaults.
     """
     # On the meta device: no time and memory for random weights that are replaced at once.
     with torch.device("meta"):
@@ -73,6 +78,8 @@ def from_folded(config: GPT2Config, state: Mapping[str, Tensor]) -> NormFreeGPT2
     model.load_state_dict({name: nn.Parameter(value) for name, value in state.items()}, strict=True, assign=True)
     left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     assert not left, left
+    if generation_config is not None:
+        model.generation_config = copy.deepcopy(generation_config)
     return model.eval()
 
 

@@ -18,6 +18,8 @@ from typing import Any
 
 import wrapt
 
+from ln_removal.errors import UserError
+
 _NORMFREE = "ln_removal.models.normfree_gpt2"
 
 _NORM_CHOICE = "ln_removal.models.norm_choice"
@@ -108,5 +110,15 @@ def _adapter_class() -> Any:
             blocks["ln1"] = GeneralizedComponent(name="ln_1", config=self.cfg)
             blocks["ln2"] = GeneralizedComponent(name="ln_2", config=self.cfg)
             self.component_mapping["ln_final"] = GeneralizedComponent(name="transformer.ln_f", config=self.cfg)
+
+        def prepare_model(self, hf_model: Any) -> None:
+            """Refuse a model whose attention scores TransformerLens would scale although the model does not."""
+            if not getattr(hf_model.config, "scale_attn_weights", True):
+                raise UserError(
+                    "the model has scale_attn_weights false, and TransformerLens always divides attention scores by the root of the "
+                    "heads' width; multiply the weights and biases of the queries in every c_attn by that root and set "
+                    "scale_attn_weights to true: the model then computes the same"
+                )
+            super().prepare_model(hf_model)
 
     return NormFreeGPT2Adapter

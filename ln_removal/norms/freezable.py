@@ -13,6 +13,7 @@ Shapes: B batch, T positions, D model width, R readers of a norm, K position cla
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -104,8 +105,8 @@ class PositionClasses(nn.Module):
         given = {**dict(zip(_FORWARD_ORDER, args, strict=False)), **kwargs}
         cache = given.get("past_key_values")
         observed, mask = given.get("observed"), given.get("attention_mask")
-        if observed is None and isinstance(mask, Tensor) and mask.ndim == 2:
-            observed = mask
+        if observed is None and isinstance(mask, Tensor):
+            observed = _attended(mask)
         self.fill(
             given.get("input_ids"),
             position_ids=given.get("position_ids"),
@@ -116,6 +117,21 @@ class PositionClasses(nn.Module):
 
     def extra_repr(self) -> str:
         return f"eot_token_id={self.eot_token_id}"
+
+
+def _attended(mask: Tensor) -> Tensor | None:
+    """(B, S) which positions are text by an attention mask; None when the mask does not say.
+
+    Args:
+        mask: (B, S), true (or not 0) for text, as a tokenizer makes it; or (B, 1, T, S), true (or 0, added to the scores) where a
+            query sees a key. There a position is text if it sees itself: what masks padding hides its keys from every query.
+    """
+    if mask.ndim == 2:
+        return mask
+    if mask.ndim != 4 or mask.shape[-1] < mask.shape[-2]:
+        return None
+    own = mask[:, 0].diagonal(mask.shape[-1] - mask.shape[-2], dim1=-2, dim2=-1)
+    return own if own.dtype == torch.bool else own == 0
 
 
 class FreezableNorm(nn.Module):
@@ -182,6 +198,18 @@ class FreezableNorm(nn.Module):
         buffer("running_initialized", torch.zeros(N_CLASSES, dtype=torch.bool))
         buffer("std_sum", torch.zeros(N_CLASSES, dtype=dtype))
         buffer("std_count", torch.zeros(N_CLASSES, dtype=dtype))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FreezableNorm:
+        """Keep the buffers exact when `.to(dtype)`, `.half()` or `.bfloat16()` makes the weights narrower than float32."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, buffer in before.items():
+            converted = self._buffers[name]
+            assert buffer is not None and converted is not None, name
+            wide = torch.promote_types(converted.dtype, torch.float32)
+            if converted.is_floating_point() and converted.dtype != wide:
+                self._buffers[name] = buffer.to(device=converted.device, dtype=wide)
+        return self
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Normalize `x` (B, T, D) once for each reader.

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ln_removal.errors import UserError
-from ln_removal.models.layout import SPECIALS, Site, all_sites, check_supported, parse_site
+from ln_removal.models.layout import SPECIALS, Site, all_sites, check_plain, check_supported, parse_site
 from ln_removal.norms.freezable import END_OF_TEXT, FIRST, ORDINARY, FreezableNorm, NormedProjection, PositionClasses
 
 if TYPE_CHECKING:
@@ -45,9 +45,11 @@ def install(model: GPT2LMHeadModel, *, eot_token_id: int | None, median: bool = 
         median: the constants are running medians of the stds, not running means; see `FreezableNorm`.
 
     Raises:
-        UserError: the model is not a GPT-2 with LayerNorms, or the norms are already installed.
+        UserError: the model is not a GPT-2 with LayerNorms, the norms are already installed, a linear map holds an adapter or is
+            quantised, or a module that is replaced has hooks.
     """
     check_supported(model)
+    _check_no_hooks(model)
     classes = PositionClasses(eot_token_id)
     classes.watch(model.transformer)
 
@@ -254,7 +256,8 @@ def fold(model: GPT2LMHeadModel) -> dict[str, Tensor]:
         State dict of NormFreeGPT2LMHeadModel: new tensors in the dtype and on the device of the model's parameters.
 
     Raises:
-        UserError: norms are not installed, a site is not frozen, or special positions still have their own constant.
+        UserError: norms are not installed, a site is not frozen, special positions still have their own constant, or a linear
+            map holds an adapter or is quantised.
     """
     sites = NormSites.of(model)
     if left := sites.unfrozen():
@@ -267,6 +270,8 @@ def fold(model: GPT2LMHeadModel) -> dict[str, Tensor]:
             "cannot fold: position 0 or end-of-text tokens still have a constant of their own; "
             "call set_special('eot', 1) and set_special('first', 1), or let the schedule do it"
         )
+    norms = [name for name, module in model.named_modules() if isinstance(module, FreezableNorm)]
+    check_plain(model, norms=norms, projection=NormedProjection)
     state: dict[str, Tensor] = {}
 
     def keep(name: str, value: Tensor, like: Tensor) -> None:
@@ -305,6 +310,20 @@ def _fold_attention(projection: NormedProjection) -> tuple[Tensor, Tensor]:
     for_qk, for_v = norm.frozen_std[:, ORDINARY]
     sigma = torch.cat((for_qk.expand(2 * width), for_v.expand(width)))
     return fold_affine(projection.weight, projection.bias, norm.weight, norm.bias, sigma)
+
+
+def _check_no_hooks(model: GPT2LMHeadModel) -> None:
+    """Raises UserError when a module that `install` replaces has hooks, which would be gone with it."""
+    replaced = {
+        f"transformer.h.{i}.{name}" for i in range(model.config.n_layer) for name in ("ln_1", "ln_2", "attn.c_attn")
+    }
+    for path in sorted({"transformer.ln_f", *replaced}):
+        module = model.get_submodule(path)
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+            raise UserError(
+                f"{path} has a hook, and this module is replaced; remove the hook, and register it after install on what "
+                "NormSites.norms holds"
+            )
 
 
 def _some(sites: list[Site], most: int = 4) -> str:

@@ -17,7 +17,7 @@ from ln_removal.data.open_corpus import open_corpus
 from ln_removal.errors import UserError
 from ln_removal.evaluation.loss import LossResult, cross_entropy
 from ln_removal.evaluation.scoring import check_same_tokenizer
-from ln_removal.export.write import save_model
+from ln_removal.export.write import check_savable, save_model
 from ln_removal.models.loading import load_model, load_tokenizer
 from ln_removal.models.norm_choice import build_model
 from ln_removal.pipelines.context import RunContext, run_context
@@ -91,6 +91,7 @@ def pretrain_in(context: RunContext, recipe: Recipe) -> PretrainResult:
         tokenizer, data = _prepare(context, recipe)
         set_seed(recipe.seed)
         model = build_model(architecture, eot_token_id=data.eot_token_id)
+        check_savable(model, tokenizer)
         with context.session(model, recipe, data, label=recipe.name) as session:
             trained = train(session)
         if context.is_main:

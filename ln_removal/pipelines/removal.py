@@ -28,7 +28,7 @@ from ln_removal.evaluation import scoring
 from ln_removal.evaluation.hellaswag import COMPLETIONS, HELLASWAG, load_question_set, question_set_name
 from ln_removal.evaluation.loss import loss_by_windows
 from ln_removal.evaluation.scoring import ScoringInputs, ScoringOptions
-from ln_removal.export.write import DIRECTORIES, save_model, write_exports
+from ln_removal.export.write import DIRECTORIES, check_savable, save_model, write_exports
 from ln_removal.files.atomic import write_json_atomically
 from ln_removal.files.metrics_log import METRICS_FILE, WINDOWS, last_logged
 from ln_removal.files.run_directory import has_trained
@@ -189,6 +189,7 @@ def prepare(context: RunContext, recipe: Recipe) -> Inputs:
     """
     loaded = load_model(recipe.model)
     schedule = _fitting_schedule(recipe, loaded.model)
+    check_savable(loaded.model, loaded.tokenizer, recipe.export.formats)
     with context.accelerator.main_process_first():  # what the main process makes, the other ranks find
         if context.given is None:
             data = _own_tokens(context, recipe, loaded.tokenizer)
