@@ -17,14 +17,14 @@ _WRITTEN_FOR = {"distilgpt2": 6, "gpt2": 12, "gpt2-medium": 24, "gpt2-large": 36
 def default_recipe(model: str, shape: ArchitectureSpec) -> Recipe:
     """The removal recipe for a model when none is named.
 
-    That is the built-in recipe of the model's own name, without a Hub owner. For any other model it is the recipe written for
-    the closest depth, with gaps and context fitted to the model.
+    That is the built-in recipe of the model's own name, without a Hub owner and a commit. For any other model it is the recipe
+    written for the closest depth, with gaps and context fitted to the model.
 
     Args:
         model: "tiny", a local directory or a Hub id.
         shape: the model's architecture, see `plan.architecture_of`.
     """
-    own = model.rpartition("/")[2]
+    own = model.rpartition("/")[2].partition("@")[0]
     if model == "tiny" or _WRITTEN_FOR.get(own) == shape.n_layer:
         recipe = load_recipe(own)
     else:

@@ -19,11 +19,19 @@ HUB_SECONDS = 12.0
 def is_hub_id(name: str) -> bool:
     """Whether a model's name can be a Hub id, NAME or OWNER/NAME, rather than a path. The Hub is not asked.
 
-    Where OWNER is a directory here, the name is taken for a path with a mistake in it.
+    Where OWNER is a directory here, the name is taken for a path with a mistake in it. With a revision, NAME@REVISION, it is a
+    Hub id whatever directories there are.
     """
+    name, _, revision = name.partition("@")
+    owner = name.rpartition("/")[0]
+    is_here = not revision and (Path(name).exists() or bool(owner and Path(owner).is_dir()))
+    return looks_like_hub_id(name) and not is_here
+
+
+def looks_like_hub_id(name: str) -> bool:
+    """Whether a name is written as a Hub id, NAME or OWNER/NAME, whatever directories there are."""
     owner, _, repository = name.rpartition("/")
-    is_path = name.startswith((".", "/", "~")) or "\\" in name or "/" in owner or Path(name).exists()
-    return bool(repository) and not is_path and not (owner and Path(owner).is_dir())
+    return bool(repository) and not name.startswith((".", "/", "~")) and "\\" not in name and "/" not in owner
 
 
 def first_answer(request: Callable[[], T], *, seconds: float = HUB_SECONDS) -> T:

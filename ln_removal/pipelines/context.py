@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from accelerate.utils import broadcast_object_list
+
 from ln_removal.config.recipe import Recipe, dump_toml, with_defaults
 from ln_removal.data.prepare import prepare, prepare_bar
 from ln_removal.data.tokens import TokenDataset, given_tokens
 from ln_removal.evaluation.loss import cross_entropy
 from ln_removal.files.metrics_log import METRICS_FILE
 from ln_removal.files.run_directory import link_tokens, run_directory
+from ln_removal.models.identity import Identity, Kind, identity_for, record
 from ln_removal.models.loading import tokenizer_fingerprint
 from ln_removal.training.metrics import Progress, Tracker
 from ln_removal.training.session import Removal, Session, open_session
@@ -57,6 +60,23 @@ class RunContext:
         if self.given is None:
             return recipe
         return recipe.model_copy(update={"data": recipe.data.model_copy(update={"corpus": self.given.corpus_name})})
+
+    def identity(self, name: str, kind: Kind = "model") -> Identity | None:
+        """What the run is made from, found by the main process for all ranks; None for a run that an older version has trained.
+
+        It has to be found before the directory is claimed, which may have the name of a Hub id.
+
+        Raises:
+            UserError: there is no such model.
+        """
+        found = [identity_for(name, self.out, kind, resume=self.resume) if self.is_main else None]
+        broadcast_object_list(found)
+        return found[0]
+
+    def record(self, identity: Identity | None, kind: Kind = "model") -> None:
+        """Compare the model with the one that the run was begun with, or write down what it is; see `identity.record`."""
+        if identity is not None and self.is_main:
+            record(identity, self.out, kind)
 
     def claim(self, recipe: Recipe) -> AbstractContextManager[None]:
         """Make `out` the directory of this run, or check that it is; see `run_directory`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shlex
 from dataclasses import replace
 from fnmatch import fnmatch
@@ -17,8 +18,10 @@ from ln_removal.evaluation.scoring import recipe_of, run_of
 from ln_removal.export.hub import Files, HubTarget, Published, publish
 from ln_removal.files.hub import first_answer
 from ln_removal.files.run_directory import RECIPE_FILE
+from ln_removal.models.identity import model_of_run
 from ln_removal.report.model_card import (
-    LICENSES,
+    REPOSITORIES,
+    UNKNOWN_LICENSE,
     converted_model_card,
     hub_id,
     is_public_corpus,
@@ -30,6 +33,8 @@ from ln_removal.report.run_record import read_run
 
 if TYPE_CHECKING:
     from ln_removal.report.model_card import Form
+
+logger = logging.getLogger(__name__)
 
 LEFT_OUT = ("README.md", ".*", "*.tmp")
 
@@ -141,14 +146,20 @@ def _card(files: Files, source: str, run: Path | None, target: HubTarget, *, for
         return card.encode()
     recipe = recipe_of(run)
     results = results_file.read(run / "results.json") if (run / "results.json").is_file() else None
+    try:
+        model, license_id = model_of_run(run, recipe.model), None
+    except UserError as error:  # the run's own files are complete without it
+        logger.warning("the card names no license: %s", error)
+        model, license_id = str(run.resolve()), UNKNOWN_LICENSE
     card = model_card(
         recipe,
         results,
+        model=model,
         repo_id=target.repo_id,
         form=form,
         has_stock="stock/config.json" in files,
         has_code=has_code,
-        license_id=_hub_license(recipe.model),
+        license_id=license_id or _hub_license(model),
     )
     return card.encode()
 
@@ -156,7 +167,7 @@ def _card(files: Files, source: str, run: Path | None, target: HubTarget, *, for
 def _hub_license(model: str) -> str | None:
     """The license that the card of a Hub model names; None if it is no Hub model or the Hub does not answer."""
     repo_id = hub_id(model)
-    if model in LICENSES or repo_id is None:
+    if repo_id is None or repo_id in REPOSITORIES.values():
         return None
     try:
         card = first_answer(lambda: HfApi().model_info(repo_id)).card_data

@@ -2,7 +2,7 @@
 
 Everything is written into one directory:
 
-    recipe.toml  metrics.jsonl  training.json  results.json  tokens/  state/  model/  stock/
+    recipe.toml  identity.json  metrics.jsonl  training.json  results.json  tokens/  state/  model/  stock/
     control/{metrics.jsonl, state/, model/}
 """
 
@@ -49,7 +49,7 @@ from ln_removal.training.session import Removal, Session, sampler_of
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
-    from ln_removal.config.recipe import DataSpec, ExportSpec, Recipe
+    from ln_removal.config.recipe import ExportSpec, Recipe
     from ln_removal.evaluation.hellaswag import QuestionSet
     from ln_removal.evaluation.results import Results
     from ln_removal.norms.schedule import RemovalSchedule
@@ -114,14 +114,20 @@ def remove(
         out, tokens=tokens, resume=resume, device=device, wandb_project=wandb_project, progress=progress
     )
     recipe, out = context.recipe_of(recipe), context.out
+    identity = context.identity(recipe.model)
+    model = recipe.model
+    if identity is not None:
+        recipe, model = recipe.model_copy(update={"model": identity.name}), identity.reference
     with context.claim(recipe):
         context.accelerator.wait_for_everyone()
         if resume and (finished := _finished(recipe.export, out, control=control, questions=questions)):
-            write_pages(context, recipe, finished, missing=True)
+            write_pages(context, recipe, finished, model=model, missing=True)
             return finished
+        context.record(identity)
         asked = _question_set(questions, recipe.data.corpus)
-        warn_of_days(context, recipe, control=control)
-        inputs = prepare(context, recipe)
+        located = recipe.model_copy(update={"model": model})
+        warn_of_days(context, located, control=control)
+        inputs = prepare(context, located)
         data = inputs.data
         if not (resume and _is_exported(out, recipe.export)):
             with removal_session(context, recipe, inputs) as session:
@@ -131,10 +137,10 @@ def remove(
             del session
         del inputs  # what follows needs the memory
         if control:
-            train_control(context, recipe, data)
+            train_control(context, recipe, data, model=model)
         if context.is_main:
-            scores = score(context, recipe.model, recipe.data, data, asked, seconds_before=time.perf_counter() - began)
-            write_pages(context, recipe, scores)
+            scores = score(context, model, recipe, data, asked, seconds_before=time.perf_counter() - began)
+            write_pages(context, recipe, scores, model=model)
         context.accelerator.wait_for_everyone()
         return results_file.read(out / "results.json")
 
@@ -326,8 +332,11 @@ def export(context: RunContext, recipe: Recipe, inputs: Inputs, trained: TrainRe
     write_exports(inputs.model, inputs.tokenizer, context.out, held_out=held_out, export=recipe.export)
 
 
-def train_control(context: RunContext, recipe: Recipe, data: TokenDataset) -> None:
+def train_control(context: RunContext, recipe: Recipe, data: TokenDataset, *, model: str) -> None:
     """Make the same fine-tuning on the same batches with every LayerNorm kept, and write `control/model`, unless it is there.
+
+    Args:
+        model: where the original is, as `load_model` takes it.
 
     Raises:
         UserError: as `remove`.
@@ -335,7 +344,7 @@ def train_control(context: RunContext, recipe: Recipe, data: TokenDataset) -> No
     directory = context.out / "control"
     if context.resume and _is_model(directory / "model"):
         return
-    loaded = load_model(recipe.model)
+    loaded = load_model(model)
     with context.session(
         loaded.model, recipe, data, label="control", directory=directory, tokenizer=loaded.tokenizer
     ) as session:
@@ -350,21 +359,23 @@ def train_control(context: RunContext, recipe: Recipe, data: TokenDataset) -> No
 def score(
     context: RunContext,
     original: str,
-    spec: DataSpec,
+    recipe: Recipe,
     data: TokenDataset,
     questions: QuestionSet | None,
     *,
     seconds_before: float,
 ) -> Results:
     """Score original, control and LN-free on the same tokens and questions, and write results.json."""
-    out = context.out
+    out, spec = context.out, recipe.data
     models = {"original": original}
     if _is_model(out / "control" / "model"):
         models["control"] = str(out / "control" / "model")
     models["ln_free"] = str(out / "model")
     data_sets = {f"{spec.corpus}, validation split": data}
     results = scoring.score(
-        ScoringInputs(models, data_sets, spec.context, spec.validation_tokens, spec.windows),
+        ScoringInputs(
+            models, data_sets, spec.context, spec.validation_tokens, spec.windows, names={"original": recipe.model}
+        ),
         ScoringOptions(questions=questions, device=context.accelerator.device.type, progress=context.progress is True),
         seconds_before=seconds_before,
     )
@@ -372,12 +383,12 @@ def score(
     return results
 
 
-def write_pages(context: RunContext, recipe: Recipe, results: Results, *, missing: bool = False) -> None:
-    """Write the model card and the report; with `missing`, only those that are not there yet."""
+def write_pages(context: RunContext, recipe: Recipe, results: Results, *, model: str, missing: bool = False) -> None:
+    """Write the model card and the report; with `missing`, only those that are not there yet. `model`: where the original is."""
     out = context.out
     if not context.is_main:
         return
     if not (missing and (out / "model" / "README.md").exists()):
-        write_model_card(out / "model", recipe, results)
+        write_model_card(out / "model", recipe, results, model=model)
     if not (missing and (out / REPORT_FILE).exists()):
         write_report(out)

@@ -107,8 +107,8 @@ def front_matter(
 
 def license_of(model: str) -> str:
     """The license of a published GPT-2, or the one that the card in the model's directory names; else "unknown"."""
-    if model in LICENSES:
-        return LICENSES[model]
+    if (name := _without_commit(model)) in LICENSES:
+        return LICENSES[name]
     known = {repository: LICENSES[name] for name, repository in REPOSITORIES.items()}
     card = Path(model) / "README.md"
     try:
@@ -117,14 +117,19 @@ def license_of(model: str) -> str:
         text = ""
     front = re.match(r"---\n(.*?)\n---\n", text, flags=re.DOTALL)
     named = re.search(r"^license: *([\w.-]+) *$", front[1], flags=re.MULTILINE) if front else None
-    return known.get(model) or (named[1] if named else UNKNOWN_LICENSE)
+    return known.get(name) or (named[1] if named else UNKNOWN_LICENSE)
 
 
 def hub_id(model: str) -> str | None:
-    """The Hub repository of a recipe's model; None for the embedded model and for local directories."""
-    if model in REPOSITORIES:
-        return REPOSITORIES[model]
-    return model if "/" in model and is_hub_id(model) else None
+    """The Hub repository of a model, which may be pinned to a commit; None for the embedded model and for local directories."""
+    name = _without_commit(model)
+    if name in REPOSITORIES:
+        return REPOSITORIES[name]
+    return name if "/" in name and is_hub_id(model) else None
+
+
+def _without_commit(model: str) -> str:
+    return model.partition("@")[0] if is_hub_id(model) else model
 
 
 def hub_datasets(corpus: str) -> list[str]:
@@ -159,19 +164,20 @@ def corpus_of(data_name: str) -> str:
     return data_name.removesuffix(", validation split").removesuffix(", held out")
 
 
-def write_model_card(directory: Path, recipe: Recipe, results: Results) -> None:
-    """Write README.md into the directory of the LN-free model of a run.
+def write_model_card(directory: Path, recipe: Recipe, results: Results, *, model: str | None = None) -> None:
+    """Write README.md into the directory of the LN-free model of a run. `model`: see `model_card`.
 
     Raises:
         UserError: the file cannot be written.
     """
-    write_card(directory, model_card(recipe, results))
+    write_card(directory, model_card(recipe, results, model=model))
 
 
 def model_card(
     recipe: Recipe,
     results: Results | None,
     *,
+    model: str | None = None,
     repo_id: str | None = None,
     form: Form = "normfree",
     has_stock: bool | None = None,
@@ -182,19 +188,21 @@ def model_card(
 
     Args:
         results: the scores of the model, the original and the control; None when it was not scored.
+        model: where the model is that the run was made from, see `identity.model_of_run`. Default: what the recipe names.
         repo_id: the Hub repository that the card is written for; None for a directory.
         form: without norms, or the stock form.
         has_stock: whether the stock form is there too, in the folder `stock`. Default: what export.formats says.
         has_code: whether the modelling file is in the model's directory.
         license_id: of the model that it was made from. Default: `license_of`.
     """
+    model = model or recipe.model
     title = f"{_base_name(recipe.model)} without LayerNorm"
     front = front_matter(
         title,
-        base_model=hub_id(recipe.model),
+        base_model=hub_id(model),
         datasets=hub_datasets(recipe.data.corpus),
         tags=TAGS,
-        license_id=license_id or license_of(recipe.model),
+        license_id=license_id or license_of(model),
         measured=[] if results is None else _measured(results),
     )
     stock = form == "normfree" and ("stock" in recipe.export.formats if has_stock is None else has_stock)
@@ -360,7 +368,7 @@ def _measured(results: Results) -> list[EvalResult]:
 
 
 def _base_name(model: str) -> str:
-    return "tiny-gpt2" if model == "tiny" else Path(model).name
+    return "tiny-gpt2" if model == "tiny" else Path(_without_commit(model)).name
 
 
 def assemble(front: str, sections: list[str]) -> str:
