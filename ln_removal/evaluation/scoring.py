@@ -255,16 +255,19 @@ def _samples(found: Mapping[str, _ModelScores], options: ScoringOptions) -> Iter
         yield Samples(prompt=prompt, temperature=TEMPERATURE, seed=options.seed, texts=texts)
 
 
-def check_same_tokenizer(tokenizer: object, name: str, data: TokenDataset) -> None:
-    """Refuse a model whose tokenizer did not make the tokens.
+def check_same_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str, data: TokenDataset) -> None:
+    """Refuse a model whose tokenizer gives other ids than the one that made the tokens.
 
     Raises:
-        UserError: the fingerprints differ.
+        UserError: the fingerprints differ, and so do the ids.
     """
+    from ln_removal.data.tokens import ids_sha256, is_same_tokenizer
     from ln_removal.models.loading import tokenizer_fingerprint
 
-    found = tokenizer_fingerprint(tokenizer)
-    if found != data.tokenizer["sha256"]:
+    found = {"sha256": tokenizer_fingerprint(tokenizer)}
+    if found["sha256"] != data.tokenizer["sha256"]:
+        found["ids_sha256"] = ids_sha256(tokenizer)
+    if not is_same_tokenizer(found, data.tokenizer):
         raise UserError(
             f"the tokens in {data.directory} were made with another tokenizer ({data.tokenizer['name']}) than that of "
             f"{name}; prepare the corpus again with `ln-prepare ... --tokenizer {name}`"
@@ -383,15 +386,16 @@ def _named_data_sets(
     return data_sets
 
 
-def run_of(path: Path) -> Path | None:
+def run_of(path: Path | str) -> Path | None:
     """The run that `path` is, or that it is a model of; None when it is neither."""
+    path = Path(path)
     if not path.is_dir():
         return None
     above = Path(os.path.abspath(path)).parents[:2]
     return next((place for place in (path, *above) if (place / RECIPE_FILE).is_file()), None)
 
 
-def recipe_of(run: Path) -> Recipe:
+def recipe_of(run: Path | str) -> Recipe:
     """The resolved recipe of a run.
 
     Raises:
@@ -399,7 +403,7 @@ def recipe_of(run: Path) -> Recipe:
     """
     from ln_removal.config.recipe import load_recipe
 
-    return load_recipe(str(run / RECIPE_FILE))
+    return load_recipe(Path(run) / RECIPE_FILE)
 
 
 def _is_ln_free(name: str) -> bool:

@@ -22,8 +22,9 @@ from typing import Literal
 
 from ln_removal.errors import UserError
 from ln_removal.files.atomic import checksum, write_json_atomically
+from ln_removal.files.hub import say_if_hidden
 from ln_removal.files.run_directory import IDENTITY_FILE, has_trained
-from ln_removal.models.loading import EMBEDDED_MODEL, model_directory, say_if_hidden, weight_files
+from ln_removal.models.loading import EMBEDDED_MODEL, model_directory, weight_files
 
 Kind = Literal["model", "tokenizer"]
 """What a run is made from: a removal from a model, a pretraining from the tokenizer that its recipe names."""

@@ -12,20 +12,19 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ln_removal.config.estimate import published_architecture
 from ln_removal.errors import UserError
 from ln_removal.files.hub import (
     HUB_SECONDS,
     first_answer,
     hub_error,
     is_hub_id,
+    is_known_hub_id,
     is_unreachable,
-    looks_like_hub_id,
     one_line,
+    say_if_hidden,
 )
 from ln_removal.files.run_directory import RECIPE_FILE
 
@@ -227,34 +226,6 @@ def model_directory(name: str | Path, *, config: bool = True, weights: bool = Fa
     return _fetch(repo_id, revision or None, config=config, weights=weights, tokenizer=tokenizer)
 
 
-def say_if_hidden(name: str, path: Path, *, certain: bool = True) -> None:
-    """Warn, once in a process, when a folder hides a Hub id: the folder is taken, and the user may have meant the Hub's model.
-
-    Args:
-        name: as it was typed; `path` is the folder.
-        certain: only where the Hub has this id for certain, because it is a published size or was downloaded before; otherwise
-            wherever the name has an owner.
-    """
-    from huggingface_hub import constants
-
-    if not looks_like_hub_id(name):
-        return
-    downloaded = Path(constants.HF_HUB_CACHE, "models--" + name.replace("/", "--"))
-    if published_architecture(name) is not None or downloaded.is_dir() or ("/" in name and not certain):
-        _say_hidden(name, str(path.resolve()))
-
-
-@cache
-def _say_hidden(name: str, folder: str) -> None:
-    logger.warning(
-        "%s is the folder %s here, which hides the Hub id of that name; write %s@main for the Hub's model, ./%s for the folder",
-        name,
-        folder,
-        name,
-        name,
-    )
-
-
 def _fetch(repo_id: str, revision: str | None, *, config: bool, weights: bool, tokenizer: bool) -> Path:
     """Fetch the named kinds of files of a Hub model into the client's cache; the directory they lie in, named after the commit."""
     from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
@@ -307,7 +278,7 @@ def _read_config(directory: Path) -> PretrainedConfig:
     from transformers import AutoConfig
 
     if (directory / RECIPE_FILE).is_file() and (directory / "model" / "config.json").is_file():
-        hub = f", or {directory}@main for the Hub's" if published_architecture(str(directory)) is not None else ""
+        hub = f", or {directory}@main for the Hub's" if is_known_hub_id(str(directory)) else ""
         raise UserError(f"{directory} is a run, not a model; give its model, {directory / 'model'}{hub}")
     path = directory / _required("config.json", _names(directory), str(directory))
     raw = _read_json(path)

@@ -250,13 +250,13 @@ def architecture_of(recipe: Recipe) -> ArchitectureSpec:
     return recipe.architecture or architecture_of_model(recipe.model)
 
 
-def architecture_of_model(name: str) -> ArchitectureSpec:
+def architecture_of_model(name: str | Path) -> ArchitectureSpec:
     """The architecture of a model: that of a published size, which needs no Hub, or that of its config.json.
 
     Raises:
         UserError: the model is neither a published size nor a readable GPT-2 (see `loading.load_config`).
     """
-    published = published_architecture(name)
+    published = published_architecture(str(name))
     # A local directory of that name comes first, as it does when the model is loaded.
     if published is not None and not Path(name).is_dir():
         return published
@@ -271,8 +271,8 @@ def architecture_of_model(name: str) -> ArchitectureSpec:
 
 def resolve_recipe(
     *,
-    model: str | None = None,
-    recipe: str | None = None,
+    model: str | Path | None = None,
+    recipe: str | Path | None = None,
     overrides: Mapping[str, object] | None = None,
     steps: int | None = None,
     place: str | None = None,

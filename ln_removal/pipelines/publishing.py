@@ -39,12 +39,13 @@ logger = logging.getLogger(__name__)
 LEFT_OUT = ("README.md", ".*", "*.tmp")
 
 
-def publish_run(run: Path, target: HubTarget, *, progress: bool = False) -> Published:
+def publish_run(run: Path | str, target: HubTarget, *, progress: bool = False) -> Published:
     """Publish what a finished run has exported: its LN-free model, the stock form of it, scores, plots and a card.
 
     Raises:
         UserError: the run has no model yet, or publishing failed; the message says how to publish later.
     """
+    run = Path(run)
     files = run_files(run, target)
     try:
         return publish(files, target, message=f"LN-free model of {run.name or run.resolve().name}", progress=progress)
@@ -53,7 +54,9 @@ def publish_run(run: Path, target: HubTarget, *, progress: bool = False) -> Publ
         raise UserError(f"{error}; everything is in {run}, publish it with: {again}") from None
 
 
-def publish_export(directory: Path, source: str, target: HubTarget, *, form: Form, progress: bool = False) -> Published:
+def publish_export(
+    directory: Path | str, source: str | Path, target: HubTarget, *, form: Form, progress: bool = False
+) -> Published:
     """Publish a model that `ln-export` has written, with the scores of the run that it comes from, if there is one.
 
     Args:
@@ -66,7 +69,7 @@ def publish_export(directory: Path, source: str, target: HubTarget, *, form: For
     Raises:
         UserError: publishing failed; the exported model stays.
     """
-    files = export_files(directory, source, target, form=form)
+    files = export_files(Path(directory), str(source), target, form=form)
     try:
         return publish(files, target, message=f"{form} form of {Path(source).name}", progress=progress)
     except UserError as error:

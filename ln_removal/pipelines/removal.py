@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from ln_removal.config.presets import check_is_removal
 from ln_removal.data.corpora import GENERATED
 from ln_removal.data.open_corpus import Writer, open_corpus
-from ln_removal.data.tokens import TokenDataset
+from ln_removal.data.tokens import TokenDataset, ids_sha256
 from ln_removal.errors import UserError
 from ln_removal.evaluation import results as results_file
 from ln_removal.evaluation import scoring
@@ -33,7 +33,7 @@ from ln_removal.files.atomic import write_json_atomically
 from ln_removal.files.metrics_log import METRICS_FILE, WINDOWS, last_logged
 from ln_removal.files.run_directory import has_trained
 from ln_removal.models.layout import check_supported, is_disarmed
-from ln_removal.models.loading import load_model, load_tokenizer, tokenizer_fingerprint
+from ln_removal.models.loading import load_model, load_tokenizer
 from ln_removal.norms.schedule import expand
 from ln_removal.norms.surgery import install
 from ln_removal.pipelines.context import RunContext, run_context
@@ -84,7 +84,7 @@ def remove(
     *,
     tokens: Path | str | None = None,
     control: bool = False,
-    questions: str | None = "auto",
+    questions: Path | str | None = "auto",
     resume: bool = False,
     device: str = "auto",
     wandb_project: str | None = None,
@@ -145,7 +145,7 @@ def remove(
         return results_file.read(out / "results.json")
 
 
-def _finished(spec: ExportSpec, out: Path, *, control: bool, questions: str | None) -> Results | None:
+def _finished(spec: ExportSpec, out: Path, *, control: bool, questions: Path | str | None) -> Results | None:
     """The results of a run that is complete, else None."""
     has_control = _is_model(out / "control" / "model")
     if not _is_exported(out, spec) or (control and not has_control):
@@ -170,7 +170,7 @@ def _is_model(directory: Path) -> bool:
     return (directory / "config.json").is_file()
 
 
-def _question_set(questions: str | None, corpus: str) -> QuestionSet | None:
+def _question_set(questions: Path | str | None, corpus: str) -> QuestionSet | None:
     if questions is None:
         return None
     if questions != "auto":
@@ -229,7 +229,7 @@ def _own_tokens(context: RunContext, recipe: Recipe, tokenizer: PreTrainedTokeni
         scoring.check_same_tokenizer(tokenizer, recipe.model, data)
         return data
     named = recipe.data.tokenizer
-    if named and tokenizer_fingerprint(load_tokenizer(named)) != tokenizer_fingerprint(tokenizer):
+    if named and ids_sha256(load_tokenizer(named)) != ids_sha256(tokenizer):
         raise UserError(f"data.tokenizer is {named}, another tokenizer than that of {recipe.model}; leave it out")
     spec = recipe.data
     if spec.corpus == GENERATED:  # written for this run: not more than it trains on

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ln_removal.errors import UserError
 from ln_removal.evaluation.results import TITLES
-from ln_removal.files.hub import is_hub_id
+from ln_removal.files.hub import PUBLISHED, is_hub_id
 from ln_removal.report.tables import (
     PROMPTS_TITLE,
     Score,
@@ -30,13 +30,7 @@ if TYPE_CHECKING:
     from ln_removal.config.recipe import Recipe
     from ln_removal.evaluation.results import Results
 
-REPOSITORIES = {
-    "gpt2": "openai-community/gpt2",
-    "gpt2-medium": "openai-community/gpt2-medium",
-    "gpt2-large": "openai-community/gpt2-large",
-    "gpt2-xl": "openai-community/gpt2-xl",
-    "distilgpt2": "distilbert/distilgpt2",
-}
+REPOSITORIES = {name: f"{owner}/{name}" for name, owner in PUBLISHED.items()}
 """Where the Hub keeps the models that are usually named without an owner."""
 
 LICENSES = {
