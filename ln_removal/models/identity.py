@@ -89,14 +89,15 @@ def identity_for(name: str, run: Path, kind: Kind = "model", *, resume: bool) ->
     if recorded is None:
         return None if resume and has_trained(run) else locate(name, kind)
     if name in (recorded.name, recorded.reference):
-        found = in_place(recorded, run)
-        _say_if_another(found, run)
-        return found
+        _say_if_another(recorded, run)
+        return recorded
     found = locate(name, kind)
-    has_same_weights = recorded.weights_sha256 and weights_sha256(found.reference) == recorded.weights_sha256
-    if found.is_same_place(recorded) or has_same_weights:
+    is_same = found.is_same_place(recorded)
+    if not is_same and kind == "model":
+        is_same = weights_sha256(found.reference) == recorded.weights_sha256
+    if is_same:
         return replace(found, name=recorded.name, weights_sha256=recorded.weights_sha256)
-    if has_trained(run):
+    if has_trained(run) and kind == "model":  # another tokenizer changes the recipe, and it is compared with the tokens
         raise UserError(
             f"{run} was begun with another {kind} ({recorded.reference}) than {found.reference}; leave it out to go on with the "
             "run, or choose another --out"
@@ -104,23 +105,27 @@ def identity_for(name: str, run: Path, kind: Kind = "model", *, resume: bool) ->
     return found
 
 
-def record(identity: Identity, run: Path, kind: Kind = "model") -> None:
+def record(identity: Identity, run: Path, kind: Kind = "model") -> Identity:
     """Compare the weights with those that the run was begun with, and write `identity.json` where it is new.
 
+    Returns:
+        The identity with its hash, and with the place where it is now.
+
     Raises:
-        UserError: the weights are others, or the file cannot be written.
+        UserError: the model is no longer there, its weights are others, or the file cannot be written.
     """
+    identity = in_place(identity, run)
     if kind == "model":
         check_weights(identity, run)
         identity = replace(identity, weights_sha256=identity.weights_sha256 or weights_sha256(identity.reference))
-    if read_identity(run, kind) == identity:
-        return
-    try:
-        write_json_atomically(run / IDENTITY_FILE, {kind: asdict(identity)})
-    except OSError as error:
-        raise UserError(
-            f"cannot write {run / IDENTITY_FILE}: {error.strerror or error}; choose another --out"
-        ) from error
+    if read_identity(run, kind) != identity:
+        try:
+            write_json_atomically(run / IDENTITY_FILE, {kind: asdict(identity)})
+        except OSError as error:
+            raise UserError(
+                f"cannot write {run / IDENTITY_FILE}: {error.strerror or error}; choose another --out"
+            ) from error
+    return identity
 
 
 def model_of_run(run: Path, name: str) -> str:
@@ -171,7 +176,7 @@ def in_place(recorded: Identity, run: Path) -> Identity:
     if recorded.commit or recorded.place == EMBEDDED_MODEL or Path(recorded.place).is_dir():
         return recorded
     here = Path(recorded.name).expanduser()
-    if here.is_dir() and recorded.weights_sha256 == weights_sha256(str(here.resolve())):
+    if here.is_dir() and (not recorded.weights_sha256 or _has_weights(here, recorded.weights_sha256)):
         return replace(recorded, place=str(here.resolve()))
     raise UserError(
         f"{recorded.place}, which {run} was made from, is not there any more; put it back, or say where it is now: "
@@ -189,6 +194,13 @@ def check_weights(identity: Identity, run: Path) -> None:
             f"the weights in {identity.place} are not those that {run} was made from (SHA-256 {found[:12]}, recorded was "
             f"{identity.weights_sha256[:12]}); put the old ones back, or choose another --out for a run of the new ones"
         )
+
+
+def _has_weights(directory: Path, sha256: str) -> bool:
+    try:
+        return weights_sha256(str(directory.resolve())) == sha256
+    except UserError:
+        return False
 
 
 def weights_sha256(name: str) -> str:

@@ -61,22 +61,34 @@ class RunContext:
             return recipe
         return recipe.model_copy(update={"data": recipe.data.model_copy(update={"corpus": self.given.corpus_name})})
 
-    def identity(self, name: str, kind: Kind = "model") -> Identity | None:
-        """What the run is made from, found by the main process for all ranks; None for a run that an older version has trained.
+    def identified(self, recipe: Recipe) -> tuple[Recipe, Identity | None]:
+        """What the run is made from: the model of a removal, or the tokenizer that a pretraining recipe names.
 
-        It has to be found before the directory is claimed, which may have the name of a Hub id.
+        The main process finds it for all ranks, before the directory is claimed, which may have the name of a Hub id.
+
+        Returns:
+            The recipe with the name that the run was begun by, and the identity; None if there is nothing to find, or an older
+            version has trained the run.
 
         Raises:
             UserError: there is no such model.
         """
-        found = [identity_for(name, self.out, kind, resume=self.resume) if self.is_main else None]
+        name, kind = _made_from(recipe)
+        found = [identity_for(name, self.out, kind, resume=self.resume) if self.is_main and name else None]
         broadcast_object_list(found)
-        return found[0]
+        identity = found[0]
+        return (recipe if identity is None else _made_from_another(recipe, identity.name)), identity
 
-    def record(self, identity: Identity | None, kind: Kind = "model") -> None:
-        """Compare the model with the one that the run was begun with, or write down what it is; see `identity.record`."""
-        if identity is not None and self.is_main:
-            record(identity, self.out, kind)
+    def record(self, recipe: Recipe, identity: Identity | None) -> Recipe:
+        """Compare the model with the one that the run was begun with, or write down what it is; see `identity.record`.
+
+        Returns:
+            The recipe with the place of the model, or of the tokenizer, in place of its name: it means the same everywhere.
+        """
+        kind = _made_from(recipe)[1]
+        found = [record(identity, self.out, kind) if identity is not None and self.is_main else None]
+        broadcast_object_list(found)
+        return recipe if found[0] is None else _made_from_another(recipe, found[0].reference)
 
     def claim(self, recipe: Recipe) -> AbstractContextManager[None]:
         """Make `out` the directory of this run, or check that it is; see `run_directory`."""
@@ -166,6 +178,20 @@ def run_context(
     out = Path(out)
     accelerator = build_accelerator(device)
     return RunContext(out, accelerator, given_tokens(out, tokens), resume, wandb_project, progress)
+
+
+def _made_from(recipe: Recipe) -> tuple[str, Kind]:
+    return (recipe.model, "model") if recipe.architecture is None else (recipe.data.tokenizer, "tokenizer")
+
+
+def _made_from_another(recipe: Recipe, name: str) -> Recipe:
+    """The recipe with another name of its model, or of its tokenizer where it trains from scratch."""
+    return recipe.model_copy(update={"model": name}) if recipe.architecture is None else with_tokenizer(recipe, name)
+
+
+def with_tokenizer(recipe: Recipe, tokenizer: str) -> Recipe:
+    """The recipe with another name in data.tokenizer."""
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"tokenizer": tokenizer})})
 
 
 def _evaluation(model: PreTrainedModel, recipe: Recipe, data: TokenDataset) -> Callable[[], dict[str, float]]:

@@ -22,7 +22,7 @@ from ln_removal.export.write import save_model
 from ln_removal.files.run_directory import has_trained
 from ln_removal.models.loading import load_model, load_tokenizer
 from ln_removal.models.norm_choice import build_model
-from ln_removal.pipelines.context import RunContext, run_context
+from ln_removal.pipelines.context import RunContext, run_context, with_tokenizer
 from ln_removal.pipelines.cpu_time import warn_of_days
 from ln_removal.report.base_model_card import write_base_model_card
 from ln_removal.training.loop import TrainResult, train
@@ -84,16 +84,13 @@ def pretrain(
 
 def pretrain_in(context: RunContext, recipe: Recipe) -> PretrainResult:
     """As `pretrain`, in a context that exists already."""
-    recipe = context.recipe_of(recipe)
+    recipe, identity = context.identified(context.recipe_of(recipe))
     architecture = recipe.architecture
     assert architecture is not None
-    identity = context.identity(recipe.data.tokenizer, "tokenizer") if recipe.data.tokenizer else None
-    if identity is not None:
-        recipe = with_tokenizer(recipe, identity.name)
     with context.claim(recipe):
-        context.record(identity, "tokenizer")
+        located = context.record(recipe, identity)
         warn_of_days(context, recipe)
-        tokenizer, data = _prepare(context, recipe if identity is None else with_tokenizer(recipe, identity.reference))
+        tokenizer, data = _prepare(context, located)
         set_seed(recipe.seed)
         model = build_model(architecture, eot_token_id=data.eot_token_id)
         with context.session(model, recipe, data, label=recipe.name) as session:
@@ -194,11 +191,6 @@ def prepare_tokens(context: RunContext, recipe: Recipe) -> tuple[PreTrainedToken
     tokenizer = _tokenizer(recipe, corpus, context.out / "tokenizer")
     name = recipe.data.tokenizer or recipe.name
     return tokenizer, context.prepare_tokens(corpus, tokenizer, spec, name=name)
-
-
-def with_tokenizer(recipe: Recipe, tokenizer: str) -> Recipe:
-    """The recipe with another name in data.tokenizer."""
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"tokenizer": tokenizer})})
 
 
 def _tokenizer_of(data: TokenDataset, recipe: Recipe) -> PreTrainedTokenizerFast:

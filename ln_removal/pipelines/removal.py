@@ -113,21 +113,16 @@ def remove(
     context = run_context(
         out, tokens=tokens, resume=resume, device=device, wandb_project=wandb_project, progress=progress
     )
-    recipe, out = context.recipe_of(recipe), context.out
-    identity = context.identity(recipe.model)
-    model = recipe.model
-    if identity is not None:
-        recipe, model = recipe.model_copy(update={"model": identity.name}), identity.reference
+    recipe, identity = context.identified(context.recipe_of(recipe))
+    out = context.out
     with context.claim(recipe):
         context.accelerator.wait_for_everyone()
         if resume and (finished := _finished(recipe.export, out, control=control, questions=questions)):
-            write_pages(context, recipe, finished, model=model, missing=True)
+            write_pages(context, recipe, finished, model=identity.reference if identity else None, missing=True)
             return finished
-        context.record(identity)
+        located = context.record(recipe, identity)
         asked = _question_set(questions, recipe.data.corpus)
-        located = recipe.model_copy(update={"model": model})
-        warn_of_days(context, located, control=control)
-        inputs = prepare(context, located)
+        inputs = prepare(context, located, control=control)
         data = inputs.data
         if not (resume and _is_exported(out, recipe.export)):
             with removal_session(context, recipe, inputs) as session:
@@ -137,10 +132,10 @@ def remove(
             del session
         del inputs  # what follows needs the memory
         if control:
-            train_control(context, recipe, data, model=model)
+            train_control(context, recipe, data, model=located.model)
         if context.is_main:
-            scores = score(context, model, recipe, data, asked, seconds_before=time.perf_counter() - began)
-            write_pages(context, recipe, scores, model=model)
+            scores = score(context, located.model, recipe, data, asked, seconds_before=time.perf_counter() - began)
+            write_pages(context, recipe, scores, model=located.model)
         context.accelerator.wait_for_everyone()
         return results_file.read(out / "results.json")
 
@@ -187,12 +182,13 @@ def _question_set(questions: Path | str | None, corpus: str) -> QuestionSet | No
 # ---------------------------------------------------------------------------------------------------------- the inputs
 
 
-def prepare(context: RunContext, recipe: Recipe) -> Inputs:
-    """Load the model, fit the schedule to it, and open or prepare the tokens.
+def prepare(context: RunContext, recipe: Recipe, *, control: bool = False) -> Inputs:
+    """Load the model, fit the schedule to it, and open or prepare the tokens. First it warns of a run that would take days here.
 
     Raises:
         UserError: recipe, model and tokens do not go together.
     """
+    warn_of_days(context, recipe, control=control)
     loaded = load_model(recipe.model)
     schedule = _fitting_schedule(recipe, loaded.model)
     with context.accelerator.main_process_first():  # what the main process makes, the other ranks find
@@ -332,11 +328,11 @@ def export(context: RunContext, recipe: Recipe, inputs: Inputs, trained: TrainRe
     write_exports(inputs.model, inputs.tokenizer, context.out, held_out=held_out, export=recipe.export)
 
 
-def train_control(context: RunContext, recipe: Recipe, data: TokenDataset, *, model: str) -> None:
+def train_control(context: RunContext, recipe: Recipe, data: TokenDataset, *, model: str | None = None) -> None:
     """Make the same fine-tuning on the same batches with every LayerNorm kept, and write `control/model`, unless it is there.
 
     Args:
-        model: where the original is, as `load_model` takes it.
+        model: where the original is, as `load_model` takes it. Default: what the recipe names.
 
     Raises:
         UserError: as `remove`.
@@ -344,7 +340,7 @@ def train_control(context: RunContext, recipe: Recipe, data: TokenDataset, *, mo
     directory = context.out / "control"
     if context.resume and _is_model(directory / "model"):
         return
-    loaded = load_model(model)
+    loaded = load_model(model or recipe.model)
     with context.session(
         loaded.model, recipe, data, label="control", directory=directory, tokenizer=loaded.tokenizer
     ) as session:
@@ -383,8 +379,10 @@ def score(
     return results
 
 
-def write_pages(context: RunContext, recipe: Recipe, results: Results, *, model: str, missing: bool = False) -> None:
-    """Write the model card and the report; with `missing`, only those that are not there yet. `model`: where the original is."""
+def write_pages(
+    context: RunContext, recipe: Recipe, results: Results, *, model: str | None, missing: bool = False
+) -> None:
+    """Write the model card and the report; with `missing`, only those that are not there yet. `model`: see `model_card`."""
     out = context.out
     if not context.is_main:
         return

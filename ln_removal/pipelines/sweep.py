@@ -44,8 +44,8 @@ from ln_removal.files.run_directory import (
     locked,
 )
 from ln_removal.files.signals import Interrupted
-from ln_removal.pipelines.context import RunContext, run_context
-from ln_removal.pipelines.pretraining import prepare_tokens, pretrain_in, with_tokenizer
+from ln_removal.pipelines.context import RunContext, run_context, with_tokenizer
+from ln_removal.pipelines.pretraining import prepare_tokens, pretrain_in
 from ln_removal.report.sweep_table import (
     RESULT_FILE,
     TABLE_JSON,
