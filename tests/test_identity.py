@@ -221,6 +221,7 @@ def test_a_run_of_a_hub_model_stays_with_its_commit(tmp_path: Path) -> None:
     assert str(here / "gpt2") in resume[2], "it says that the folder is not what is used"
     card = ModelCard(hub.repos["models", "alice/mine"].revisions["main"]["README.md"].decode())
     assert (card.data.base_model, card.data.license) == ("openai-community/gpt2", "mit")
+    assert commit in card.content
 
 
 def test_a_folder_that_hides_a_hub_id_is_said(

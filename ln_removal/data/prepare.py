@@ -357,7 +357,8 @@ def _same_or_error(out: Path, found: TokenIndex, wanted: TokenIndex, corpus: Cor
                 f"{out} holds tokens of other text: the {what} of the files in {corpus.path} changed after they were prepared; "
                 "choose another --out, or delete it"
             )
-    for key in different:
+    if different:
+        key = different[0]
         theirs, ours = found.corpus.get(key), wanted.corpus.get(key)
         raise UserError(
             f"{out} holds tokens of another corpus: its {key} is {theirs!r}, wanted {ours!r}; choose another --out, "

@@ -157,7 +157,7 @@ def read_identity(run: Path, kind: Kind = "model") -> Identity | None:
         found = None if written is None else Identity(**written)
         if found is not None and not all(isinstance(value, str) for value in asdict(found).values()):
             raise ValueError("a value is not text")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(

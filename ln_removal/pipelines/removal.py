@@ -33,7 +33,7 @@ from ln_removal.files.atomic import write_json_atomically
 from ln_removal.files.metrics_log import METRICS_FILE, WINDOWS, last_logged
 from ln_removal.files.run_directory import has_trained
 from ln_removal.models.layout import check_supported, is_disarmed
-from ln_removal.models.loading import load_model, load_tokenizer
+from ln_removal.models.loading import load_model, load_tokenizer, tokenizer_fingerprint
 from ln_removal.norms.schedule import expand
 from ln_removal.norms.surgery import install
 from ln_removal.pipelines.context import RunContext, run_context
@@ -225,7 +225,7 @@ def _own_tokens(context: RunContext, recipe: Recipe, tokenizer: PreTrainedTokeni
         scoring.check_same_tokenizer(tokenizer, recipe.model, data)
         return data
     named = recipe.data.tokenizer
-    if named and ids_sha256(load_tokenizer(named)) != ids_sha256(tokenizer):
+    if named and not _are_same(load_tokenizer(named), tokenizer):
         raise UserError(f"data.tokenizer is {named}, another tokenizer than that of {recipe.model}; leave it out")
     spec = recipe.data
     if spec.corpus == GENERATED:  # written for this run: not more than it trains on
@@ -245,6 +245,10 @@ def _own_tokens(context: RunContext, recipe: Recipe, tokenizer: PreTrainedTokeni
             shutil.rmtree(place)  # so that the same --out can be used with another corpus
         raise
     return data
+
+
+def _are_same(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+    return tokenizer_fingerprint(one) == tokenizer_fingerprint(other) or ids_sha256(one) == ids_sha256(other)
 
 
 def _check_enough(recipe: Recipe, data: TokenDataset) -> None:

@@ -204,7 +204,7 @@ def model_card(
         f"# {title}\n\n{_about(recipe)}",
         f"## Use\n\n{_loading(repo_id, form=form, has_stock=stock, has_code=has_code)}",
         *([] if results is None else [f"## Scores\n\n{_scores(results)}"]),
-        f"## How it was made\n\n{_making(recipe)}",
+        f"## How it was made\n\n{_making(recipe, model)}",
         f"## Limits\n\n{_limits(recipe)}",
     ]
     return assemble(front, sections)
@@ -322,12 +322,14 @@ def _scores(results: Results) -> str:
     return "\n\n".join(parts)
 
 
-def _making(recipe: Recipe) -> str:
+def _making(recipe: Recipe, model: str) -> str:
     from ln_removal.config.recipe import dump_toml
 
     training = recipe.training
+    base, commit = hub_id(model), model.partition("@")[2]
+    made_from = f"Made from {base} at commit {commit}. " if base and commit else ""
     return (
-        f"{recipe.description}\n\n"
+        f"{recipe.description}\n\n{made_from}"
         f"{recipe.tokens:,} tokens of {recipe.data.corpus}: {training.steps:,} steps of {training.tokens_per_step:,}, "
         f"context {recipe.data.context}. The whole recipe, as `ln-remove --recipe FILE` takes it:\n\n"
         f"```toml\n{dump_toml(recipe).strip()}\n```"
