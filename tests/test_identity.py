@@ -17,7 +17,7 @@ from small_model import STEP, write_corpus, write_model
 from test_publishing import TOKEN, run_commands
 
 from ln_removal.export.hub import HubTarget
-from ln_removal.models.identity import locate, model_of_run, read_identity, weights_sha256
+from ln_removal.models.identity import identity_for, locate, model_of_run, read_identity, record, weights_sha256
 from ln_removal.models.loading import load_model
 from ln_removal.pipelines.publishing import run_files
 
@@ -154,6 +154,22 @@ def test_a_model_that_has_changed_is_refused_in_one_line(run: Path, tmp_path: Pa
     assert "identity.json" in refused(f"ln-evaluate {run} --device cpu")
     (run / "identity.json").write_text('{"model": {"name": "x", "place": 3}}', encoding="utf-8")
     assert "identity.json" in refused(f"ln-evaluate {run} --device cpu")
+
+
+def test_the_tokenizer_of_a_pretraining_stays_the_same(
+    world: Path, tmp_path: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run").mkdir()
+    monkeypatch.chdir(world)
+    found = identity_for("model", tmp_path / "run", "tokenizer", resume=False)
+    assert found is not None
+    record(found, tmp_path / "run", "tokenizer")
+    monkeypatch.chdir(elsewhere)
+    again = identity_for("model", tmp_path / "run", "tokenizer", resume=True)
+    assert again == found and again.reference == str((world / "model").resolve())
+    assert read_identity(tmp_path / "run") is None, "it has no model"
+    another = identity_for("./model", tmp_path / "run", "tokenizer", resume=True)
+    assert another is not None and another.name == "./model", "not trained yet: the recipe may still change"
 
 
 def test_the_hash_is_of_the_files(world: Path, tmp_path: Path) -> None:
