@@ -262,8 +262,9 @@ def ids_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
     own = Tokenizer.from_str(written)  # calls of the tokenizer switch truncation and padding on and off
     own.no_truncation()
     own.no_padding()
-    ids = [own.encode(text, add_special_tokens=False).ids for text in (*PROBE, f"a{tokenizer.eos_token}b")]
-    kept = [vocabulary, merges, ids, tokenizer.eos_token_id]
+    eot = tokenizer.eos_token_id
+    texts = PROBE if eot is None else (*PROBE, f"a{own.id_to_token(eot)}b")
+    kept = [vocabulary, merges, [own.encode(text, add_special_tokens=False).ids for text in texts], eot]
     return hashlib.sha256(json.dumps(kept, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()
 
 
