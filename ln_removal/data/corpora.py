@@ -172,9 +172,9 @@ class LocalFiles:
         }
 
     def content_sha256(self) -> str:
-        """A hash of the names and the content of all files, for when only their times or their place differ; "" if it would take long.
+        """A hash of the names and the content of all files, for when only their times or their place differ.
 
-        It takes one to three seconds for each gigabyte.
+        Empty if there are more than LARGEST_HASHED bytes. Beside the reading itself, a gigabyte takes about a second.
 
         Raises:
             UserError: a file cannot be read.
