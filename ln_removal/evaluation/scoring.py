@@ -317,13 +317,7 @@ def scoring_inputs(
     named = {role: str(model) for role, model in (("original", original), ("control", control)) if model is not None}
     found = _models_of(str(source), run, recipe) | named
     names: dict[str, str] = {}
-    if (
-        run is not None
-        and recipe is not None
-        and recipe.schedule is not None
-        and run == Path(source)
-        and original is None
-    ):
+    if recipe is not None and recipe.schedule is not None and run == Path(source) and original is None:
         found["original"], names["original"] = model_of_run(run, recipe.model), recipe.model
     models: dict[str, str] = {role: found[role] for role in ("original", "control", "ln_free") if role in found}
     if context is None:
