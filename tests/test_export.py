@@ -130,6 +130,15 @@ class TestStock:
         with pytest.raises(UserError, match="--format normfree"):
             to_stock(NormFreeGPT2LMHeadModel(config))
 
+    def test_a_model_trained_after_its_fold_is_not_said_to_have_been_trained_without_norms(self, pair: Pair) -> None:
+        """As by a LoRA adapter of rank 1 that was merged."""
+        folded = copy.deepcopy(pair[1])
+        weight = folded.transformer.h[0].mlp.c_fc.weight
+        with torch.no_grad():
+            weight += 0.2 * torch.ones(weight.shape[0], 1) @ torch.randn(1, weight.shape[1])
+        with pytest.raises(UserError, match=r"trained further after its norms were folded.*LoRA.*--format normfree"):
+            to_stock(folded)
+
     def test_a_folded_model_rounded_to_bfloat16_has_one(self, pair: Pair, token_ids: Tensor) -> None:
         _, folded = pair
         rounded = copy.deepcopy(folded).to(torch.bfloat16).float()

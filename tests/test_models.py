@@ -15,7 +15,7 @@ from fake_hub import FakeHub, read_folder, run_client
 from safetensors.torch import load_file, save_file
 from small_model import tiny_neox, write_tokenizer
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers, processors
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ln_removal.data.encoder import train_code_tokenizer
 from ln_removal.errors import UserError
@@ -388,6 +388,84 @@ def test_fingerprint_sees_the_pre_tokenizer() -> None:
     before = tokenizer_fingerprint(tokenizer)
     tokenizer.backend_tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
     assert tokenizer_fingerprint(tokenizer) != before
+
+
+def rewritten(
+    tokenizer: PreTrainedTokenizerBase, change: Callable[[dict[str, Any]], object]
+) -> PreTrainedTokenizerBase:
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    change(state)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)), eos_token=tokenizer.eos_token
+    )
+
+
+def spelled_out(state: dict[str, Any]) -> None:
+    """Write the pre-tokenizer in another way, with the same meaning, and add an entry that no text has."""
+    step = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    state["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, step]}
+    pad = {"id": len(state["model"]["vocab"]), "content": "<|pad|>", "special": True}
+    state["added_tokens"].append({**pad, **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)})
+
+
+def test_tokenizers_that_give_the_same_ids_are_the_same(tmp_path: Path) -> None:
+    from ln_removal.data.open_corpus import held_out_tokens
+    from ln_removal.evaluation.scoring import check_same_tokenizer
+
+    plain = tmp_path / "plain"
+    write_tokenizer(plain, entries=300)
+    tokenizer = load_tokenizer(plain)
+    (tmp_path / "text.txt").write_text("def f(x):\n    return x\n" * 9)
+    data = held_out_tokens(str(tmp_path / "text.txt"), tokenizer, tmp_path / "t", tokenizer_name="p", max_tokens=None)  # type: ignore[arg-type]
+    other = rewritten(tokenizer, spelled_out)
+    assert tokenizer_fingerprint(other) != tokenizer_fingerprint(tokenizer)
+    check_same_tokenizer(other, "other", data)
+
+    def no_regex(state: dict[str, Any]) -> None:
+        state["pre_tokenizer"]["use_regex"] = False
+
+    def swapped(state: dict[str, Any]) -> None:
+        vocabulary = state["model"]["vocab"]
+        vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+
+    def normalized(state: dict[str, Any]) -> None:
+        state["normalizer"] = {"type": "NFC"}
+
+    def fewer_merges(state: dict[str, Any]) -> None:
+        state["model"]["merges"].pop()
+
+    for change in (no_regex, swapped, normalized, fewer_merges):
+        with pytest.raises(UserError, match="another tokenizer"):
+            check_same_tokenizer(rewritten(tokenizer, change), "other", data)
+
+
+def test_paths_may_be_given_as_path_objects(folder: Path, tmp_path: Path) -> None:
+    from ln_removal.config.recipe import dump_toml, load_recipe
+    from ln_removal.data.open_corpus import open_corpus
+    from ln_removal.evaluation.hellaswag import load_question_set
+
+    assert load_model(folder, tokenizer_from=folder).name == str(folder)
+    assert load_config(folder).n_layer == 2 and load_tokenizer(folder).eos_token_id == 0
+    recipe = load_recipe("tiny", {"model": folder, "data.corpus": tmp_path, "data.tokenizer": folder})
+    assert (recipe.model, recipe.data.corpus, recipe.data.tokenizer) == (str(folder), str(tmp_path), str(folder))
+    (tmp_path / "mine.toml").write_text(dump_toml(recipe), encoding="utf-8")
+    assert (
+        load_recipe(tmp_path / "mine.toml") == recipe == load_recipe(Path("tiny"), recipe.model_dump(exclude_none=True))
+    )
+    assert open_corpus(tmp_path).name == tmp_path.name
+    question = {
+        "ind": 0,
+        "activity_label": "a",
+        "ctx_a": "x",
+        "ctx_b": "",
+        "ctx": "x",
+        "label": 1,
+        "endings": list("abcd"),
+    }
+    (tmp_path / "questions.jsonl").write_text(json.dumps(question) + "\n")
+    assert load_question_set(tmp_path / "questions.jsonl").name == "questions.jsonl"
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused(folder: Path) -> None:

@@ -82,7 +82,9 @@ class Stop(Exception):
     pass
 
 
-def test_a_pythia_without_norms_trains_resumes_exports_and_reloads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pythia_without_norms_trains_resumes_exports_and_reloads(
+    monkeypatch: pytest.MonkeyPatch, world: Path, tmp_path: Path
+) -> None:
     whole = done("ln-pretrain --steps 14 --out whole", **PYTHIA)
 
     # The same run, cut short after its second checkpoint.
@@ -99,7 +101,9 @@ def test_a_pythia_without_norms_trains_resumes_exports_and_reloads(monkeypatch: 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "save_checkpoint", saves_twice)
         assert isinstance(run("ln-pretrain --steps 14 --out cut", **PYTHIA).exception, Stop)
-    resumed = done("ln-pretrain --steps 14 --out cut --resume", **PYTHIA)
+    with monkeypatch.context() as patch:  # from a directory in which there is neither the corpus nor the tokenizer
+        patch.chdir(tmp_path)
+        resumed = done(f"ln-pretrain --steps 14 --out {world / 'cut'} --resume", **PYTHIA)
     assert resumed["cross_entropy"] == whole["cross_entropy"]
     assert (Path("cut/model/model.safetensors")).read_bytes() == (Path("whole/model/model.safetensors")).read_bytes()
     for kind in ("train", "observation", "evaluation"):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +17,7 @@ from typing import Any
 import pytest
 from command_line import done, refused
 from filelock import FileLock
-from small_model import REMOVE
+from small_model import REMOVE, write_corpus
 from tokenizers import Tokenizer
 
 from ln_removal.data import encoder
@@ -114,7 +117,7 @@ def test_documents_come_back_in_order_each_with_its_end(tmp_path: Path, tokenize
     assert {shard.source for shard in data.index.shards} == {"one", "two"}
     assert data.index.dtype == "uint16"
     assert data.vocab_size == len(tokenizer)
-    assert data.tokenizer == {"name": "test", "sha256": "a" * 64}
+    assert data.tokenizer == {"name": "test", "sha256": "a" * 64, "ids_sha256": tokens_module.ids_sha256(tokenizer)}
     assert sorted(contents(tmp_path)) == [
         "index.json",
         "train-one-00000.bin",
@@ -416,9 +419,58 @@ def test_another_corpus_or_tokenizer_in_the_directory(tmp_path: Path, tokenizer:
         run(ListCorpus(documents(), before=refuse, revision=2), tokenizer, tmp_path)
     with pytest.raises(UserError, match="max_tokens"):
         run(same, tokenizer, tmp_path, max_tokens=10)
+    other = train_code_tokenizer(["while True: print(1, 2)\n"] * 20, 300, model_max_length=64)
     with pytest.raises(UserError, match=r"aaaaaaaa.*bbbbbbbb"):
-        prepare(same, tokenizer, tmp_path, tokenizer_name="other", tokenizer_sha256="b" * 64)  # type: ignore[arg-type]
+        prepare(same, other, tmp_path, tokenizer_name="other", tokenizer_sha256="b" * 64)  # type: ignore[arg-type]
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_local_files_are_compared_by_content_where_times_or_place_differ(
+    tmp_path: Path, tokenizer: Any, complete: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts, out = write_corpus(tmp_path / "texts"), tmp_path / "tokens"
+    expected = run(LocalFiles(texts), tokenizer, tmp_path / "expected")
+    if complete:
+        run(LocalFiles(texts), tokenizer, out)
+    else:
+        real = prepare_module._batches
+
+        def stopped(corpus: Any, skip: int) -> Iterator[Any]:
+            yield from itertools.islice(real(corpus, skip), 3)
+            raise RuntimeError
+
+        monkeypatch.setattr(prepare_module, "_batches", stopped)
+        with pytest.raises(RuntimeError):
+            run(LocalFiles(texts), tokenizer, out, checkpoint_tokens=300)
+        monkeypatch.setattr(prepare_module, "_batches", real)
+    copied = shutil.copytree(texts, tmp_path / "copied")
+    file = sorted(texts.glob("*.txt"))[-1]
+    content, changed = file.read_bytes(), file.read_bytes().replace(b"value", b"VALUE")
+    before = contents(out)
+    file.write_bytes(changed)  # of the same size
+    os.utime(file, (1, 1))
+    with pytest.raises(UserError, match="content of the files"):
+        run(LocalFiles(texts), tokenizer, out)
+    assert contents(out) == before
+    file.write_bytes(content)
+    os.utime(file, (2, 2))
+    for place in (texts, copied):
+        found = run(LocalFiles(place), tokenizer, out)
+        assert found.split("train").tokens == expected.split("train").tokens
+        assert contents(out)["train-local-00000.bin"] == contents(tmp_path / "expected")["train-local-00000.bin"]
+
+
+def test_tokens_of_an_older_version_are_compared_by_size_and_time(tmp_path: Path, tokenizer: Any) -> None:
+    texts, out = write_corpus(tmp_path / "texts", documents=4), tmp_path / "tokens"
+    run(LocalFiles(texts), tokenizer, out)
+    index = json.loads((out / "index.json").read_text())
+    del index["corpus"][prepare_module.CONTENT], index["tokenizer"]["ids_sha256"]
+    (out / "index.json").write_text(json.dumps(index))
+    run(LocalFiles(texts), tokenizer, out)
+    os.utime(next(texts.glob("*.txt")), (1, 1))
+    with pytest.raises(UserError, match=f"times of the files in {texts}"):
+        run(LocalFiles(texts), tokenizer, out)
 
 
 def test_a_failed_preparation_leaves_nothing_but_what_another_process_makes(tmp_path: Path, tokenizer: Any) -> None:

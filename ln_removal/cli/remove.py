@@ -79,7 +79,8 @@ def remove(
     from ln_removal.pipelines.plan import resolve_recipe
 
     recipe = recipe or (_recipe_of_run(out) if resume and out is not None and model is None else None)
-    resolved = resolve_recipe(model=model, recipe=recipe, overrides=parse_overrides(settings or []), steps=steps)
+    at, overrides = _place_of_model(model, out, resume=resume), parse_overrides(settings or [])
+    resolved = resolve_recipe(model=model, recipe=recipe, overrides=overrides, steps=steps, place=at)
     target = named_target(push_to_hub, private=private, tag=tag)
     if dry_run:
         console.print_plan(resolved, control=control, device=device, as_json=as_json)
@@ -100,14 +101,24 @@ def remove(
         wandb_project=wandb,
         progress=console.progress(),
     )
-    note = f"LN-free model: {place / 'model'}   scores: {place / 'results.json'}"
-    console.print_results(results, as_json=as_json, note=note)
+    console.print_results(results, as_json=as_json, note=f"LN-free model: {place}/model   scores: {place}/results.json")
     _publish(place, target, as_json=as_json)
 
 
 def _run_name(model: str | None, recipe: str | None, resolved: str) -> str:
     """The recipe's name, or the model's: a model without a recipe of its own borrows one."""
     return (Path(model).name if model is not None and recipe is None else "") or resolved
+
+
+def _place_of_model(model: str | None, out: Path | None, *, resume: bool) -> str | None:
+    """Where the model is that the run in `out` was begun with, if it is resumed and was begun under this name."""
+    from ln_removal.models.identity import in_place, read_identity
+
+    if not resume or model is None:
+        return None
+    out = out or Path("checkpoints") / Path(model).name
+    recorded = read_identity(out)
+    return in_place(recorded, out).reference if recorded is not None and recorded.name == model else None
 
 
 def _recipe_of_run(out: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from ln_removal.config.recipe import ArchitectureSpec, Recipe, ScheduleSpec, load_recipe
 from ln_removal.errors import UserError
@@ -14,17 +15,18 @@ _WRITTEN_FOR = {"distilgpt2": 6, "gpt2": 12, "gpt2-medium": 24, "gpt2-large": 36
 """The default recipes, and the number of layers of the models that they were written for."""
 
 
-def default_recipe(model: str, shape: ArchitectureSpec) -> Recipe:
+def default_recipe(model: str | Path, shape: ArchitectureSpec) -> Recipe:
     """The removal recipe for a model when none is named.
 
-    That is the built-in recipe of the model's own name, without a Hub owner. For any other model it is the recipe written for
-    the closest depth, with gaps and context fitted to the model.
+    That is the built-in recipe of the model's own name, without a Hub owner and a commit. For any other model it is the recipe
+    written for the closest depth, with gaps and context fitted to the model.
 
     Args:
         model: "tiny", a local directory or a Hub id.
         shape: the model's architecture, see `plan.architecture_of`.
     """
-    own = model.rpartition("/")[2]
+    model = str(model)
+    own = model.rpartition("/")[2].partition("@")[0]
     if model == "tiny" or _WRITTEN_FOR.get(own) == shape.n_layer:
         recipe = load_recipe(own)
     else:
@@ -38,7 +40,7 @@ def default_recipe(model: str, shape: ArchitectureSpec) -> Recipe:
 
 
 def resolve_pretraining(
-    recipe: str, *, overrides: Mapping[str, object] | None = None, steps: int | None = None
+    recipe: str | Path, *, overrides: Mapping[str, object] | None = None, steps: int | None = None
 ) -> Recipe:
     """The pretraining recipe for what a user names; the arguments are those of `plan.resolve_recipe`.
 

@@ -36,6 +36,10 @@ The kind with which the model was trained before is the right one.
 """
 
 
+Place = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
+"""A name or a path. From Python it may be given as a pathlib.Path."""
+
+
 class _Spec(BaseModel):
     # strict: a recipe that says "20" or true where a number belongs holds a mistake, not a number.
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
@@ -44,8 +48,8 @@ class _Spec(BaseModel):
 class DataSpec(_Spec):
     """What the model reads. `context` is T, the tokens of one sequence; the limits cap what is prepared."""
 
-    corpus: Annotated[str, Field(min_length=1)]
-    tokenizer: str = ""  # empty: the model's own
+    corpus: Annotated[Place, Field(min_length=1)]
+    tokenizer: Place = ""  # empty: the model's own
     context: PositiveInt = 1024
     windows: WindowKind = "stream"
     max_bytes: PositiveInt | None = None
@@ -167,7 +171,7 @@ class Recipe(_Spec):
 
     name: Annotated[str, Field(min_length=1)]
     description: str = ""
-    model: Annotated[str, Field(min_length=1)]
+    model: Annotated[Place, Field(min_length=1)]
     seed: NonNegativeInt = 0
     data: DataSpec
     schedule: ScheduleSpec | None = None
@@ -197,7 +201,7 @@ def available_recipes() -> list[str]:
     )
 
 
-def load_recipe(name_or_path: str, overrides: Mapping[str, object] | None = None) -> Recipe:
+def load_recipe(name_or_path: str | Path, overrides: Mapping[str, object] | None = None) -> Recipe:
     """Load a built-in recipe by name, or a TOML file by path, and apply dotted-key overrides.
 
     Args:
@@ -208,7 +212,7 @@ def load_recipe(name_or_path: str, overrides: Mapping[str, object] | None = None
     Raises:
         UserError: no such recipe, not TOML, or faults in it: all of them at once, one a line.
     """
-    path = _find(name_or_path)
+    path = _find(str(name_or_path))
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -115,7 +115,9 @@ def available_sweeps() -> list[str]:
     return sorted(names - {*available_recipes()})
 
 
-def load_sweep(name_or_path: str, *, overrides: Mapping[str, object] | None = None, steps: int | None = None) -> Sweep:
+def load_sweep(
+    name_or_path: str | Path, *, overrides: Mapping[str, object] | None = None, steps: int | None = None
+) -> Sweep:
     """Load a sweep's file, or a built-in one such as "normfree/table", with the recipes of all its arms.
 
     Args:
@@ -126,7 +128,7 @@ def load_sweep(name_or_path: str, *, overrides: Mapping[str, object] | None = No
     Raises:
         UserError: no such file, not TOML, or faults in it or in any arm: all of them at once, one a line.
     """
-    path = _find(name_or_path)
+    path = _find(str(name_or_path))
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -71,7 +71,7 @@ class GeneratedText:
 
     def __init__(
         self,
-        model: str,
+        model: str | Path,
         *,
         max_tokens: int | None = None,
         validation_fraction: float = VALIDATION_FRACTION,
@@ -81,7 +81,7 @@ class GeneratedText:
             raise UserError(
                 f"{model} can write without end; say how many training tokens to keep: --max-tokens N (data.max_tokens in a recipe)"
             )
-        self.model = str(Path(model).expanduser().resolve()) if Path(model).expanduser().is_dir() else model
+        self.model = str(Path(model).expanduser().resolve()) if Path(model).expanduser().is_dir() else str(model)
         self.validation_fraction = check_fraction(validation_fraction)
         self._device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 

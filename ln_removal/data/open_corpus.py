@@ -207,7 +207,7 @@ def known_corpora() -> dict[str, str]:
     return python | {name: source.summary for name, source in KNOWN_CORPORA.items()} | generated
 
 
-def open_corpus(name_or_path: str, *, writer: Writer | None = None, **options: Any) -> Corpus:
+def open_corpus(name_or_path: str | Path, *, writer: Writer | None = None, **options: Any) -> Corpus:
     """The corpus of that name, the Hub data set `hub:OWNER/NAME[:CONFIG]`, or the file or directory of that path.
 
     Args:
@@ -222,6 +222,7 @@ def open_corpus(name_or_path: str, *, writer: Writer | None = None, **options: A
     Raises:
         UserError: when there is no such corpus, or it does not take an option.
     """
+    name_or_path = str(name_or_path)
     factory: Callable[..., Corpus]
     if name_or_path == PythonSource.name:
         factory = PythonSource

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from filelock import FileLock, Timeout
 
-from ln_removal.data.corpora import GENERATED, SPLITS, Corpus, Document, Remarking, TokenDocument
+from ln_removal.data.corpora import GENERATED, SPLITS, Corpus, Document, LocalFiles, Remarking, TokenDocument
 from ln_removal.data.encoder import EncoderPool
 from ln_removal.data.sampler import read_ahead
 from ln_removal.data.tokens import (
@@ -32,6 +32,8 @@ from ln_removal.data.tokens import (
     TokenDataset,
     TokenIndex,
     dtype_for,
+    ids_sha256,
+    is_same_tokenizer,
     parse_index,
 )
 from ln_removal.errors import UserError
@@ -42,6 +44,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 PROGRESS = "progress.json"
+CONTENT = "content_sha256"
+"""Key of the index: the hash of the content of local files, see `LocalFiles.content_sha256`."""
+
 LOCK = "prepare.lock"
 BATCH_BYTES = 1 << 20
 BATCH_DOCUMENTS = 1024
@@ -129,7 +134,9 @@ def prepare(
                         workers=workers,
                     )
                     _prepare_locked(corpus, encoders, out, index, limits, progress)
-        return _open_same(out, index)
+        existing = TokenDataset.open(out)
+        _same_or_error(out, existing.index, index, corpus)
+        return existing
     except Timeout:
         raise UserError(f"another process is preparing {out}; wait for it, or choose another --out") from None
     except OSError as error:
@@ -144,9 +151,10 @@ def _empty_index(
     eot = tokenizer.eos_token_id
     if not isinstance(eot, int):
         raise UserError(f"the tokenizer {name} has no end-of-text token; use GPT-2's or one that has an eos token")
+    lasting = str(Path(name).resolve()) if Path(name).is_dir() else name  # it may be read from another directory
     return TokenIndex(
         corpus=json.loads(json.dumps({**corpus.identity(), "max_tokens": max_tokens})),
-        tokenizer={"name": name, "sha256": sha256},
+        tokenizer={"name": lasting, "sha256": sha256, "ids_sha256": ids_sha256(tokenizer)},
         vocab_size=len(tokenizer),
         eot_token_id=eot,
         dtype=dtype_for(len(tokenizer)),
@@ -176,7 +184,7 @@ def _prepare_locked(
 ) -> None:
     """Write the shards and the index, from the last checkpoint on where there is one; `out` is locked by this process."""
     try:
-        consumed = _resume(out, index)
+        consumed = _resume(out, index, corpus)
         shards = ShardWriter(out, index, limits.shard_tokens)
         try:
             if not limits.reached(index):
@@ -304,10 +312,12 @@ def _check_range(tokens: list[int], index: TokenIndex) -> None:
         )
 
 
-def _resume(out: Path, index: TokenIndex) -> int:
+def _resume(out: Path, index: TokenIndex, corpus: Corpus) -> int:
     """Take the shards of an interrupted preparation over into `index`; returns the documents already consumed."""
     path = out / PROGRESS
     consumed = 0
+    if not path.exists() and isinstance(corpus, LocalFiles):
+        index.corpus[CONTENT] = corpus.content_sha256()
     if path.exists():
         try:
             saved = json.loads(path.read_text(encoding="utf-8"))
@@ -315,7 +325,9 @@ def _resume(out: Path, index: TokenIndex) -> int:
             consumed = int(saved["consumed"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is damaged ({error}); delete {out} and prepare again") from error
-        _same_or_error(out, before, index)
+        _same_or_error(out, before, index, corpus)
+        if CONTENT in before.corpus:
+            index.corpus[CONTENT] = before.corpus[CONTENT]
         width = np.dtype(index.dtype).itemsize
         for shard in before.shards:
             file = out / shard.file
@@ -330,21 +342,37 @@ def _resume(out: Path, index: TokenIndex) -> int:
     return consumed
 
 
-def _open_same(out: Path, wanted: TokenIndex) -> TokenDataset:
-    existing = TokenDataset.open(out)
-    _same_or_error(out, existing.index, wanted)
-    return existing
+def _same_or_error(out: Path, found: TokenIndex, wanted: TokenIndex, corpus: Corpus) -> None:
+    """Raises UserError where `found` was made from another text or with another tokenizer than is wanted.
 
-
-def _same_or_error(out: Path, found: TokenIndex, wanted: TokenIndex) -> None:
-    for key in sorted(found.corpus.keys() | wanted.corpus.keys()):
-        theirs, ours = found.corpus.get(key), wanted.corpus.get(key)
-        if theirs != ours:
+    Where a corpus lies, when its files were changed, and what the model that wrote it is called may differ, as long as the
+    content or the weights are the same.
+    """
+    different = [
+        key
+        for key in sorted(found.corpus.keys() | wanted.corpus.keys())
+        if key != CONTENT and found.corpus.get(key) != wanted.corpus.get(key)
+    ]
+    if different == ["model"] and "weights_sha256" in wanted.corpus:
+        different = []
+    if different and {*different} <= {"path", "files_sha256"} and isinstance(corpus, LocalFiles):
+        content = found.corpus.get(CONTENT)
+        if content and content == corpus.content_sha256():
+            different = []
+        elif "path" not in different:
+            what = "content" if content else "sizes or times"
             raise UserError(
-                f"{out} holds tokens of another corpus: its {key} is {theirs!r}, wanted {ours!r}; choose another --out, "
-                "or delete it"
+                f"{out} holds tokens of other text: the {what} of the files in {corpus.path} changed after they were prepared; "
+                "choose another --out, or delete it"
             )
-    if (found.tokenizer["sha256"], found.vocab_size) != (wanted.tokenizer["sha256"], wanted.vocab_size):
+    if different:
+        key = different[0]
+        theirs, ours = found.corpus.get(key), wanted.corpus.get(key)
+        raise UserError(
+            f"{out} holds tokens of another corpus: its {key} is {theirs!r}, wanted {ours!r}; choose another --out, "
+            "or delete it"
+        )
+    if not is_same_tokenizer(found.tokenizer, wanted.tokenizer) or found.dtype != wanted.dtype:
         theirs, ours = (f"{index.tokenizer['name']} ({index.tokenizer['sha256'][:8]})" for index in (found, wanted))
         raise UserError(
             f"{out} holds tokens of another tokenizer: found {theirs}, wanted {ours}; choose another --out, or delete it"

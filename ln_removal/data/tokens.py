@@ -8,14 +8,15 @@ Shape legend: N windows, T positions.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,11 +25,23 @@ from ln_removal.data.corpora import SPLITS, Split
 from ln_removal.errors import UserError
 from ln_removal.files.atomic import checksum, write_json_atomically
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 FORMAT = "ln-removal tokens 1"
 INDEX = "index.json"
 SHARD_NAME = re.compile(r"(train|validation)-.*-\d{5,}\.bin")
 
 Tokens = npt.NDArray[np.int64]
+
+PROBE = (
+    "It's 1,234.5 o'clock -- they'll say: \"We've DONE it!\" (isn't that so?)  Two  spaces,\ttabs\t\tand ends. \n\n\r\n  x\n",
+    "def f(self, x_1=0x1F):\n    return [a**2 for a in range(10)]  # $100%\n\t}\n",
+    " leading, camelCaseWords, ALLCAPS, 3rd 2nd20202020, e\u0301 \u00e9 \ufb01 \u2126 \u00a0 \u3000 \u200b\u00ad",
+    "\u00c4rger stra\u00dfe \u041f\u0440\u0438\u0432\u0435\u0442 \u4f60\u597d\uff0c\u4e16\u754c",
+    "\u0627\u0644\u0633 \u0939\u093f\u0928 \U0001f468\u200d\U0001f469\u200d\U0001f467 \u2014 \u201cq\u201d",
+)
+"""Texts on which normalizers and pre-tokenizers differ."""
 
 TOKENS_AT_ONCE = 1 << 24
 """Tokens of a shard that are compared with the end-of-text token at once."""
@@ -181,7 +194,7 @@ class TokenDataset:
 
     @property
     def tokenizer(self) -> dict[str, str]:
-        """`name` and `sha256` of the tokenizer that made the tokens."""
+        """`name`, `sha256` and `ids_sha256` of the tokenizer that made the tokens; old ones lack the last."""
         return self.index.tokenizer
 
     @property
@@ -253,6 +266,36 @@ def _what_else(directory: Path) -> str:
             f"{directory} is a file; give the directory that ln-prepare wrote, or make one with ln-prepare {directory}"
         )
     return f"{directory}: no tokens (there is no {INDEX}); run ln-prepare CORPUS --out {directory}"
+
+
+def ids_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of the ids that a tokenizer gives to text: equal for two tokenizers that are only written in different ways.
+
+    It is taken over the vocabulary and the merges without the added tokens, which ordinary text does not have, the id of the
+    end-of-text token, and the ids of `PROBE`, which show what normalizer and pre-tokenizer do.
+    """
+    from tokenizers import Tokenizer
+
+    written = tokenizer.backend_tokenizer.to_str()
+    state = json.loads(written)
+    added = {token["content"] for token in state["added_tokens"]}
+    vocabulary = state["model"]["vocab"]
+    if isinstance(vocabulary, dict):
+        vocabulary = sorted((token, number) for token, number in vocabulary.items() if token not in added)
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in state["model"].get("merges") or ()]
+    own = Tokenizer.from_str(written)  # calls of the tokenizer switch truncation and padding on and off
+    own.no_truncation()
+    own.no_padding()
+    eot = tokenizer.eos_token_id
+    texts = PROBE if eot is None else (*PROBE, f"a{own.id_to_token(eot)}b")
+    kept = [vocabulary, merges, [own.encode(text, add_special_tokens=False).ids for text in texts], eot]
+    return hashlib.sha256(json.dumps(kept, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def is_same_tokenizer(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
+    """Whether two entries `tokenizer` of an index stand for tokenizers that give the same ids. Older ones have only `sha256`."""
+    ids = one.get("ids_sha256")
+    return one["sha256"] == other["sha256"] or (ids is not None and ids == other.get("ids_sha256"))
 
 
 def read_index(path: Path) -> TokenIndex:

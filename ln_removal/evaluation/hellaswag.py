@@ -54,7 +54,7 @@ class QuestionSet:
     questions: list[Question]
 
 
-def load_question_set(name: str, *, protocol: Protocol | None = None) -> QuestionSet:
+def load_question_set(name: str | Path, *, protocol: Protocol | None = None) -> QuestionSet:
     """The questions that `name` stands for.
 
     Args:
@@ -73,9 +73,9 @@ def load_question_set(name: str, *, protocol: Protocol | None = None) -> Questio
     return QuestionSet(question_set_name(name), protocol or "lm-eval", questions)
 
 
-def question_set_name(name: str) -> str:
+def question_set_name(name: str | Path) -> str:
     """The name in the results of the questions that `load_question_set(name)` gives, without loading them."""
-    return {COMPLETIONS: "Python completions", HELLASWAG: "HellaSwag validation"}.get(name, Path(name).name)
+    return {COMPLETIONS: "Python completions", HELLASWAG: "HellaSwag validation"}.get(str(name), Path(name).name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,7 +252,7 @@ class ModelsOnQuestions:
 
 
 def score_models(
-    models: Sequence[str],
+    models: Sequence[str | Path],
     questions: QuestionSet,
     *,
     limit: int | None = None,
@@ -273,7 +273,7 @@ def score_models(
     from ln_removal.models.loading import load_model
 
     results: dict[str, ChoiceResult] = {}
-    for name in dict.fromkeys(models):
+    for name in dict.fromkeys(map(str, models)):
         loaded = load_model(name, device=device)
         results[name] = evaluate_choices(
             loaded.model,

@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,6 +44,7 @@ class ScoringInputs:
         context: tokens in a window.
         max_tokens: score about this many validation tokens of each data set; None scores whole splits.
         windows: of a stream, or documents from their start.
+        names: by role, what the results call models that are not called by their name or directory.
     """
 
     models: Mapping[str, str]
@@ -51,6 +52,7 @@ class ScoringInputs:
     context: int
     max_tokens: int | None = None
     windows: WindowKind = "stream"
+    names: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ def score(inputs: ScoringInputs, options: ScoringOptions, *, seconds_before: flo
     return collect(
         {role: one.loss for role, one in found.items()},
         choices,
-        models=inputs.models,
+        models={**inputs.models, **inputs.names},
         settings=Settings(
             data=next(iter(inputs.data_sets)),
             context=inputs.context,
@@ -253,16 +255,19 @@ def _samples(found: Mapping[str, _ModelScores], options: ScoringOptions) -> Iter
         yield Samples(prompt=prompt, temperature=TEMPERATURE, seed=options.seed, texts=texts)
 
 
-def check_same_tokenizer(tokenizer: object, name: str, data: TokenDataset) -> None:
-    """Refuse a model whose tokenizer did not make the tokens.
+def check_same_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str, data: TokenDataset) -> None:
+    """Refuse a model whose tokenizer gives other ids than the one that made the tokens.
 
     Raises:
-        UserError: the fingerprints differ.
+        UserError: the fingerprints differ, and so do the ids.
     """
+    from ln_removal.data.tokens import ids_sha256, is_same_tokenizer
     from ln_removal.models.loading import tokenizer_fingerprint
 
-    found = tokenizer_fingerprint(tokenizer)
-    if found != data.tokenizer["sha256"]:
+    found = {"sha256": tokenizer_fingerprint(tokenizer)}
+    if found["sha256"] != data.tokenizer["sha256"]:
+        found["ids_sha256"] = ids_sha256(tokenizer)
+    if not is_same_tokenizer(found, data.tokenizer):
         raise UserError(
             f"the tokens in {data.directory} were made with another tokenizer ({data.tokenizer['name']}) than that of "
             f"{name}; prepare the corpus again with `ln-prepare ... --tokenizer {name}`"
@@ -278,12 +283,12 @@ def device_name(device: str) -> str:
 
 @contextmanager
 def scoring_inputs(
-    source: str,
-    tokens: Sequence[Path] = (),
-    corpora: Sequence[str] = (),
+    source: str | Path,
+    tokens: Sequence[Path | str] = (),
+    corpora: Sequence[str | Path] = (),
     *,
-    original: str | None = None,
-    control: str | None = None,
+    original: str | Path | None = None,
+    control: str | Path | None = None,
     context: int | None = None,
     max_tokens: int | None = None,
     windows: WindowKind | None = None,
@@ -291,7 +296,8 @@ def scoring_inputs(
     """Work out what to score. Tokens that are prepared for it are deleted at the end of the block.
 
     A run brings its original, its control if it has one, its LN-free model, its tokens, context, limit and kind of windows. A
-    model inside a run brings itself and all but the other models. Arguments replace what the run brings.
+    model inside a run brings itself and all but the other models. Arguments replace what the run brings. The weights of the
+    original are compared with those that the run was made from.
 
     Args:
         source: a run, a model inside one, or any model.
@@ -300,14 +306,19 @@ def scoring_inputs(
         original, control: models to compare with.
 
     Raises:
-        UserError: there is no such model, no tokens can be found, or the directory is neither a run nor a model.
+        UserError: there is no such model, it has changed since the run, no tokens can be found, or the directory is neither a
+            run nor a model.
     """
     from ln_removal.data.tokens import TokenDataset
+    from ln_removal.models.identity import model_of_run
 
     run = run_of(Path(source))
     recipe = None if run is None else recipe_of(run)
-    named = {"original": original, "control": control}
-    found = _models_of(source, run, recipe) | {role: model for role, model in named.items() if model is not None}
+    named = {role: str(model) for role, model in (("original", original), ("control", control)) if model is not None}
+    found = _models_of(str(source), run, recipe) | named
+    names: dict[str, str] = {}
+    if recipe is not None and recipe.schedule is not None and run == Path(source) and original is None:
+        found["original"], names["original"] = model_of_run(run, recipe.model), recipe.model
     models: dict[str, str] = {role: found[role] for role in ("original", "control", "ln_free") if role in found}
     if context is None:
         context = recipe.data.context if recipe is not None else min(map(_positions, models.values()))
@@ -316,8 +327,8 @@ def scoring_inputs(
     if tokens or corpora:
         first_model = next(iter(models.values()))
         with tempfile.TemporaryDirectory(prefix="ln-evaluate-") as workplace:
-            data_sets = _named_data_sets(tokens, corpora, first_model, Path(workplace), max_tokens)
-            yield ScoringInputs(models, data_sets, context, max_tokens, windows)
+            data_sets = _named_data_sets(tokens, list(map(str, corpora)), first_model, Path(workplace), max_tokens)
+            yield ScoringInputs(models, data_sets, context, max_tokens, windows, names)
         return
     if run is None or recipe is None:
         raise UserError(
@@ -325,7 +336,7 @@ def scoring_inputs(
             "--tokens DIR, or name text with --corpus"
         )
     data_sets = {f"{recipe.data.corpus}, validation split": TokenDataset.open(run / "tokens")}
-    yield ScoringInputs(models, data_sets, context, max_tokens or recipe.data.validation_tokens, windows)
+    yield ScoringInputs(models, data_sets, context, max_tokens or recipe.data.validation_tokens, windows, names)
 
 
 def _models_of(source: str, run: Path | None, recipe: Recipe | None) -> dict[str, str]:
@@ -346,7 +357,7 @@ def _models_of(source: str, run: Path | None, recipe: Recipe | None) -> dict[str
 
 
 def _named_data_sets(
-    tokens: Sequence[Path], corpora: Sequence[str], model: str, workplace: Path, max_tokens: int | None
+    tokens: Sequence[Path | str], corpora: Sequence[str], model: str, workplace: Path, max_tokens: int | None
 ) -> dict[str, TokenDataset]:
     """Prepared tokens, and the held-out text of corpora; a name that is taken gets an addition that tells the two apart."""
     from ln_removal.data.open_corpus import held_out_tokens
@@ -369,15 +380,16 @@ def _named_data_sets(
     return data_sets
 
 
-def run_of(path: Path) -> Path | None:
+def run_of(path: Path | str) -> Path | None:
     """The run that `path` is, or that it is a model of; None when it is neither."""
+    path = Path(path)
     if not path.is_dir():
         return None
     above = Path(os.path.abspath(path)).parents[:2]
     return next((place for place in (path, *above) if (place / RECIPE_FILE).is_file()), None)
 
 
-def recipe_of(run: Path) -> Recipe:
+def recipe_of(run: Path | str) -> Recipe:
     """The resolved recipe of a run.
 
     Raises:
@@ -385,7 +397,7 @@ def recipe_of(run: Path) -> Recipe:
     """
     from ln_removal.config.recipe import load_recipe
 
-    return load_recipe(str(run / RECIPE_FILE))
+    return load_recipe(Path(run) / RECIPE_FILE)
 
 
 def _is_ln_free(name: str) -> bool:

@@ -72,8 +72,8 @@ def to_stock(model: NormFreeGPT2LMHeadModel) -> GPT2LMHeadModel:
         float32, bfloat16 or float16.
 
     Raises:
-        UserError: what reads the residual stream does not ignore its mean, as in a model trained without norms; or a linear map
-            holds an adapter or is quantised.
+        UserError: what reads the residual stream does not ignore its mean, as in a model that was trained without norms, or
+            trained further after its norms were folded; or a linear map holds an adapter or is quantised.
     """
     from transformers import GPT2LMHeadModel
 
@@ -81,7 +81,8 @@ def to_stock(model: NormFreeGPT2LMHeadModel) -> GPT2LMHeadModel:
     if (share := _share_of_mean(model)) > LARGEST_MEAN:
         raise UserError(
             f"the model reads the mean of its residual stream (means are {share:.1%} of its weights, at most {LARGEST_MEAN:.1%} "
-            "after a fold), which a stock GPT-2's LayerNorm subtracts: it was trained without norms; use --format normfree"
+            "after a fold), which a stock GPT-2's LayerNorm subtracts: it was trained further after its norms were folded (a merged "
+            "LoRA adapter is such a training too), or trained without norms; use --format normfree"
         )
 
     with torch.device("meta"):

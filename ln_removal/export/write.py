@@ -218,11 +218,11 @@ def save_model(
 
 def export_model(
     source: Path | str,
-    out: Path,
+    out: Path | str,
     *,
     form: Format,
     dtype: str = "float32",
-    tokenizer: str | None = None,
+    tokenizer: str | Path | None = None,
     with_code: bool = False,
 ) -> float:
     """Write `source` to `out` in a format, and load it back to compare.
@@ -243,6 +243,7 @@ def export_model(
     """
     from ln_removal.models.loading import load_model
 
+    out = Path(out)
     if with_code and form != "normfree":
         raise UserError("the stock form needs no code of its own; leave out --with-code, or use --format normfree")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -256,7 +257,7 @@ def export_model(
 
 
 def open_source(
-    source: Path | str, *, tokenizer: str | None = None
+    source: Path | str, *, tokenizer: str | Path | None = None
 ) -> tuple[NormFreeGPT2LMHeadModel, PreTrainedTokenizerBase]:
     """The LN-free model of a run, a directory or a Hub id, with its tokenizer.
 
@@ -317,6 +318,7 @@ def _check_tokens(model: NormFreeGPT2LMHeadModel, *, rows: int, length: int = CH
 
 def _fold_checkpoint(run: Path) -> tuple[NormFreeGPT2LMHeadModel, PreTrainedTokenizerBase]:
     from ln_removal.evaluation.scoring import recipe_of
+    from ln_removal.models.identity import model_of_run
     from ln_removal.models.loading import load_model
     from ln_removal.norms.surgery import install
     from ln_removal.training.checkpoint import load_newest
@@ -324,7 +326,7 @@ def _fold_checkpoint(run: Path) -> tuple[NormFreeGPT2LMHeadModel, PreTrainedToke
     recipe = recipe_of(run)
     if recipe.schedule is None:
         raise UserError(f"{run} is a run of ln-pretrain; only what ln-remove has made LN-free can be exported")
-    loaded = load_model(recipe.model)
+    loaded = load_model(model_of_run(run, recipe.model))
     install(loaded.model, eot_token_id=loaded.tokenizer.eos_token_id)
     state, faults = load_newest(run / "state", loaded.model, None)
     if state is None:

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import threading
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
 from ln_removal.errors import UserError
 
 T = TypeVar("T")
+
+PUBLISHED = {
+    **dict.fromkeys(("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"), "openai-community"),
+    "distilgpt2": "distilbert",
+}
+"""Models that are usually named without their owner on the Hub, and this owner."""
+
+logger = logging.getLogger(__name__)
 
 HUB_SECONDS = 12.0
 """How long the Hub may take to give its first answer before it counts as out of reach."""
@@ -19,11 +29,51 @@ HUB_SECONDS = 12.0
 def is_hub_id(name: str) -> bool:
     """Whether a model's name can be a Hub id, NAME or OWNER/NAME, rather than a path. The Hub is not asked.
 
-    Where OWNER is a directory here, the name is taken for a path with a mistake in it.
+    Where OWNER is a directory here, the name is taken for a path with a mistake in it. With a revision, NAME@REVISION, it is a
+    Hub id whatever directories there are.
     """
+    name, _, revision = name.partition("@")
+    owner = name.rpartition("/")[0]
+    is_here = not revision and (Path(name).exists() or bool(owner and Path(owner).is_dir()))
+    return looks_like_hub_id(name) and not is_here
+
+
+def looks_like_hub_id(name: str) -> bool:
+    """Whether a name is written as a Hub id, NAME or OWNER/NAME, whatever directories there are."""
     owner, _, repository = name.rpartition("/")
-    is_path = name.startswith((".", "/", "~")) or "\\" in name or "/" in owner or Path(name).exists()
-    return bool(repository) and not is_path and not (owner and Path(owner).is_dir())
+    return bool(repository) and not name.startswith((".", "/", "~")) and "\\" not in name and "/" not in owner
+
+
+def is_known_hub_id(name: str) -> bool:
+    """Whether the Hub has a model of this name for certain: a published GPT-2, or one that was downloaded before."""
+    from huggingface_hub import constants
+
+    owner, _, repository = name.rpartition("/")
+    is_published = repository in PUBLISHED and owner in ("", PUBLISHED[repository])
+    downloaded = Path(constants.HF_HUB_CACHE, "models--" + name.replace("/", "--"))
+    return looks_like_hub_id(name) and (is_published or downloaded.is_dir())
+
+
+def say_if_hidden(name: str, path: Path, *, certain: bool = True) -> None:
+    """Warn, once in a process, when a folder hides a Hub id: the folder is taken, and the user may have meant the Hub's model.
+
+    Args:
+        name: as it was typed; `path` is the folder.
+        certain: only where the Hub has this id for certain; otherwise wherever the name has an owner.
+    """
+    if is_known_hub_id(name) or (not certain and "/" in name and looks_like_hub_id(name)):
+        _say_hidden(name, str(path.resolve()))
+
+
+@cache
+def _say_hidden(name: str, folder: str) -> None:
+    logger.warning(
+        "%s is the folder %s here, which hides the Hub id of that name; write %s@main for the Hub's model, ./%s for the folder",
+        name,
+        folder,
+        name,
+        name,
+    )
 
 
 def first_answer(request: Callable[[], T], *, seconds: float = HUB_SECONDS) -> T:

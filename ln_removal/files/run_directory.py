@@ -26,6 +26,9 @@ from ln_removal.files.signals import Interrupted
 
 RECIPE_FILE = "recipe.toml"
 
+IDENTITY_FILE = "identity.json"
+"""Which model a run is made from; see models/identity.py."""
+
 NOTHING_KEPT = "nothing was trained or prepared yet, so nothing is kept"
 
 LOCK_FILE = ".lock"
@@ -81,7 +84,7 @@ def run_directory(
         except BaseException as error:
             is_kept = not is_new or not (_is_only_claimed(out) or (claimed and not _is_worth_keeping(out)))
             if not is_kept:
-                clear(out, made, records=(RECIPE_FILE, f".{RECIPE_FILE}.tmp", METRICS_FILE))
+                clear(out, made, records=(RECIPE_FILE, f".{RECIPE_FILE}.tmp", IDENTITY_FILE, METRICS_FILE))
             if isinstance(error, KeyboardInterrupt):
                 raise _interrupted(error, out, is_kept=is_kept) from None
             raise
@@ -273,7 +276,7 @@ def _flat(table: Mapping[str, object], prefix: str = "") -> dict[str, object]:
 
 def _is_only_claimed(out: Path) -> bool:
     """Whether there is nothing in a directory but what claiming it leaves."""
-    return {path.name for path in out.iterdir()} <= {LOCK_FILE, RECIPE_FILE, f".{RECIPE_FILE}.tmp"}
+    return {path.name for path in out.iterdir()} <= {LOCK_FILE, RECIPE_FILE, f".{RECIPE_FILE}.tmp", IDENTITY_FILE}
 
 
 def _is_worth_keeping(out: Path) -> bool:

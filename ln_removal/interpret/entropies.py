@@ -93,11 +93,11 @@ def observed(run: Observations, step: int | None) -> HeadEntropies:
 
 
 def measure(
-    models: Sequence[str],
+    models: Sequence[str | Path],
     names: Sequence[str],
     *,
-    tokens: str | None,
-    text: str | None,
+    tokens: str | Path | None,
+    text: str | Path | None,
     context: int | None = None,
     sequences: int = SEQUENCES,
     device: str = "cpu",
@@ -131,7 +131,7 @@ def measure(
     data = None if tokens is None else TokenDataset.open(tokens)
     if data is not None:
         for model in models:
-            check_same_tokenizer(load_tokenizer(model), model, data)
+            check_same_tokenizer(load_tokenizer(model), str(model), data)
     measured = []
     for model, name in zip(models, names, strict=True):
         loaded = load_model(model, device=device)
@@ -181,7 +181,7 @@ def _spread(split: TokenSplit, length: int, sequences: int) -> Tokens:
     return np.stack([split.read(*starts[index], length) for index in _evenly(len(starts), sequences)])
 
 
-def _encode(tokenizer: Any, path: str, length: int, sequences: int) -> Tokens:
+def _encode(tokenizer: Any, path: str | Path, length: int, sequences: int) -> Tokens:
     """At most `sequences` windows of a text file, (B, T)."""
     from ln_removal.models.loading import quiet_transformers
 

@@ -16,7 +16,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ln_removal.errors import UserError
-from ln_removal.files.hub import HUB_SECONDS, first_answer, hub_error, is_hub_id, is_unreachable, one_line
+from ln_removal.files.hub import (
+    HUB_SECONDS,
+    first_answer,
+    hub_error,
+    is_hub_id,
+    is_known_hub_id,
+    is_unreachable,
+    one_line,
+    say_if_hidden,
+)
 from ln_removal.files.run_directory import RECIPE_FILE
 from ln_removal.models.checks import (
     RUNTIME_FLAGS,
@@ -69,12 +78,16 @@ class LoadedModel:
 
 
 def load_model(
-    name: str, *, device: str = "cpu", dtype: torch.dtype | None = None, tokenizer_from: str | None = None
+    name: str | Path,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    tokenizer_from: str | Path | None = None,
 ) -> LoadedModel:
     """Load a GPT-2-architecture model (with LayerNorm, or a norm-free export of this project) and its tokenizer.
 
     Args:
-        name: `tiny`, a directory in Hugging Face format, or a Hub id.
+        name: `tiny`, a directory in Hugging Face format, or a Hub id, which may have a commit or a branch: `gpt2@main`.
         device: where to put the weights, such as `cpu` or `cuda`.
         dtype: floating-point type of the weights; float32 by default, whatever the file holds.
         tokenizer_from: a model to take the tokenizer from, for one that has none of its own.
@@ -88,14 +101,14 @@ def load_model(
 
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"device {device!r} was asked for, but PyTorch sees no CUDA GPU; pass --device cpu")
-    directory = _directory(name, weights=True, tokenizer=tokenizer_from is None)
+    directory = model_directory(name, weights=True, tokenizer=tokenizer_from is None)
     config = _read_config(directory)
     _check_weight_files(directory)
     tokenizer = _read_tokenizer(directory) if tokenizer_from is None else load_tokenizer(tokenizer_from)
     check_tokenizer(config, tokenizer)
     model = _read_weights(directory, config, dtype or torch.float32)
     check_finite(model, directory)
-    return LoadedModel(model.to(device).eval(), tokenizer, name)
+    return LoadedModel(model.to(device).eval(), tokenizer, str(name))
 
 
 def _read_weights(directory: Path, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -127,13 +140,13 @@ def _read_weights(directory: Path, config: PretrainedConfig, dtype: torch.dtype)
     return cast("PreTrainedModel", model)
 
 
-def load_config(name: str) -> PretrainedConfig:
+def load_config(name: str | Path) -> PretrainedConfig:
     """The configuration of a model, without its weights (of a Hub id only config.json is fetched).
 
     Raises:
         UserError: as `load_model`.
     """
-    return _read_config(_directory(name))
+    return _read_config(model_directory(name))
 
 
 def sizes_of(config: PretrainedConfig) -> dict[str, Any]:
@@ -141,13 +154,13 @@ def sizes_of(config: PretrainedConfig) -> dict[str, Any]:
     return {ours: getattr(config, theirs, None) for ours, theirs in SIZES.items()}
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, or of a directory or Hub repository that holds only a tokenizer.
 
     Raises:
         UserError: as `load_model`.
     """
-    return _read_tokenizer(_directory(name, config=False, tokenizer=True))
+    return _read_tokenizer(model_directory(name, config=False, tokenizer=True))
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -183,24 +196,31 @@ def check_tokenizer(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
         )
 
 
-def _directory(name: str, *, config: bool = True, weights: bool = False, tokenizer: bool = False) -> Path:
-    """The directory that holds what is asked for, fetched first when `name` is a Hub id."""
+def model_directory(name: str | Path, *, config: bool = True, weights: bool = False, tokenizer: bool = False) -> Path:
+    """The directory that holds what is asked for, fetched first when `name` is a Hub id.
+
+    Raises:
+        UserError: there is no such directory, or the Hub does not have it.
+    """
+    name = str(name)
     if name == EMBEDDED_MODEL:
         from ln_removal.files.resources import embedded_model_directory
 
         return embedded_model_directory()
     path = Path(name).expanduser()
     if path.is_dir():
+        say_if_hidden(name, path)
         return path
     if path.exists():
         raise UserError(f"{name} is a file; give the directory that holds config.json and {WEIGHTS}")
     if not is_hub_id(name):
         raise UserError(f"no such directory: {name}; give one with config.json and {WEIGHTS}, or a Hub id such as gpt2")
-    return _fetch(name, config=config, weights=weights, tokenizer=tokenizer)
+    repo_id, _, revision = name.partition("@")
+    return _fetch(repo_id, revision or None, config=config, weights=weights, tokenizer=tokenizer)
 
 
-def _fetch(repo_id: str, *, config: bool, weights: bool, tokenizer: bool) -> Path:
-    """Fetch the named kinds of files of a Hub model into the client's cache; the directory they lie in."""
+def _fetch(repo_id: str, revision: str | None, *, config: bool, weights: bool, tokenizer: bool) -> Path:
+    """Fetch the named kinds of files of a Hub model into the client's cache; the directory they lie in, named after the commit."""
     from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -210,15 +230,19 @@ def _fetch(repo_id: str, *, config: bool, weights: bool, tokenizer: bool) -> Pat
         + (f"pass --model ./{short}" if config else f"name ./{short} in its place")
     )
     try:
-        info = first_answer(lambda: HfApi().model_info(repo_id, timeout=HUB_SECONDS - 2))
+        info = first_answer(lambda: HfApi().model_info(repo_id, revision=revision, timeout=HUB_SECONDS - 2))
     except HFValidationError:
         raise UserError(f"{repo_id!r} is no directory and no valid Hub id; give ./DIRECTORY or OWNER/NAME") from None
     except Exception as error:
-        cached = (try_to_load_from_cache(repo_id, name) for name in ("config.json", *TOKENIZER_FILES))
-        copy = next((path for path in cached if isinstance(path, str)), None)
-        if copy is not None and is_unreachable(error):
+        names = ("config.json", *TOKENIZER_FILES)
+        cached = (try_to_load_from_cache(repo_id, name, revision=revision) for name in names)
+        copy = next((Path(path) for path in cached if isinstance(path, str)), None)
+        is_pinned = (
+            copy is not None and copy.parent.name == revision
+        )  # a commit does not change, whatever became of the repository
+        if copy is not None and (is_pinned or is_unreachable(error)):
             logger.warning("the Hub is out of reach; using the copy of %s that was downloaded before", repo_id)
-            return Path(copy).parent
+            return copy.parent
         raise hub_error(error, "model", repo_id, advice) from error
 
     files = {sibling.rfilename for sibling in info.siblings or ()}
@@ -232,7 +256,7 @@ def _fetch(repo_id: str, *, config: bool, weights: bool, tokenizer: bool) -> Pat
         wanted += [GENERATION] if GENERATION in files else []
     try:
         # The first file notes in the cache what the main branch is now; the others come from the same commit.
-        directory = Path(hf_hub_download(repo_id, wanted[0])).parent
+        directory = Path(hf_hub_download(repo_id, wanted[0], revision=revision)).parent
         for name in wanted[1:]:
             hf_hub_download(repo_id, name, revision=directory.name)
         for name in _shards(directory / WEIGHTS_INDEX) if sharded else ():
@@ -248,7 +272,8 @@ def _read_config(directory: Path) -> PretrainedConfig:
     from transformers import AutoConfig
 
     if (directory / RECIPE_FILE).is_file() and (directory / "model" / "config.json").is_file():
-        raise UserError(f"{directory} is a run, not a model; give its model, {directory / 'model'}")
+        hub = f", or {directory}@main for the Hub's" if is_known_hub_id(str(directory)) else ""
+        raise UserError(f"{directory} is a run, not a model; give its model, {directory / 'model'}{hub}")
     path = directory / _required("config.json", _names(directory), str(directory))
     raw = _read_json(path)
     if not isinstance(raw, dict) or raw.get("model_type") not in MODEL_TYPES:
@@ -304,8 +329,7 @@ def _check_weight_files(directory: Path) -> None:
             f"{directory} holds the weights of a model and {ADAPTER}, the configuration of an adapter, which other tools may load "
             f"in its place; if the adapter is merged into the weights, delete {ADAPTER}"
         )
-    sharded = WEIGHTS not in names and WEIGHTS_INDEX in names
-    for file in _shards(directory / WEIGHTS_INDEX) if sharded else [_required(WEIGHTS, names, str(directory))]:
+    for file in weight_files(directory):
         path = directory / file
         try:
             with safe_open(path, framework="pt") as opened:
@@ -313,6 +337,17 @@ def _check_weight_files(directory: Path) -> None:
         except (SafetensorError, OSError) as error:
             found = f"{path.stat().st_size:,} bytes; {one_line(error)}" if file in names else "no such file"
             raise UserError(f"{path} is not a whole safetensors file ({found}); copy or download it again") from error
+
+
+def weight_files(directory: Path) -> list[str]:
+    """The names of the files in a model's directory that hold its weights, sorted.
+
+    Raises:
+        UserError: there are none, or their index is damaged.
+    """
+    names = _names(directory)
+    sharded = WEIGHTS not in names and WEIGHTS_INDEX in names
+    return _shards(directory / WEIGHTS_INDEX) if sharded else [_required(WEIGHTS, names, str(directory))]
 
 
 def _shards(index: Path) -> list[str]:

@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from accelerate.utils import broadcast_object_list
+
 from ln_removal.config.recipe import Recipe, dump_toml, with_defaults
 from ln_removal.data.prepare import prepare, prepare_bar
 from ln_removal.data.tokens import TokenDataset, given_tokens
 from ln_removal.evaluation.loss import cross_entropy
 from ln_removal.files.metrics_log import METRICS_FILE
 from ln_removal.files.run_directory import link_tokens, run_directory
+from ln_removal.models.identity import Identity, Kind, identity_for, record
 from ln_removal.models.loading import tokenizer_fingerprint
 from ln_removal.training.metrics import Progress, Tracker
 from ln_removal.training.session import Removal, Session, open_session
@@ -57,6 +60,35 @@ class RunContext:
         if self.given is None:
             return recipe
         return recipe.model_copy(update={"data": recipe.data.model_copy(update={"corpus": self.given.corpus_name})})
+
+    def identified(self, recipe: Recipe) -> tuple[Recipe, Identity | None]:
+        """What the run is made from: the model of a removal, or the tokenizer that a pretraining recipe names.
+
+        The main process finds it for all ranks, before the directory is claimed, which may have the name of a Hub id.
+
+        Returns:
+            The recipe with the name that the run was begun by, and the identity; None if there is nothing to find, or an older
+            version has trained the run.
+
+        Raises:
+            UserError: there is no such model.
+        """
+        name, kind = _made_from(recipe)
+        found = [identity_for(name, self.out, kind, resume=self.resume) if self.is_main and name else None]
+        broadcast_object_list(found)
+        identity = found[0]
+        return (recipe if identity is None else _made_from_another(recipe, identity.name)), identity
+
+    def record(self, recipe: Recipe, identity: Identity | None) -> Recipe:
+        """Compare the model with the one that the run was begun with, or write down what it is; see `identity.record`.
+
+        Returns:
+            The recipe with the place of the model, or of the tokenizer, in place of its name: it means the same everywhere.
+        """
+        kind = _made_from(recipe)[1]
+        found = [record(identity, self.out, kind) if identity is not None and self.is_main else None]
+        broadcast_object_list(found)
+        return recipe if found[0] is None else _made_from_another(recipe, found[0].reference)
 
     def claim(self, recipe: Recipe) -> AbstractContextManager[None]:
         """Make `out` the directory of this run, or check that it is; see `run_directory`."""
@@ -146,6 +178,20 @@ def run_context(
     out = Path(out)
     accelerator = build_accelerator(device)
     return RunContext(out, accelerator, given_tokens(out, tokens), resume, wandb_project, progress)
+
+
+def _made_from(recipe: Recipe) -> tuple[str, Kind]:
+    return (recipe.model, "model") if recipe.architecture is None else (recipe.data.tokenizer, "tokenizer")
+
+
+def _made_from_another(recipe: Recipe, name: str) -> Recipe:
+    """The recipe with another name of its model, or of its tokenizer where it trains from scratch."""
+    return recipe.model_copy(update={"model": name}) if recipe.architecture is None else with_tokenizer(recipe, name)
+
+
+def with_tokenizer(recipe: Recipe, tokenizer: str) -> Recipe:
+    """The recipe with another name in data.tokenizer."""
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"tokenizer": tokenizer})})
 
 
 def _evaluation(model: PreTrainedModel, recipe: Recipe, data: TokenDataset) -> Callable[[], dict[str, float]]:

@@ -250,13 +250,13 @@ def architecture_of(recipe: Recipe) -> ArchitectureSpec:
     return recipe.architecture or architecture_of_model(recipe.model)
 
 
-def architecture_of_model(name: str) -> ArchitectureSpec:
+def architecture_of_model(name: str | Path) -> ArchitectureSpec:
     """The architecture of a model: that of a published size, which needs no Hub, or that of its config.json.
 
     Raises:
         UserError: the model is neither a published size nor a readable GPT-2 (see `loading.load_config`).
     """
-    published = published_architecture(name)
+    published = published_architecture(str(name))
     # A local directory of that name comes first, as it does when the model is loaded.
     if published is not None and not Path(name).is_dir():
         return published
@@ -271,10 +271,11 @@ def architecture_of_model(name: str) -> ArchitectureSpec:
 
 def resolve_recipe(
     *,
-    model: str | None = None,
-    recipe: str | None = None,
+    model: str | Path | None = None,
+    recipe: str | Path | None = None,
     overrides: Mapping[str, object] | None = None,
     steps: int | None = None,
+    place: str | None = None,
 ) -> Recipe:
     """The removal recipe for what a user names: a model, a recipe, or both.
 
@@ -283,6 +284,7 @@ def resolve_recipe(
         recipe: a built-in recipe or a TOML file; default: the one of the model (see `default_recipe`).
         overrides: dotted keys, applied literally.
         steps: length of the run, schedule included (see `with_steps`), applied last.
+        place: where the model is, as `load_model` takes it, if that is known already. Default: what `model` means here.
 
     Raises:
         UserError: neither is named, there is no such model or recipe, it is a pretraining recipe, or the result has
@@ -296,7 +298,7 @@ def resolve_recipe(
         found = load_recipe(recipe, {**(overrides or {}), **({} if model is None else {"model": model})})
     else:
         assert model is not None
-        found = with_overrides(default_recipe(model, architecture_of_model(model)), overrides or {})
+        found = with_overrides(default_recipe(model, architecture_of_model(place or model)), overrides or {})
     check_is_removal(found)
     return found if steps is None else with_steps(found, steps)
 

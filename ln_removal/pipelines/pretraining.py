@@ -14,13 +14,15 @@ from ln_removal.config.presets import check_is_pretraining
 from ln_removal.data.corpora import Corpus, Document
 from ln_removal.data.encoder import train_code_tokenizer
 from ln_removal.data.open_corpus import open_corpus
+from ln_removal.data.tokens import INDEX, TokenDataset
 from ln_removal.errors import UserError
 from ln_removal.evaluation.loss import LossResult, cross_entropy
 from ln_removal.evaluation.scoring import check_same_tokenizer
 from ln_removal.export.write import check_savable, save_model
+from ln_removal.files.run_directory import has_trained
 from ln_removal.models.loading import load_model, load_tokenizer
 from ln_removal.models.norm_choice import build_model
-from ln_removal.pipelines.context import RunContext, run_context
+from ln_removal.pipelines.context import RunContext, run_context, with_tokenizer
 from ln_removal.pipelines.cpu_time import warn_of_days
 from ln_removal.report.base_model_card import write_base_model_card
 from ln_removal.training.loop import TrainResult, train
@@ -29,7 +31,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
     from ln_removal.config.recipe import Recipe
-    from ln_removal.data.tokens import TokenDataset
     from ln_removal.training.metrics import Progress
 
 TOKENIZER_BYTES_PER_SOURCE = 15_000_000
@@ -83,12 +84,13 @@ def pretrain(
 
 def pretrain_in(context: RunContext, recipe: Recipe) -> PretrainResult:
     """As `pretrain`, in a context that exists already."""
-    recipe = context.recipe_of(recipe)
+    recipe, identity = context.identified(context.recipe_of(recipe))
     architecture = recipe.architecture
     assert architecture is not None
     with context.claim(recipe):
+        located = context.record(recipe, identity)
         warn_of_days(context, recipe)
-        tokenizer, data = _prepare(context, recipe)
+        tokenizer, data = _prepare(context, located)
         set_seed(recipe.seed)
         model = build_model(architecture, eot_token_id=data.eot_token_id)
         check_savable(model, tokenizer)
@@ -183,7 +185,11 @@ def prepare_tokens(context: RunContext, recipe: Recipe) -> tuple[PreTrainedToken
     Raises:
         UserError: as `open_corpus`, `load_tokenizer` and `prepare`.
     """
-    spec = recipe.data
+    spec, place = recipe.data, context.out / "tokens"
+    if context.resume and has_trained(context.out) and (place / INDEX).is_file():
+        data = TokenDataset.open(place)  # it goes on with its tokens, even if the corpus has changed or is gone
+        own = context.out / "tokenizer"
+        return _tokenizer_of(data, recipe if spec.tokenizer else with_tokenizer(recipe, str(own))), data
     corpus = open_corpus(spec.corpus, max_bytes=spec.max_bytes, validation_fraction=spec.validation_share)
     tokenizer = _tokenizer(recipe, corpus, context.out / "tokenizer")
     name = recipe.data.tokenizer or recipe.name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shlex
 from dataclasses import replace
 from fnmatch import fnmatch
@@ -17,8 +18,10 @@ from ln_removal.evaluation.scoring import recipe_of, run_of
 from ln_removal.export.hub import Files, HubTarget, Published, publish
 from ln_removal.files.hub import first_answer
 from ln_removal.files.run_directory import RECIPE_FILE
+from ln_removal.models.identity import model_of_run
 from ln_removal.report.model_card import (
-    LICENSES,
+    REPOSITORIES,
+    UNKNOWN_LICENSE,
     converted_model_card,
     hub_id,
     is_public_corpus,
@@ -31,15 +34,18 @@ from ln_removal.report.run_record import read_run
 if TYPE_CHECKING:
     from ln_removal.report.model_card import Form
 
+logger = logging.getLogger(__name__)
+
 LEFT_OUT = ("README.md", ".*", "*.tmp")
 
 
-def publish_run(run: Path, target: HubTarget, *, progress: bool = False) -> Published:
+def publish_run(run: Path | str, target: HubTarget, *, progress: bool = False) -> Published:
     """Publish what a finished run has exported: its LN-free model, the stock form of it, scores, plots and a card.
 
     Raises:
         UserError: the run has no model yet, or publishing failed; the message says how to publish later.
     """
+    run = Path(run)
     files = run_files(run, target)
     try:
         return publish(files, target, message=f"LN-free model of {run.name or run.resolve().name}", progress=progress)
@@ -48,7 +54,9 @@ def publish_run(run: Path, target: HubTarget, *, progress: bool = False) -> Publ
         raise UserError(f"{error}; everything is in {run}, publish it with: {again}") from None
 
 
-def publish_export(directory: Path, source: str, target: HubTarget, *, form: Form, progress: bool = False) -> Published:
+def publish_export(
+    directory: Path | str, source: str | Path, target: HubTarget, *, form: Form, progress: bool = False
+) -> Published:
     """Publish a model that `ln-export` has written, with the scores of the run that it comes from, if there is one.
 
     Args:
@@ -61,7 +69,7 @@ def publish_export(directory: Path, source: str, target: HubTarget, *, form: For
     Raises:
         UserError: publishing failed; the exported model stays.
     """
-    files = export_files(directory, source, target, form=form)
+    files = export_files(Path(directory), str(source), target, form=form)
     try:
         return publish(files, target, message=f"{form} form of {Path(source).name}", progress=progress)
     except UserError as error:
@@ -141,14 +149,20 @@ def _card(files: Files, source: str, run: Path | None, target: HubTarget, *, for
         return card.encode()
     recipe = recipe_of(run)
     results = results_file.read(run / "results.json") if (run / "results.json").is_file() else None
+    try:
+        model, license_id = model_of_run(run, recipe.model), None
+    except UserError as error:  # the run's own files are complete without it
+        logger.warning("the card names no license: %s", error)
+        model, license_id = str(run.resolve()), UNKNOWN_LICENSE
     card = model_card(
         recipe,
         results,
+        model=model,
         repo_id=target.repo_id,
         form=form,
         has_stock="stock/config.json" in files,
         has_code=has_code,
-        license_id=_hub_license(recipe.model),
+        license_id=license_id or _hub_license(model),
     )
     return card.encode()
 
@@ -156,7 +170,7 @@ def _card(files: Files, source: str, run: Path | None, target: HubTarget, *, for
 def _hub_license(model: str) -> str | None:
     """The license that the card of a Hub model names; None if it is no Hub model or the Hub does not answer."""
     repo_id = hub_id(model)
-    if model in LICENSES or repo_id is None:
+    if repo_id is None or repo_id in REPOSITORIES.values():
         return None
     try:
         card = first_answer(lambda: HfApi().model_info(repo_id)).card_data

@@ -2,7 +2,7 @@
 
 Everything is written into one directory:
 
-    recipe.toml  metrics.jsonl  training.json  results.json  tokens/  state/  model/  stock/
+    recipe.toml  identity.json  metrics.jsonl  training.json  results.json  tokens/  state/  model/  stock/
     control/{metrics.jsonl, state/, model/}
 """
 
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from ln_removal.config.presets import check_is_removal
 from ln_removal.data.corpora import GENERATED
 from ln_removal.data.open_corpus import Writer, open_corpus
-from ln_removal.data.tokens import TokenDataset
+from ln_removal.data.tokens import TokenDataset, ids_sha256
 from ln_removal.errors import UserError
 from ln_removal.evaluation import results as results_file
 from ln_removal.evaluation import scoring
@@ -49,7 +49,7 @@ from ln_removal.training.session import Removal, Session, sampler_of
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
-    from ln_removal.config.recipe import DataSpec, ExportSpec, Recipe
+    from ln_removal.config.recipe import ExportSpec, Recipe
     from ln_removal.evaluation.hellaswag import QuestionSet
     from ln_removal.evaluation.results import Results
     from ln_removal.norms.schedule import RemovalSchedule
@@ -84,7 +84,7 @@ def remove(
     *,
     tokens: Path | str | None = None,
     control: bool = False,
-    questions: str | None = "auto",
+    questions: Path | str | None = "auto",
     resume: bool = False,
     device: str = "auto",
     wandb_project: str | None = None,
@@ -113,15 +113,16 @@ def remove(
     context = run_context(
         out, tokens=tokens, resume=resume, device=device, wandb_project=wandb_project, progress=progress
     )
-    recipe, out = context.recipe_of(recipe), context.out
+    recipe, identity = context.identified(context.recipe_of(recipe))
+    out = context.out
     with context.claim(recipe):
         context.accelerator.wait_for_everyone()
         if resume and (finished := _finished(recipe.export, out, control=control, questions=questions)):
-            write_pages(context, recipe, finished, missing=True)
+            write_pages(context, recipe, finished, model=identity.reference if identity else None, missing=True)
             return finished
+        located = context.record(recipe, identity)
         asked = _question_set(questions, recipe.data.corpus)
-        warn_of_days(context, recipe, control=control)
-        inputs = prepare(context, recipe)
+        inputs = prepare(context, located, control=control)
         data = inputs.data
         if not (resume and _is_exported(out, recipe.export)):
             with removal_session(context, recipe, inputs) as session:
@@ -131,15 +132,15 @@ def remove(
             del session
         del inputs  # what follows needs the memory
         if control:
-            train_control(context, recipe, data)
+            train_control(context, recipe, data, model=located.model)
         if context.is_main:
-            scores = score(context, recipe.model, recipe.data, data, asked, seconds_before=time.perf_counter() - began)
-            write_pages(context, recipe, scores)
+            scores = score(context, located.model, recipe, data, asked, seconds_before=time.perf_counter() - began)
+            write_pages(context, recipe, scores, model=located.model)
         context.accelerator.wait_for_everyone()
         return results_file.read(out / "results.json")
 
 
-def _finished(spec: ExportSpec, out: Path, *, control: bool, questions: str | None) -> Results | None:
+def _finished(spec: ExportSpec, out: Path, *, control: bool, questions: Path | str | None) -> Results | None:
     """The results of a run that is complete, else None."""
     has_control = _is_model(out / "control" / "model")
     if not _is_exported(out, spec) or (control and not has_control):
@@ -164,7 +165,7 @@ def _is_model(directory: Path) -> bool:
     return (directory / "config.json").is_file()
 
 
-def _question_set(questions: str | None, corpus: str) -> QuestionSet | None:
+def _question_set(questions: Path | str | None, corpus: str) -> QuestionSet | None:
     if questions is None:
         return None
     if questions != "auto":
@@ -181,12 +182,13 @@ def _question_set(questions: str | None, corpus: str) -> QuestionSet | None:
 # ---------------------------------------------------------------------------------------------------------- the inputs
 
 
-def prepare(context: RunContext, recipe: Recipe) -> Inputs:
-    """Load the model, fit the schedule to it, and open or prepare the tokens.
+def prepare(context: RunContext, recipe: Recipe, *, control: bool = False) -> Inputs:
+    """Load the model, fit the schedule to it, and open or prepare the tokens. First it warns of a run that would take days here.
 
     Raises:
         UserError: recipe, model and tokens do not go together.
     """
+    warn_of_days(context, recipe, control=control)
     loaded = load_model(recipe.model)
     schedule = _fitting_schedule(recipe, loaded.model)
     check_savable(loaded.model, loaded.tokenizer, recipe.export.formats)
@@ -224,7 +226,7 @@ def _own_tokens(context: RunContext, recipe: Recipe, tokenizer: PreTrainedTokeni
         scoring.check_same_tokenizer(tokenizer, recipe.model, data)
         return data
     named = recipe.data.tokenizer
-    if named and tokenizer_fingerprint(load_tokenizer(named)) != tokenizer_fingerprint(tokenizer):
+    if named and not _are_same(load_tokenizer(named), tokenizer):
         raise UserError(f"data.tokenizer is {named}, another tokenizer than that of {recipe.model}; leave it out")
     spec = recipe.data
     if spec.corpus == GENERATED:  # written for this run: not more than it trains on
@@ -244,6 +246,10 @@ def _own_tokens(context: RunContext, recipe: Recipe, tokenizer: PreTrainedTokeni
             shutil.rmtree(place)  # so that the same --out can be used with another corpus
         raise
     return data
+
+
+def _are_same(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+    return tokenizer_fingerprint(one) == tokenizer_fingerprint(other) or ids_sha256(one) == ids_sha256(other)
 
 
 def _check_enough(recipe: Recipe, data: TokenDataset) -> None:
@@ -327,8 +333,11 @@ def export(context: RunContext, recipe: Recipe, inputs: Inputs, trained: TrainRe
     write_exports(inputs.model, inputs.tokenizer, context.out, held_out=held_out, export=recipe.export)
 
 
-def train_control(context: RunContext, recipe: Recipe, data: TokenDataset) -> None:
+def train_control(context: RunContext, recipe: Recipe, data: TokenDataset, *, model: str | None = None) -> None:
     """Make the same fine-tuning on the same batches with every LayerNorm kept, and write `control/model`, unless it is there.
+
+    Args:
+        model: where the original is, as `load_model` takes it. Default: what the recipe names.
 
     Raises:
         UserError: as `remove`.
@@ -336,7 +345,7 @@ def train_control(context: RunContext, recipe: Recipe, data: TokenDataset) -> No
     directory = context.out / "control"
     if context.resume and _is_model(directory / "model"):
         return
-    loaded = load_model(recipe.model)
+    loaded = load_model(model or recipe.model)
     with context.session(
         loaded.model, recipe, data, label="control", directory=directory, tokenizer=loaded.tokenizer
     ) as session:
@@ -351,21 +360,23 @@ def train_control(context: RunContext, recipe: Recipe, data: TokenDataset) -> No
 def score(
     context: RunContext,
     original: str,
-    spec: DataSpec,
+    recipe: Recipe,
     data: TokenDataset,
     questions: QuestionSet | None,
     *,
     seconds_before: float,
 ) -> Results:
     """Score original, control and LN-free on the same tokens and questions, and write results.json."""
-    out = context.out
+    out, spec = context.out, recipe.data
     models = {"original": original}
     if _is_model(out / "control" / "model"):
         models["control"] = str(out / "control" / "model")
     models["ln_free"] = str(out / "model")
     data_sets = {f"{spec.corpus}, validation split": data}
     results = scoring.score(
-        ScoringInputs(models, data_sets, spec.context, spec.validation_tokens, spec.windows),
+        ScoringInputs(
+            models, data_sets, spec.context, spec.validation_tokens, spec.windows, names={"original": recipe.model}
+        ),
         ScoringOptions(questions=questions, device=context.accelerator.device.type, progress=context.progress is True),
         seconds_before=seconds_before,
     )
@@ -373,12 +384,14 @@ def score(
     return results
 
 
-def write_pages(context: RunContext, recipe: Recipe, results: Results, *, missing: bool = False) -> None:
-    """Write the model card and the report; with `missing`, only those that are not there yet."""
+def write_pages(
+    context: RunContext, recipe: Recipe, results: Results, *, model: str | None, missing: bool = False
+) -> None:
+    """Write the model card and the report; with `missing`, only those that are not there yet. `model`: see `model_card`."""
     out = context.out
     if not context.is_main:
         return
     if not (missing and (out / "model" / "README.md").exists()):
-        write_model_card(out / "model", recipe, results)
+        write_model_card(out / "model", recipe, results, model=model)
     if not (missing and (out / REPORT_FILE).exists()):
         write_report(out)

@@ -44,7 +44,7 @@ from ln_removal.files.run_directory import (
     locked,
 )
 from ln_removal.files.signals import Interrupted
-from ln_removal.pipelines.context import RunContext, run_context
+from ln_removal.pipelines.context import RunContext, run_context, with_tokenizer
 from ln_removal.pipelines.pretraining import prepare_tokens, pretrain_in
 from ln_removal.report.sweep_table import (
     RESULT_FILE,
@@ -196,7 +196,8 @@ def run_sweep(
         table = _tabulate(context, sweep, results)
         for arm, seed in _announced(context, sweep, results):
             directory = context.out / sweep.directory_name(arm, seed)
-            recipe = _with_tokenizer(sweep.recipe_of(arm, seed), tokenizer)
+            recipe = sweep.recipe_of(arm, seed)
+            recipe = with_tokenizer(recipe, tokenizer) if tokenizer else recipe
             known = {"arm": arm.name, "seed": seed, "tokens_sha256": sha256}
             result = _train(replace(context, out=directory, given=data, resume=True), recipe, known)
             results[arm.name, seed] = result
@@ -296,12 +297,6 @@ def _check_same_tokens(results: Iterable[RunResult], sha256: str, out: Path) -> 
             f"the tokens in {out / 'tokens'} are not those that {other.arm}, seed {other.seed}, was trained on: the corpus has "
             "changed; restore them, or begin the grid again with another --out"
         )
-
-
-def _with_tokenizer(recipe: Recipe, tokenizer: str) -> Recipe:
-    if not tokenizer:
-        return recipe
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"tokenizer": tokenizer})})
 
 
 def _results(sweep: Sweep, out: Path) -> dict[tuple[str, int], RunResult]:

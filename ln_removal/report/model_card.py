@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ln_removal.errors import UserError
 from ln_removal.evaluation.results import TITLES
-from ln_removal.files.hub import is_hub_id
+from ln_removal.files.hub import PUBLISHED, is_hub_id
 from ln_removal.report.tables import (
     PROMPTS_TITLE,
     Score,
@@ -30,13 +30,7 @@ if TYPE_CHECKING:
     from ln_removal.config.recipe import Recipe
     from ln_removal.evaluation.results import Results
 
-REPOSITORIES = {
-    "gpt2": "openai-community/gpt2",
-    "gpt2-medium": "openai-community/gpt2-medium",
-    "gpt2-large": "openai-community/gpt2-large",
-    "gpt2-xl": "openai-community/gpt2-xl",
-    "distilgpt2": "distilbert/distilgpt2",
-}
+REPOSITORIES = {name: f"{owner}/{name}" for name, owner in PUBLISHED.items()}
 """Where the Hub keeps the models that are usually named without an owner."""
 
 LICENSES = {
@@ -107,8 +101,8 @@ def front_matter(
 
 def license_of(model: str) -> str:
     """The license of a published GPT-2, or the one that the card in the model's directory names; else "unknown"."""
-    if model in LICENSES:
-        return LICENSES[model]
+    if (name := _without_commit(model)) in LICENSES:
+        return LICENSES[name]
     known = {repository: LICENSES[name] for name, repository in REPOSITORIES.items()}
     card = Path(model) / "README.md"
     try:
@@ -117,14 +111,19 @@ def license_of(model: str) -> str:
         text = ""
     front = re.match(r"---\n(.*?)\n---\n", text, flags=re.DOTALL)
     named = re.search(r"^license: *([\w.-]+) *$", front[1], flags=re.MULTILINE) if front else None
-    return known.get(model) or (named[1] if named else UNKNOWN_LICENSE)
+    return known.get(name) or (named[1] if named else UNKNOWN_LICENSE)
 
 
 def hub_id(model: str) -> str | None:
-    """The Hub repository of a recipe's model; None for the embedded model and for local directories."""
-    if model in REPOSITORIES:
-        return REPOSITORIES[model]
-    return model if "/" in model and is_hub_id(model) else None
+    """The Hub repository of a model, which may be pinned to a commit; None for the embedded model and for local directories."""
+    name = _without_commit(model)
+    if name in REPOSITORIES:
+        return REPOSITORIES[name]
+    return name if "/" in name and is_hub_id(model) else None
+
+
+def _without_commit(model: str) -> str:
+    return model.partition("@")[0] if is_hub_id(model) else model
 
 
 def hub_datasets(corpus: str) -> list[str]:
@@ -159,19 +158,20 @@ def corpus_of(data_name: str) -> str:
     return data_name.removesuffix(", validation split").removesuffix(", held out")
 
 
-def write_model_card(directory: Path, recipe: Recipe, results: Results) -> None:
-    """Write README.md into the directory of the LN-free model of a run.
+def write_model_card(directory: Path, recipe: Recipe, results: Results, *, model: str | None = None) -> None:
+    """Write README.md into the directory of the LN-free model of a run. `model`: see `model_card`.
 
     Raises:
         UserError: the file cannot be written.
     """
-    write_card(directory, model_card(recipe, results))
+    write_card(directory, model_card(recipe, results, model=model))
 
 
 def model_card(
     recipe: Recipe,
     results: Results | None,
     *,
+    model: str | None = None,
     repo_id: str | None = None,
     form: Form = "normfree",
     has_stock: bool | None = None,
@@ -182,19 +182,21 @@ def model_card(
 
     Args:
         results: the scores of the model, the original and the control; None when it was not scored.
+        model: where the model is that the run was made from, see `identity.model_of_run`. Default: what the recipe names.
         repo_id: the Hub repository that the card is written for; None for a directory.
         form: without norms, or the stock form.
         has_stock: whether the stock form is there too, in the folder `stock`. Default: what export.formats says.
         has_code: whether the modelling file is in the model's directory.
         license_id: of the model that it was made from. Default: `license_of`.
     """
+    model = model or recipe.model
     title = f"{_base_name(recipe.model)} without LayerNorm"
     front = front_matter(
         title,
-        base_model=hub_id(recipe.model),
+        base_model=hub_id(model),
         datasets=hub_datasets(recipe.data.corpus),
         tags=TAGS,
-        license_id=license_id or license_of(recipe.model),
+        license_id=license_id or license_of(model),
         measured=[] if results is None else _measured(results),
     )
     stock = form == "normfree" and ("stock" in recipe.export.formats if has_stock is None else has_stock)
@@ -202,7 +204,7 @@ def model_card(
         f"# {title}\n\n{_about(recipe)}",
         f"## Use\n\n{_loading(repo_id, form=form, has_stock=stock, has_code=has_code)}",
         *([] if results is None else [f"## Scores\n\n{_scores(results)}"]),
-        f"## How it was made\n\n{_making(recipe)}",
+        f"## How it was made\n\n{_making(recipe, model)}",
         f"## Limits\n\n{_limits(recipe)}",
     ]
     return assemble(front, sections)
@@ -320,12 +322,14 @@ def _scores(results: Results) -> str:
     return "\n\n".join(parts)
 
 
-def _making(recipe: Recipe) -> str:
+def _making(recipe: Recipe, model: str) -> str:
     from ln_removal.config.recipe import dump_toml
 
     training = recipe.training
+    base, commit = hub_id(model), model.partition("@")[2]
+    made_from = f"Made from {base} at commit {commit}. " if base and commit else ""
     return (
-        f"{recipe.description}\n\n"
+        f"{recipe.description}\n\n{made_from}"
         f"{recipe.tokens:,} tokens of {recipe.data.corpus}: {training.steps:,} steps of {training.tokens_per_step:,}, "
         f"context {recipe.data.context}. The whole recipe, as `ln-remove --recipe FILE` takes it:\n\n"
         f"```toml\n{dump_toml(recipe).strip()}\n```"
@@ -360,7 +364,7 @@ def _measured(results: Results) -> list[EvalResult]:
 
 
 def _base_name(model: str) -> str:
-    return "tiny-gpt2" if model == "tiny" else Path(model).name
+    return "tiny-gpt2" if model == "tiny" else Path(_without_commit(model)).name
 
 
 def assemble(front: str, sections: list[str]) -> str:
