@@ -20,7 +20,7 @@ import typer.core
 
 from ln_removal.errors import UserError
 from ln_removal.files.atomic import is_full
-from ln_removal.files.signals import Interrupted, termination_raises
+from ln_removal.files.signals import Interrupted, stoppable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -148,7 +148,7 @@ def guard(command: Callable[P, None]) -> Callable[P, None]:
     @functools.wraps(command)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
-            with termination_raises():
+            with stoppable():
                 command(*args, **kwargs)
         except UserError as error:
             if kwargs.get("debug"):
