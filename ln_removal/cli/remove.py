@@ -11,7 +11,7 @@ from ln_removal.cli import console
 from ln_removal.errors import UserError
 
 if TYPE_CHECKING:
-    from ln_removal.export.hub import HubTarget
+    from ln_removal.export.hub import HubTarget, Published
 
 ModelOption = Annotated[
     str | None,
@@ -101,8 +101,12 @@ def remove(
         progress=console.progress(),
     )
     note = f"LN-free model: {place / 'model'}   scores: {place / 'results.json'}"
-    console.print_results(results, as_json=as_json, note=note)
-    _publish(place, target, as_json=as_json)
+    try:
+        published = None if target is None else _publish(place, target)
+    finally:  # a failure to print must not keep the model from the Hub, nor the Hub the scores from the screen
+        console.print_results(results, as_json=as_json, note=note)
+    if published is not None:
+        typer.echo(published.line, err=as_json)
 
 
 def _run_name(model: str | None, recipe: str | None, resolved: str) -> str:
@@ -117,17 +121,15 @@ def _recipe_of_run(out: Path) -> str:
     return str(out / "recipe.toml")
 
 
-def _publish(run: Path, target: HubTarget | None, *, as_json: bool) -> None:
-    if target is None:
-        return
+def _publish(run: Path, target: HubTarget) -> Published | None:
+    """Publish the run; None on a rank that is not the main one."""
     import sys
 
     from accelerate import PartialState
 
     from ln_removal.pipelines.publishing import publish_run
 
-    if PartialState().is_main_process:
-        typer.echo(publish_run(run, target, progress=sys.stderr.isatty()).line, err=as_json)
+    return publish_run(run, target, progress=sys.stderr.isatty()) if PartialState().is_main_process else None
 
 
 app = console.build(remove)
