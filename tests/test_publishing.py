@@ -188,7 +188,10 @@ def test_other_content_is_a_new_commit_without_leftovers(hub: FakeHub, finished:
 def test_a_tokenizer_stays_where_the_published_model_has_none() -> None:
     there = {"model.safetensors", "tokenizer.json", "vocab.json", "adapter_config.json", "README.md"}
     assert stale_files(there, {"model.safetensors": b""}) == ["adapter_config.json"]
-    assert stale_files(there, {"model.safetensors": b"", "tokenizer.json": b""}) == ["adapter_config.json", "vocab.json"]
+    assert stale_files(there, {"model.safetensors": b"", "tokenizer.json": b""}) == [
+        "adapter_config.json",
+        "vocab.json",
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------- what is refused

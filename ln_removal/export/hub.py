@@ -46,7 +46,15 @@ STALE = (
 with it, so they are removed with the commit if it has no such file. adapter_config.json makes transformers load its base."""
 
 STALE_TOKENIZER = (
-    *("tokenizer.*", "tokenizer_config.json", "vocab.*", "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template.*"),
+    *(
+        "tokenizer.*",
+        "tokenizer_config.json",
+        "vocab.*",
+        "merges.txt",
+        "added_tokens.json",
+        "special_tokens_map.json",
+        "chat_template.*",
+    ),
     *("spiece.model", "sentencepiece*.model"),
 )
 """The same for a tokenizer, when one is published."""
@@ -255,7 +263,9 @@ def _attempt(files: Files, target: HubTarget, message: str, *, over_http: bool) 
         )
     if stale:
         before_that = f"; commit {before.sha[:7]} still has them" if before.sha else ""
-        logger.warning("removed from %s, as files of another model: %s%s", target.repo_id, ", ".join(stale), before_that)
+        logger.warning(
+            "removed from %s, as files of another model: %s%s", target.repo_id, ", ".join(stale), before_that
+        )
     if missing := sorted(set(files) - set(api.list_repo_files(target.repo_id, revision=done.oid))):
         raise UserError(
             f"{target.repo_id} leaves out {missing[0]} of what is published, probably by its .gitignore; remove that file "
