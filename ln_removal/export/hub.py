@@ -46,16 +46,8 @@ STALE = (
 with it, so they are removed with the commit if it has no such file. adapter_config.json makes transformers load its base."""
 
 STALE_TOKENIZER = (
-    *(
-        "tokenizer.*",
-        "tokenizer_config.json",
-        "vocab.*",
-        "merges.txt",
-        "added_tokens.json",
-        "special_tokens_map.json",
-        "chat_template.*",
-    ),
-    *("spiece.model", "sentencepiece*.model"),
+    *("tokenizer.*", "tokenizer_config.json", "vocab.*", "merges.txt", "added_tokens.json"),
+    *("special_tokens_map.json", "chat_template.*", "spiece.model", "sentencepiece*.model"),
 )
 """The same for a tokenizer, when one is published."""
 
