@@ -80,7 +80,9 @@ def export(
 
     target = named_target(push_to_hub, private=private, tag=tag)
     if target is None and out is None:
-        raise UserError("give --out DIR, the directory to write, or --push-to-hub USER/REPO to publish a run as it is")
+        raise UserError(
+            "there is nothing to do: give --out DIR, the directory to write, or --push-to-hub USER/REPO to publish a run as it is"
+        )
     if out is None and (form, dtype, with_code, tokenizer) != ("normfree", "float32", False, None):
         raise UserError("a run is published as it was exported; for another form, give --out DIR too")
     if target is not None:

@@ -266,7 +266,7 @@ def _read_config(directory: Path) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        raise UserError(f"{path} is not a valid GPT-2 configuration: {one_line(error)}") from error
+        raise UserError(f"{path} is not a valid GPT-2 configuration: {one_line(error)}; correct it") from error
     sizes = sizes_of(config)
     if wrong := {name: size for name, size in sizes.items() if type(size) is not int or size < 1}:
         name, size = next(iter(wrong.items()))
@@ -275,7 +275,8 @@ def _read_config(directory: Path) -> PretrainedConfig:
         )
     if sizes["n_embd"] % sizes["n_head"]:
         raise UserError(
-            f"{path} is not a valid GPT-2 configuration: n_embd {sizes['n_embd']} is no multiple of n_head {sizes['n_head']}"
+            f"{path} is not a valid GPT-2 configuration: n_embd {sizes['n_embd']} is no multiple of n_head {sizes['n_head']}; "
+            "correct it"
         )
     return config
 

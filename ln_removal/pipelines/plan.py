@@ -264,7 +264,7 @@ def architecture_of_model(name: str) -> ArchitectureSpec:
     if config.model_type not in REMOVABLE:
         raise UserError(
             f"{name} is a {config.model_type}; LayerNorm can be removed from a GPT-2 (model_type 'gpt2'), and this kind of model "
-            "can only be scored, observed and pretrained"
+            "can only be scored, observed and pretrained; name a GPT-2"
         )
     return ArchitectureSpec.model_validate(sizes_of(config))
 
@@ -290,7 +290,8 @@ def resolve_recipe(
     """
     if model is None and recipe is None:
         raise UserError(
-            "name what to remove LayerNorm from: --model tiny, --model gpt2, --model DIRECTORY or --recipe NAME"
+            "neither a model nor a recipe was named; say what to remove LayerNorm from: --model tiny, --model gpt2, "
+            "--model DIRECTORY or --recipe NAME"
         )
     if recipe is not None:
         found = load_recipe(recipe, {**(overrides or {}), **({} if model is None else {"model": model})})
