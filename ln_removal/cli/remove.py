@@ -11,7 +11,8 @@ from ln_removal.cli import console
 from ln_removal.errors import UserError
 
 if TYPE_CHECKING:
-    from ln_removal.export.hub import HubTarget, Published
+    from ln_removal.evaluation.results import Results
+    from ln_removal.export.hub import HubTarget
 
 ModelOption = Annotated[
     str | None,
@@ -100,13 +101,7 @@ def remove(
         wandb_project=wandb,
         progress=console.progress(),
     )
-    note = f"LN-free model: {place / 'model'}   scores: {place / 'results.json'}"
-    try:
-        published = None if target is None else _publish(place, target)
-    finally:  # a failure to print must not keep the model from the Hub, nor the Hub the scores from the screen
-        console.print_results(results, as_json=as_json, note=note)
-    if published is not None:
-        typer.echo(published.line, err=as_json)
+    _publish_and_print(results, place, target, as_json=as_json)
 
 
 def _run_name(model: str | None, recipe: str | None, resolved: str) -> str:
@@ -121,15 +116,23 @@ def _recipe_of_run(out: Path) -> str:
     return str(out / "recipe.toml")
 
 
-def _publish(run: Path, target: HubTarget) -> Published | None:
-    """Publish the run; None on a rank that is not the main one."""
+def _publish_and_print(results: Results, run: Path, target: HubTarget | None, *, as_json: bool) -> None:
+    """Publish the run, if there is a target, and print its scores: the one does not depend on the other."""
     import sys
 
     from accelerate import PartialState
 
     from ln_removal.pipelines.publishing import publish_run
 
-    return publish_run(run, target, progress=sys.stderr.isatty()) if PartialState().is_main_process else None
+    published = None
+    try:
+        if target is not None and PartialState().is_main_process:
+            published = publish_run(run, target, progress=sys.stderr.isatty())
+    finally:
+        note = f"LN-free model: {run / 'model'}   scores: {run / 'results.json'}"
+        console.print_results(results, as_json=as_json, note=note)
+    if published is not None:
+        typer.echo(published.line, err=as_json)
 
 
 app = console.build(remove)
