@@ -141,6 +141,13 @@ def test_models_side_by_side_share_one_colour_scale_up_to_the_largest_entropy() 
     assert (min(bracket.get_ydata()), max(bracket.get_ydata())) == pytest.approx((0.9 * LARGEST, LARGEST))
 
 
+def test_a_dollar_in_a_name_is_no_formula(tmp_path: Path) -> None:
+    with plots.house_style():
+        figure = plots.head_heatmap([heads("$HOME/$x_", np.full((2, 3), 0.1))])
+        assert figure.axes[0].get_title(loc="left") == "$HOME/$x_"
+        assert [path.suffix for path in plots.save(figure, tmp_path, "heads")] == [".png", ".pdf"]
+
+
 def test_nan_heads_are_hatched_and_are_not_in_the_band() -> None:
     one = heads("sick", [[math.nan, 0.95 * LARGEST], [0.1, math.nan]])
     with plots.house_style():

@@ -332,7 +332,7 @@ def test_wandb_that_is_not_installed(here: Path) -> None:
 
     missing("wandb")(here)
     with pytest.raises(UserError, match="wandb"):
-        _start_wandb("project", "name", None)
+        _start_wandb("project", here, "removal", None)
 
 
 # ---------------------------------------------------------------------------------------------------------------- fuzz

@@ -21,10 +21,14 @@ from typing import Any
 import pytest
 from command_line import SCRIPTS, done, invoke, refused
 from small_model import REMOVE
+from typer.testing import CliRunner
 
+from ln_removal.cli import console
 from ln_removal.data.tokens import TokenDataset
+from ln_removal.errors import UserError
+from ln_removal.export import hub
 from ln_removal.files import run_directory
-from ln_removal.pipelines import context, cpu_time, removal
+from ln_removal.pipelines import context, cpu_time, publishing, removal
 
 HEAVY = {
     "torch",
@@ -157,6 +161,68 @@ def test_debug_shows_the_traceback(here: Path) -> None:
     result = invoke("ln-remove --model ./nonsense --debug")
     assert result.exit_code == 2
     assert "Traceback" in result.stderr and result.stderr.splitlines()[-1].startswith("error: ")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_an_argument_that_is_no_text_is_refused(tmp_path: Path, name: str) -> None:
+    arguments = ["nans"] if name == "ln-analyze" else []
+    word = os.fsencode("caf") + b"\xe9" if name not in ("ln-remove", "ln-pretrain") else b"--out=caf\xe9"
+    code = f"from {SCRIPTS[name].replace(':', ' import ')}; main()"
+    found = subprocess.run(
+        [sys.executable, "-c", code, *arguments, word], cwd=tmp_path, capture_output=True, check=False
+    )
+    said = found.stderr.decode()
+    assert (found.returncode, found.stdout) == (2, b"") and said.count("\n") == 1, said
+    assert said.startswith("error: ") and "caf\\xe9'" in said and "utf-8" in said.lower()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_current_directory_that_is_no_text_or_gone_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / os.fsdecode(b"caf\xe9")
+    place.mkdir()
+    monkeypatch.chdir(place)
+    assert "caf\\xe9'" in refused("ln-report run")
+    place.rmdir()
+    assert "current directory" in refused("ln-report run")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_what_the_output_cannot_show_is_replaced(here: Path, encoding: str) -> None:
+    from ln_removal.cli.evaluate import app
+
+    words = ["model", "--tokens", "tokens", "--prompt", "é — π"]
+    shown = CliRunner(charset=encoding).invoke(app, words)
+    assert shown.exit_code == 0, shown.exception
+    assert ("é ? ?" if encoding == "latin-1" else "? ? ?") in shown.stdout
+    shown = CliRunner(charset=encoding).invoke(app, [*words, "--json"])
+    assert json.loads(shown.stdout)["continuations"][0]["prompt"] == "é — π"
+
+
+@pytest.mark.parametrize("fails", ["", "publishing", "printing"])
+def test_a_run_is_published_before_it_is_printed(here: Path, monkeypatch: pytest.MonkeyPatch, fails: str) -> None:
+    done: list[str] = []
+
+    def step(name: str, value: object = None) -> Callable[..., Any]:
+        def made(*args: object, **options: object) -> object:
+            done.append(name)
+            if fails == name:
+                raise UserError(f"no {name}")
+            return value
+
+        return made
+
+    monkeypatch.setattr(removal, "remove", step("removal"))
+    monkeypatch.setattr(hub, "check_target", step("check"))
+    monkeypatch.setattr(
+        publishing, "publish_run", step("publishing", hub.Published("there", "0123456789", is_new=True))
+    )
+    monkeypatch.setattr(console, "print_results", step("printing"))
+    ended = invoke("ln-remove --model model --recipe tiny --out new --push-to-hub alice/x")
+    assert done == ["check", "removal", "publishing", "printing"]
+    assert ended.exit_code == (2 if fails else 0)
+    assert ("published: there" in ended.stdout) == (not fails)
 
 
 # ------------------------------------------------------------------------------------------ interruption and resuming

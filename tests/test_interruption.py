@@ -15,6 +15,8 @@ import sys
 import termios
 import threading
 import time
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,7 +27,7 @@ from small_model import write_corpus, write_model
 from typer.testing import CliRunner
 
 from ln_removal.cli.console import build
-from ln_removal.files.signals import Interrupted, StopRequest, deferred, termination_raises
+from ln_removal.files.signals import Interrupted, StopRequest, deferred, stoppable
 
 STEPS = 60
 SETTINGS = {
@@ -91,7 +93,7 @@ def test_in_another_thread_nothing_changes() -> None:
     found: list[object] = []
 
     def work() -> None:
-        with deferred("step") as stop, termination_raises():
+        with deferred("step") as stop, stoppable():
             found.append((bool(stop), signal.getsignal(signal.SIGINT)))
 
     thread = threading.Thread(target=work)
@@ -119,6 +121,62 @@ def test_a_command_that_is_interrupted_says_one_line(raised: BaseException, code
     stopped = CliRunner().invoke(build(evaluate_hellaswag), ["tiny"])
     assert stopped.exit_code == code and stopped.stderr.count("\n") == 1
     assert stopped.stderr.startswith("stopped by ") and stopped.stderr.endswith(": evaluate-hellaswag tiny\n")
+
+
+class InDestructor:
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+
+def in_weak_reference() -> None:
+    thing = StopRequest()
+    reference = weakref.ref(thing, lambda _: signal.raise_signal(signal.SIGINT))
+    del thing
+    assert reference() is None
+
+
+def in_generator() -> None:
+    def numbers() -> Iterator[int]:
+        try:
+            yield 1
+        finally:
+            signal.raise_signal(signal.SIGINT)
+
+    next(numbers())  # and the rest of it is thrown away
+
+
+@pytest.mark.parametrize("interrupt", [InDestructor, in_weak_reference, in_generator])
+def test_a_signal_in_a_place_where_python_drops_exceptions_is_not_lost(interrupt: Callable[[], object]) -> None:
+    went_on = []
+
+    def evaluate_hellaswag(model: str) -> None:
+        interrupt()
+        time.sleep(20)  # it is interrupted here, well before the end
+        went_on.append(model)
+
+    hook = sys.unraisablehook
+    stopped = CliRunner().invoke(build(evaluate_hellaswag), ["tiny"])
+    assert stopped.exit_code == 130 and not went_on
+    assert stopped.stderr == "stopped by Ctrl-C; to start again: evaluate-hellaswag tiny\n"
+    assert sys.unraisablehook is hook
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_a_signal_that_other_code_swallows_is_not_lost(trains: bool) -> None:
+    went_on = []
+
+    def evaluate_hellaswag(model: str) -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except BaseException:  # noqa: BLE001 (as some packages have it)
+            went_on.append("swallowed")
+        if trains:
+            with deferred("step"):
+                went_on.append("trained")
+
+    stopped = CliRunner().invoke(build(evaluate_hellaswag), ["tiny"])
+    assert stopped.exit_code == 143 and went_on == ["swallowed"]
+    assert stopped.stderr == "stopped by SIGTERM; to start again: evaluate-hellaswag tiny\n"
 
 
 # -------------------------------------------------------------------------------------------------------- whole commands
@@ -207,9 +265,11 @@ def test_a_control_saves_its_step_and_goes_on_from_it(place: Path, forked: Comma
 @pytest.mark.slow
 def test_outside_of_the_training_it_says_what_is_kept(place: Path, forked: Commands) -> None:
     out = place / "scored"
-    command = forked.start("ln-remove", *arguments(out.name))
+    # All validation tokens are scored, so that there is time to send a signal even on a busy machine.
+    command = forked.start("ln-remove", *arguments(out.name, **{"data.validation_tokens": "100000"}))
     command.wait_until(lambda: (out / "control" / "model").exists()).send(signal.SIGINT)
-    assert command.wait() == 130
+    assert command.wait() == 130, command.said()
+    assert not (out / "results.json").exists()
     line = last_line(command.said(), asks=False)
     assert "scored/model" in line and "scored/control/model" in line
     forked.run(*to_type(line))

@@ -18,10 +18,11 @@ from rich.console import Console
 from ln_removal.config import estimate
 from ln_removal.config.estimate import count_parameters, estimate_memory, flops_per_token
 from ln_removal.config.recipe import ArchitectureSpec, Recipe, load_recipe
+from ln_removal.config.sweep import load_sweep
 from ln_removal.errors import UserError
 from ln_removal.pipelines import cpu_time
 from ln_removal.pipelines.context import run_context
-from ln_removal.pipelines.plan import architecture_of, plan
+from ln_removal.pipelines.plan import architecture_of, plan, plan_sweep
 
 SMALL = ArchitectureSpec(n_layer=3, n_head=2, n_embd=16, n_positions=32, vocab_size=100)
 
@@ -343,3 +344,23 @@ def test_render_shows_recipe_schedule_timeline_and_estimates(width: int) -> None
         assert part in " ".join(text.split()), part
     row = next(line.split() for line in text.splitlines() if line.split()[:1] == ["7"])
     assert row == ["7", "34", "58", "89"]
+
+
+def test_names_are_printed_as_they_are(tmp_path: Path) -> None:
+    name = "my [v2] [red]table[/][:key:]"
+    directory = write_config(tmp_path / "models [v2] :key:", SMALL)
+    recipe = recipe_for(directory, {"name": name, "data.context": 32})
+    base = "\n".join(f"{key} = {value}" for key, value in SMALL.model_dump().items() if isinstance(value, int))
+    (tmp_path / "base.toml").write_text(
+        f'model = "m"\n[data]\ncorpus = "c"\ncontext = 32\n[architecture]\n{base}\n[training]\nsteps = 9\n'
+        "tokens_per_step = 64\nwarmup_steps = 1\nlearning_rate = 1e-3\n"
+    )
+    grid = f'name = "{name}"\nbase = "base"\nseeds = [0]\nbaseline = "{name}"\n[[arms]]\nname = "{name}"\n'
+    (tmp_path / "grid.toml").write_text(f'description = "{name}"\n{grid}')
+    for drawn, shown in (
+        (plan(recipe), [f"recipe {name}", f"{directory}: 3 layers"]),
+        (plan_sweep(load_sweep(str(tmp_path / "grid.toml"))), [f"grid {name}: 1 arms", f"{name}\n", f"{name} (base"]),
+    ):
+        output = io.StringIO()
+        drawn.render(Console(file=output, width=400))
+        assert [part for part in shown if part not in output.getvalue()] == []

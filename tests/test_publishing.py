@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard
 from small_model import REMOVE
 
 from ln_removal.errors import UserError
-from ln_removal.export.hub import HubTarget, named_target
+from ln_removal.export.hub import HubTarget, named_target, stale_files
 
 TOKEN = "hf_PlantedTokenThatMustNotShowAnywhere"
 READ_ONLY, STRANGER, FINE, NARROW = "hf_readonly", "hf_stranger", "hf_fine", "hf_narrow"
@@ -158,9 +158,15 @@ def test_other_content_is_a_new_commit_without_leftovers(hub: FakeHub, finished:
         "model.safetensors.index.json": b"{}",
         "plots/old.png": b"old",
         "adapters/model.safetensors": b"the user's own",
-        "pytorch_model.bin": b"the user's own",
+        "onnx/model.onnx": b"the user's own",
+        "tokenizers.md": b"the user's own",
     }
-    hub.add("models", "alice/there", before)
+    of_another_model = {
+        *("adapter_config.json", "adapter_model.bin", "pytorch_model.bin", "pytorch_model-00001-of-00002.bin"),
+        *("pytorch_model.bin.index.json", "tf_model.h5", "flax_model.msgpack", "hf_quant_config.json"),
+        *("added_tokens.json", "vocab.json", "merges.txt", "spiece.model", "chat_template.jinja"),
+    }
+    hub.add("models", "alice/there", before | dict.fromkeys(of_another_model, b"{}"))
     first, second, taken = publish(
         hub,
         tmp_path,
@@ -171,11 +177,21 @@ def test_other_content_is_a_new_commit_without_leftovers(hub: FakeHub, finished:
     assert first["is_new"] and second["is_new"] and first["commit"] != second["commit"]
     files = files_of(hub, "alice/there")
     assert files["model.safetensors"] == (other / "model" / "model.safetensors").read_bytes()
-    for kept in ("notes.txt", "pytorch_model.bin", "adapters/model.safetensors"):
+    for kept in ("notes.txt", "onnx/model.onnx", "adapters/model.safetensors", "tokenizers.md"):
         assert files[kept] == b"the user's own"
+    assert not of_another_model & set(files), "they would be loaded in place of the model or with it"
     assert not {"model-00001-of-00002.safetensors", "model.safetensors.index.json", "plots/old.png"} & set(files)
     assert files_of(hub, "alice/there", "v1")["model.safetensors"] != files["model.safetensors"]
     assert taken["stage"] == "check" and "has the tag v1 already" in taken["error"]
+
+
+def test_a_tokenizer_stays_where_the_published_model_has_none() -> None:
+    there = {"model.safetensors", "tokenizer.json", "vocab.json", "adapter_config.json", "README.md"}
+    assert stale_files(there, {"model.safetensors": b""}) == ["adapter_config.json"]
+    assert stale_files(there, {"model.safetensors": b"", "tokenizer.json": b""}) == [
+        "adapter_config.json",
+        "vocab.json",
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------- what is refused

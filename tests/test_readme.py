@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import re
 import shlex
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 import typer
+from command_line import environment
+from finished_run import make_run
 from typer.testing import CliRunner
 
 from ln_removal.config.recipe import available_recipes, load_recipe
@@ -198,3 +202,60 @@ def test_the_parts_work_as_shown() -> None:
     folded = names["folded"](tokens).logits  # type: ignore[operator]
     stock = names["stock"](tokens).logits  # type: ignore[operator]
     assert (folded - stock).abs().max() < 1e-4 * folded.abs().max()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the run that the README names, without its training."""
+    directory = tmp_path_factory.mktemp("a place")
+    (directory / "checkpoints").mkdir()
+    make_run(directory / "checkpoints" / "gpt2")
+    return directory
+
+
+def fresh(place: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in `place`, in a process that has imported nothing of ours."""
+    return subprocess.run(words, cwd=place, env=environment(), capture_output=True, text=True, timeout=300, check=False)
+
+
+SHOWN_MODELS = [block for block in blocks("python", "README.md") if '"checkpoints/gpt2/model"' in block]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", SHOWN_MODELS, ids=lambda block: re.findall(r"from (\w+)", block)[0])
+def test_models_load_in_a_fresh_process_as_shown(place: Path, block: str) -> None:
+    if "nnsight" in block:
+        pytest.importorskip("nnsight")
+    ended = fresh(place, sys.executable, "-c", block)
+    assert ended.returncode == 0, ended.stderr
+
+
+@pytest.mark.slow
+def test_the_harness_loads_the_model_that_the_readme_names(place: Path) -> None:
+    """lm_eval is an extra. Where it is missing, its first step is made: to load the model in a process without ln_removal."""
+    (line,) = [line for line in "".join(blocks("sh", "README.md")).splitlines() if line.startswith("lm_eval ")]
+    words = shlex.split(line)
+    assert words[words.index("--model") + 1] == "hf"
+    arguments = dict(part.split("=") for part in words[words.index("--model_args") + 1].split(","))
+    given = {"trust_remote_code": arguments.get("trust_remote_code") == "True"}
+    code = f"""
+import sys, torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+name, given = {arguments["pretrained"]!r}, {given!r}
+AutoConfig.from_pretrained(name, **given)
+ids = AutoTokenizer.from_pretrained(name, **given)("def f(x):", return_tensors="pt").input_ids
+print(AutoModelForCausalLM.from_pretrained(name, **given)(ids).logits.isfinite().all().item(), "ln_removal" in sys.modules)
+"""
+    ended = fresh(place, sys.executable, "-c", code)
+    assert ended.stdout.split() == ["True", "False"], ended.stderr
+    if importlib.util.find_spec("lm_eval"):
+        (place / "question.jsonl").write_text('{"q": "def f(x):", "a": [" return", " x"], "gold": 0}\n')
+        (place / "tasks").mkdir()
+        (place / "tasks" / "mine.yaml").write_text(
+            "task: hellaswag\ndataset_path: json\ndataset_kwargs: {data_files: {test: question.jsonl}}\ntest_split: test\n"
+            'output_type: multiple_choice\ndoc_to_text: "{{q}}"\ndoc_to_choice: a\ndoc_to_target: gold\n'
+            "metric_list: [{metric: acc}]\n"
+        )
+        offline = ["--include_path", "tasks", "--device", "cpu"]  # a task of that name which needs no network
+        ended = fresh(place, sys.executable, "-m", *words, *offline)
+        assert ended.returncode == 0 and "hellaswag" in ended.stdout, ended.stderr

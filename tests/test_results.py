@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 from report_run import prompts
+from report_run import results as report_results
 from rich.console import Console
 
 from ln_removal.errors import UserError
 from ln_removal.evaluation.hellaswag import ChoiceResult
 from ln_removal.evaluation.loss import LossResult
-from ln_removal.evaluation.results import ByRole, Results, Settings, collect, read, write
-from ln_removal.report.tables import render
+from ln_removal.evaluation.results import ByRole, Results, Samples, Settings, collect, read, write
+from ln_removal.report.tables import render, text_table
 
 
 def loss(mean: float, *, bits: float | None = 1.25) -> LossResult:
@@ -105,6 +106,24 @@ def test_losses_on_prompts_are_shown_for_the_models_that_there_are(results: Resu
     row = next(line for line in text.splitlines() if "second copy, text, with BOS" in line)
     assert "1.255" in row and "0.955" not in text and "with BOS and" not in text
     assert "BOS" not in shown(results), "results of an earlier version"
+
+
+def test_names_and_texts_are_printed_as_they_are(results: Results) -> None:
+    name = "my [v2] [red]data[/][:key:]"
+    named = results.model_copy(
+        update={
+            "settings": results.settings.model_copy(update={"data": name, "question_set": name}),
+            "continuations": (
+                Samples(prompt=name, temperature=0.8, seed=0, texts=ByRole[str](ln_free=f"{name}\x1b[2J")),
+            ),
+            "by_data": tuple(each.model_copy(update={"data": name}) for each in report_results().by_data) * 2,
+        }
+    )
+    text = shown(named)
+    assert text.count(name) >= 6 and "\u241b[2J" in text and "\x1b" not in text
+    console = Console(file=io.StringIO(), width=140, color_system=None)
+    console.print(text_table(name, [name, name], [[name, name]], [name]))
+    assert console.file.getvalue().count(name) == 6  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,10 +42,44 @@ def test_lists_are_written_as_they_are_and_what_is_not_a_number_as_null(tmp_path
     }
 
 
+def fake_wandb(monkeypatch: pytest.MonkeyPatch, **methods: Any) -> list[dict[str, Any]]:
+    """Put a wandb in place that notes what its runs are begun with."""
+    begun: list[dict[str, Any]] = []
+
+    def init(**options: Any) -> SimpleNamespace:
+        begun.append(options)
+        own = {"finish": lambda exit_code: None, "define_metric": lambda *_, **__: None, "id": options["id"]}
+        return SimpleNamespace(**(own | methods))
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    return begun
+
+
+@pytest.mark.parametrize("given", [None, "theirs"])
+def test_each_training_has_its_own_wandb_run_and_a_resumed_one_continues_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str | None
+) -> None:
+    begun = fake_wandb(monkeypatch)
+    if given:
+        monkeypatch.setenv("WANDB_RUN_ID", given)
+    else:
+        monkeypatch.delenv("WANDB_RUN_ID", raising=False)
+    for _ in range(2):  # the second time it is resumed
+        for place, label in (("run", "removal"), ("run/control", "control"), ("grid/a b", "arm"), ("grid/c", "arm")):
+            with Tracker(
+                tmp_path / place / "metrics.jsonl", total_steps=1, label=label, progress=False, wandb_project="p"
+            ):
+                pass
+        monkeypatch.delenv("WANDB_RUN_ID", raising=False)  # and the environment is another one
+    ids = [options["id"] for options in begun]
+    assert len(set(ids[:4])) == 4 and ids[4:] == ids[:4]
+    assert all(options["resume"] == "allow" and re.fullmatch(r"[\w.-]+", options["id"]) for options in begun)
+    assert given is None or all(one.startswith("theirs-") for one in ids)
+
+
 def test_wandb_gets_each_number_under_its_own_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     logged: list[dict[str, float]] = []
-    run = SimpleNamespace(log=logged.append, finish=lambda exit_code: None, define_metric=lambda *_, **__: None)
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: run))
+    fake_wandb(monkeypatch, log=logged.append)
     with tracker(tmp_path / "metrics.jsonl", wandb_project="p") as tracking:
         tracking.log("observation", 3, FIGURES)
     (sent,) = logged

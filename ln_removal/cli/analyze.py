@@ -99,7 +99,7 @@ def entropy(
         return
     screen = console.wide_console()
     for table in analysis_tables.entropy_tables(found.heads):
-        screen.print(table, markup=False)
+        screen.print(table)
     _print_figures(figures)
 
 
@@ -155,7 +155,7 @@ def slopes(
     if as_json:
         _print_json(analysis_tables.slope_json(found), figures)
         return
-    console.wide_console().print(analysis_tables.slope_table(found), markup=False)
+    console.wide_console().print(analysis_tables.slope_table(found))
     _print_figures(figures)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import io
 import os
 import shlex
 import sys
@@ -20,7 +21,7 @@ import typer.core
 
 from ln_removal.errors import UserError
 from ln_removal.files.atomic import is_full
-from ln_removal.files.signals import Interrupted, termination_raises
+from ln_removal.files.signals import Interrupted, stoppable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -120,6 +121,10 @@ def build_group(help_text: str, **commands: Callable[..., None]) -> typer.Typer:
 class _Group(typer.core.TyperGroup):
     """A group whose message about an unknown command is one line."""
 
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        show_anyway()
+        return super().make_context(info_name, args, parent, **extra)
+
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         try:
             return super().resolve_command(ctx, args)
@@ -131,6 +136,7 @@ class _Command(typer.core.TyperCommand):
     """A command whose message about a wrong option is one line, like that of every other mistake."""
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        show_anyway()
         # In a group, the name of the command comes first.
         _typed[:] = args if parent is None else [info_name or "", *args]
         _program[:] = [] if parent is None else [str(parent.info_name)]
@@ -148,7 +154,8 @@ def guard(command: Callable[P, None]) -> Callable[P, None]:
     @functools.wraps(command)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
-            with termination_raises():
+            check_command_line()
+            with stoppable():
                 command(*args, **kwargs)
         except UserError as error:
             if kwargs.get("debug"):
@@ -174,6 +181,33 @@ def guard(command: Callable[P, None]) -> Callable[P, None]:
             raise typer.Exit(stopped.exit_code) from None
 
     return guarded
+
+
+def show_anyway() -> None:
+    """Have a question mark printed for what the encoding of the output lacks ("±" in ASCII), in place of a traceback."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # not what a notebook or a test may put there
+        sys.stdout.reconfigure(errors="replace")
+
+
+def check_command_line() -> None:
+    """Check that the arguments and the current directory are text: Python carries bytes that are none as surrogates.
+
+    Such a name could not be written into a recipe, into results or into the metadata of a model.
+
+    Raises:
+        UserError: one is not, or the current directory is gone.
+    """
+    try:
+        named = [*(("argument", word) for word in _typed), ("current directory", os.getcwd())]
+    except OSError as error:
+        raise UserError(f"no current directory: {error.strerror}; change to a directory that is there") from error
+    for kind, text in named:
+        if text != text.encode(errors="replace").decode():
+            shown = os.fsencode(text).decode(errors="backslashreplace")
+            raise UserError(
+                f"the {kind} '{shown}' is no text in {sys.getfilesystemencoding()}, the encoding of names here; rename the file or "
+                "directory, or set LC_ALL to a locale with the encoding that the name was written in"
+            )
 
 
 def _stopped(error: Interrupted, name: str, *, resumable: bool) -> str:
@@ -247,10 +281,12 @@ def progress() -> Literal[True, "lines"]:
 
 def print_results(results: Results, *, as_json: bool, note: str = "") -> None:
     """The scores of a removal or an evaluation, as JSON, or as a table with a note below it."""
+    import json
+
     from ln_removal.report.tables import render
 
     if as_json:
-        typer.echo(results.model_dump_json(indent=2))
+        typer.echo(json.dumps(results.model_dump(), indent=2))  # in ASCII, which every output can show
         return
     render(results, wide_console())
     if note:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from ln_removal.cli import console
 from ln_removal.errors import UserError
+
+if TYPE_CHECKING:
+    from ln_removal.export.hub import HubTarget, Published
 
 SourceArgument = Annotated[
     str,
@@ -77,24 +80,34 @@ def export(
 
     target = named_target(push_to_hub, private=private, tag=tag)
     if target is None and out is None:
-        raise UserError("give --out DIR, the directory to write, or --push-to-hub USER/REPO to publish a run as it is")
+        raise UserError(
+            "there is nothing to do: give --out DIR, the directory to write, or --push-to-hub USER/REPO to publish a run as it is"
+        )
     if out is None and (form, dtype, with_code, tokenizer) != ("normfree", "float32", False, None):
         raise UserError("a run is published as it was exported; for another form, give --out DIR too")
     if target is not None:
         check_target(target)
+    done = []
     if out is not None:
         from ln_removal.export.write import export_model
 
         difference = export_model(source, out, form=form, dtype=dtype, tokenizer=tokenizer, with_code=with_code)
-        typer.echo(f"{form} model: {out}   largest relative difference of the logits: {difference:.1e}")
-    if target is not None:
-        from ln_removal.pipelines.publishing import publish_export, publish_run
+        done.append(f"{form} model: {out}   largest relative difference of the logits: {difference:.1e}")
+    try:
+        if target is not None:
+            done.append(_publish(source, out, target, form).line)
+    finally:
+        for line in done:
+            typer.echo(line)
 
-        if out is None:
-            published = publish_run(Path(source), target, progress=sys.stderr.isatty())
-        else:
-            published = publish_export(out, source, target, form=form, progress=sys.stderr.isatty())
-        typer.echo(published.line)
+
+def _publish(source: str, out: Path | None, target: HubTarget, form: Literal["normfree", "stock"]) -> Published:
+    """Publish the model that was written to `out`, or else the run as it is."""
+    from ln_removal.pipelines.publishing import publish_export, publish_run
+
+    if out is None:
+        return publish_run(Path(source), target, progress=sys.stderr.isatty())
+    return publish_export(out, source, target, form=form, progress=sys.stderr.isatty())
 
 
 app = console.build(export)

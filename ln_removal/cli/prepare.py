@@ -80,7 +80,9 @@ def prepare(
             typer.echo(f"{name:24} {summary}")
         return
     if not corpus:
-        raise UserError("name a corpus, a file or a directory; `ln-prepare --list` shows the named ones")
+        raise UserError(
+            "no corpus was named; give a file, a directory or one of the names that `ln-prepare --list` shows"
+        )
     safe = "".join(character if character.isalnum() or character in "-_." else "-" for character in corpus).strip("-.")
     place = out or Path("data") / (safe or "corpus")
     options = {"max_bytes": max_bytes, "field": field, "validation_fraction": validation_share}

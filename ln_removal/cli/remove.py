@@ -11,6 +11,7 @@ from ln_removal.cli import console
 from ln_removal.errors import UserError
 
 if TYPE_CHECKING:
+    from ln_removal.evaluation.results import Results
     from ln_removal.export.hub import HubTarget
 
 ModelOption = Annotated[
@@ -101,8 +102,7 @@ def remove(
         wandb_project=wandb,
         progress=console.progress(),
     )
-    console.print_results(results, as_json=as_json, note=f"LN-free model: {place}/model   scores: {place}/results.json")
-    _publish(place, target, as_json=as_json)
+    _publish_and_print(results, place, target, as_json=as_json)
 
 
 def _run_name(model: str | None, recipe: str | None, resolved: str) -> str:
@@ -128,17 +128,23 @@ def _recipe_of_run(out: Path) -> str:
     return str(out / "recipe.toml")
 
 
-def _publish(run: Path, target: HubTarget | None, *, as_json: bool) -> None:
-    if target is None:
-        return
+def _publish_and_print(results: Results, run: Path, target: HubTarget | None, *, as_json: bool) -> None:
+    """Publish the run, if there is a target, and print its scores: the one does not depend on the other."""
     import sys
 
     from accelerate import PartialState
 
     from ln_removal.pipelines.publishing import publish_run
 
-    if PartialState().is_main_process:
-        typer.echo(publish_run(run, target, progress=sys.stderr.isatty()).line, err=as_json)
+    published = None
+    try:
+        if target is not None and PartialState().is_main_process:
+            published = publish_run(run, target, progress=sys.stderr.isatty())
+    finally:
+        note = f"LN-free model: {run / 'model'}   scores: {run / 'results.json'}"
+        console.print_results(results, as_json=as_json, note=note)
+    if published is not None:
+        typer.echo(published.line, err=as_json)
 
 
 app = console.build(remove)

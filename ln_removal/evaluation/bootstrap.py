@@ -158,7 +158,8 @@ def compare_accuracies(
     first, second = np.asarray(first, dtype=bool), np.asarray(second, dtype=bool)
     if first.shape != second.shape or first.ndim != 1 or not first.size:
         raise UserError(
-            f"a paired comparison needs the same questions of both models; found {first.size} and {second.size} answers"
+            f"a paired comparison needs the same questions of both models; found answers to {first.size} and to {second.size}; "
+            "score both models on the same questions"
         )
     (difference,) = bootstrap_means(
         (second.astype(np.int64) - first.astype(np.int64))[None],

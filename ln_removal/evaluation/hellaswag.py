@@ -145,7 +145,10 @@ def compare_choices(first: ChoiceResult, second: ChoiceResult, *, seed: int = 0)
     """
     asked = [[(score.ind, score.label) for score in result.per_question] for result in (first, second)]
     if first.protocol != second.protocol or asked[0] != asked[1]:
-        raise UserError("a paired comparison needs the same questions under the same protocol; score both in one call")
+        raise UserError(
+            f"a paired comparison needs the same questions under the same protocol; found {len(asked[0]):,} under {first.protocol} "
+            f"and {len(asked[1]):,}, some of them others, under {second.protocol}; score both models in one call"
+        )
     found: dict[str, Any] = {}
     for rule in ("acc", "acc_norm"):
         normalised = rule == "acc_norm"
@@ -191,7 +194,9 @@ def evaluate_choices(
         raise UserError(f"unknown protocol {protocol!r}; choose one of {', '.join(PROTOCOLS)}")
     chosen = list(islice(questions, limit))
     if not chosen:
-        raise UserError(f"no questions to answer ({len(questions)} given, limit {limit})")
+        raise UserError(
+            f"no questions to answer ({len(questions)} given, limit {limit}); give some, and a limit of 1 or more"
+        )
     encode = {"lm-eval": _encode_lm_eval, "nanogpt": _encode_nanogpt, "code": _encode_code}[protocol]
     texts = [texts_of(question, protocol) for question in chosen]
     prompts = encode(tokenizer, texts, [f"question {question.ind}" for question in chosen])

@@ -160,13 +160,15 @@ def _parse_text(lines: list[str], path: Path) -> Iterator[Question]:
     if len(lines) % size:
         raise UserError(
             f"{path} has {len(lines)} lines, not a multiple of {size} (activity_label: ctx, label, four endings); "
-            "it is cut off, or not a file of questions"
+            "it is cut off, or not a file of questions: get it again"
         )
     for start in range(0, len(lines), size):
         head, label, *endings = lines[start : start + size]
         activity, separator, context = head.partition(": ")
         if not separator:
-            raise UserError(f"{path}, line {start + 1}: expected 'activity_label: context', found {head[:60]!r}")
+            raise UserError(
+                f"{path}, line {start + 1}: expected 'activity_label: context', found {head[:60]!r}; correct that line"
+            )
         record = {"activity_label": activity, "ctx": context, "label": label, "endings": endings}
         yield _question(record, f"{path}, line {start + 2}", start // size)
 

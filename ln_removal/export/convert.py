@@ -144,7 +144,7 @@ def check_conversion(source: GPT2LMHeadModel, converted: NormFreeGPT2LMHeadModel
         raise ExportError(
             f"the model without norms differs from the disarmed one by {float(errors.median()):.2e} relative, more than "
             f"{TOLERANCE:.0e}: the activations are too large for epsilon {min(epsilons.values()):g}, so it still normalises and "
-            "is not LN-free"
+            "is not LN-free; do not use it as such, or get the checkpoint again from where it was published"
         )
     logger.warning(
         "at %d of %d positions of random tokens the activations are so large that the disarmed LayerNorms still act, and the "

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -37,8 +37,19 @@ Files = Mapping[str, Path | bytes]
 WAITS = (3.0, 10.0, 30.0)
 """Seconds between attempts. The client itself retries the uploads of files (http_backoff), but not the commit."""
 
-OURS = ("*.safetensors", "*.safetensors.index.json", "stock/*", "plots/*")
-"""Files of an earlier publication that would contradict a new one, and are removed with it if it has no such file."""
+STALE = (
+    *("*.safetensors", "*.safetensors.index.json", "stock/*", "plots/*", "results.json", "report.html"),
+    *("adapter_config.json", "adapter_model.*", "pytorch_model*.bin", "pytorch_model*.bin.index.json"),
+    *("tf_model*.h5", "flax_model*.msgpack", "rust_model.ot", "generation_config.json", "*quant*_config.json"),
+)
+"""Files of a model that was in the repository before. They would contradict the new one, or be loaded in its place or
+with it, so they are removed with the commit if it has no such file. adapter_config.json makes transformers load its base."""
+
+STALE_TOKENIZER = (
+    *("tokenizer.*", "tokenizer_config.json", "vocab.*", "merges.txt", "added_tokens.json"),
+    *("special_tokens_map.json", "chat_template.*", "spiece.model", "sentencepiece*.model"),
+)
+"""The same for a tokenizer, when one is published."""
 
 logger = logging.getLogger(__name__)
 
@@ -234,13 +245,18 @@ def _attempt(files: Files, target: HubTarget, message: str, *, over_http: bool) 
     _make_repository(api, target)
     before = api.model_info(target.repo_id)
     there = {sibling.rfilename for sibling in before.siblings or ()}
-    stale = [path for path in sorted(there - set(files)) if _is_ours(path)]
+    stale = stale_files(there, files)
     with _additions(files, over_http=over_http) as additions:
         done = api.create_commit(
             target.repo_id,
             [*additions, *(CommitOperationDelete(path_in_repo=path) for path in stale)],
             commit_message=message,
             parent_commit=before.sha,  # somebody else's commit in between is told, not overwritten
+        )
+    if stale:
+        before_that = f"; commit {before.sha[:7]} still has them" if before.sha else ""
+        logger.warning(
+            "removed from %s, as files of another model: %s%s", target.repo_id, ", ".join(stale), before_that
         )
     if missing := sorted(set(files) - set(api.list_repo_files(target.repo_id, revision=done.oid))):
         raise UserError(
@@ -252,9 +268,14 @@ def _attempt(files: Files, target: HubTarget, message: str, *, over_http: bool) 
     return Published(f"{api.endpoint}/{target.repo_id}", done.oid, is_new=done.oid != before.sha)
 
 
-def _is_ours(path: str) -> bool:
-    """Whether `OURS` names it; fnmatch's * also matches the slash of a user's own folders."""
-    return any(fnmatch(path, pattern) and path.count("/") == pattern.count("/") for pattern in OURS)
+def stale_files(there: Iterable[str], files: Files) -> list[str]:
+    """Which files of a repository belong to a model that `files` replaces; fnmatch's * also matches a slash, so they are counted."""
+    patterns = STALE + (STALE_TOKENIZER if "tokenizer.json" in files or "tokenizer_config.json" in files else ())
+    return [
+        path
+        for path in sorted(set(there) - set(files))
+        if any(fnmatch(path, pattern) and path.count("/") == pattern.count("/") for pattern in patterns)
+    ]
 
 
 def _make_repository(api: HfApi, target: HubTarget) -> None:

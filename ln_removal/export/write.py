@@ -325,7 +325,9 @@ def _fold_checkpoint(run: Path) -> tuple[NormFreeGPT2LMHeadModel, PreTrainedToke
 
     recipe = recipe_of(run)
     if recipe.schedule is None:
-        raise UserError(f"{run} is a run of ln-pretrain; only what ln-remove has made LN-free can be exported")
+        raise UserError(
+            f"{run} is a run of ln-pretrain; only what ln-remove has made LN-free can be exported: name such a run"
+        )
     loaded = load_model(model_of_run(run, recipe.model))
     install(loaded.model, eot_token_id=loaded.tokenizer.eos_token_id)
     state, faults = load_newest(run / "state", loaded.model, None)

@@ -229,4 +229,4 @@ def publish_error(error: BaseException, repo_id: str, *, attempts: int = 1) -> U
         reason = "HF_HUB_OFFLINE is set" if isinstance(found, errors.OfflineModeIsEnabled) else one_line(error)
         return UserError(f"cannot reach {host} to publish {repo_id}{tried} ({reason}); check the network")
     reason = f"{host} answered {status}: {one_line(found)}" if status else one_line(error)
-    return UserError(f"{repo_id} could not be published{tried}: {reason}")
+    return UserError(f"{repo_id} could not be published{tried}: {reason}; try again later")

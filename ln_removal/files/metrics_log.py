@@ -14,6 +14,9 @@ from typing import Any
 
 METRICS_FILE = "metrics.jsonl"
 
+WANDB_FILE = "wandb-id.txt"
+"""Beside metrics.jsonl: the id of the training's run on Weights & Biases, which a resumed training continues."""
+
 ROLLBACK, RECIPE_CHANGE = "rollback", "recipe"
 """Kinds of rows in metrics.jsonl; their `step` is the number of steps that the run then has behind it."""
 

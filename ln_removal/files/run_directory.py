@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from ln_removal.errors import UserError
 from ln_removal.files.atomic import clean_leftovers
-from ln_removal.files.metrics_log import METRICS_FILE, RECIPE_CHANGE, ROLLBACK, last_row, note_change
+from ln_removal.files.metrics_log import METRICS_FILE, RECIPE_CHANGE, ROLLBACK, WANDB_FILE, last_row, note_change
 from ln_removal.files.signals import Interrupted
 
 RECIPE_FILE = "recipe.toml"
@@ -84,7 +84,7 @@ def run_directory(
         except BaseException as error:
             is_kept = not is_new or not (_is_only_claimed(out) or (claimed and not _is_worth_keeping(out)))
             if not is_kept:
-                clear(out, made, records=(RECIPE_FILE, f".{RECIPE_FILE}.tmp", IDENTITY_FILE, METRICS_FILE))
+                clear(out, made, records=(RECIPE_FILE, f".{RECIPE_FILE}.tmp", IDENTITY_FILE, METRICS_FILE, WANDB_FILE))
             if isinstance(error, KeyboardInterrupt):
                 raise _interrupted(error, out, is_kept=is_kept) from None
             raise

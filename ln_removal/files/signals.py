@@ -23,7 +23,14 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 ONE_REQUEST_SECONDS = 3.0
 """Each of several ranks gets a Ctrl-C from the terminal and, within this time, the same signal again from torchrun."""
 
+SENT_AGAIN_SECONDS = 0.02
+"""A signal whose exception was dropped is sent again after this time."""
+
 _NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+
+
+_commands: list[StopRequest] = []
+"""What the running command was asked to do. One that goes on although it was asked to stop has lost the exception."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -111,12 +118,16 @@ def deferred(unit: str, *, ranks: int = 1, speak: bool = True) -> Iterator[StopR
         speak: print that line.
 
     Raises:
-        Interrupted: there was a second signal, or the block ended without having honoured the first.
+        Interrupted: there was a second signal, the block ended without having honoured the first, or there was one before it
+            that was lost (see `stoppable`).
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
+    for command in _commands:
+        if command:
+            raise command.interrupted("")
 
     def handle(number: int, frame: FrameType | None) -> None:
         if request and (ranks == 1 or request.seconds() > ONE_REQUEST_SECONDS):
@@ -132,17 +143,48 @@ def deferred(unit: str, *, ranks: int = 1, speak: bool = True) -> Iterator[StopR
 
 
 @contextmanager
-def termination_raises() -> Iterator[None]:
-    """Have SIGTERM raise Interrupted, as Ctrl-C raises KeyboardInterrupt, so that what is half-done is cleared away."""
+def stoppable() -> Iterator[None]:
+    """Have Ctrl-C and SIGTERM raise Interrupted wherever a command is, so that what is half-done is cleared away.
 
-    def handle(number: int, frame: FrameType | None) -> None:
-        raise Interrupted(number)
+    Python drops an exception that is raised in a destructor, in the callback of a weak reference or in a generator that is
+    thrown away. The signal is then sent once more. If other code swallows the exception, it is raised again where the next
+    `deferred` begins, or at the end of the block. In a thread other than the main one nothing changes.
 
+    Raises:
+        Interrupted: there was a signal.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    with _handlers(handle, (signal.SIGTERM,)):
-        yield
+    request, resent, hook_before = StopRequest(), list[threading.Timer](), sys.unraisablehook
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        request.ask(number)
+        raise Interrupted(number)
+
+    def hook(dropped: sys.UnraisableHookArgs) -> None:
+        if not issubclass(dropped.exc_type, KeyboardInterrupt):
+            hook_before(dropped)
+            return
+        # Not at once: the destructor has not ended, and what is raised here would be dropped too.
+        resent.append(threading.Timer(SENT_AGAIN_SECONDS, os.kill, (os.getpid(), request.signal or signal.SIGINT)))
+        resent[-1].daemon = True
+        resent[-1].start()
+
+    _commands.append(request)
+    sys.unraisablehook = hook
+    try:
+        with _handlers(handle, SIGNALS):
+            try:
+                yield
+            finally:
+                for timer in resent:
+                    timer.cancel()
+    finally:
+        sys.unraisablehook = hook_before
+        _commands.remove(request)
+    if request:
+        raise request.interrupted("")
 
 
 @contextmanager

@@ -67,7 +67,8 @@ class Observations:
             return len(self.steps) - 1
         found = np.flatnonzero(self.steps == step)
         if not len(found):
-            raise UserError(f"{self.name} was not observed at step {step}; it was at {shortened(self.steps.tolist())}")
+            steps = shortened(self.steps.tolist())
+            raise UserError(f"{self.name} was not observed at step {step}; choose one of the steps {steps}")
         return int(found[0])
 
 

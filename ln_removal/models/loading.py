@@ -288,7 +288,7 @@ def _read_config(directory: Path) -> PretrainedConfig:
             directory, local_files_only=True, trust_remote_code=False, **RUNTIME_FLAGS
         )
     except Exception as error:
-        raise UserError(f"{path} is not a valid GPT-2 configuration: {one_line(error)}") from error
+        raise UserError(f"{path} is not a valid GPT-2 configuration: {one_line(error)}; correct it") from error
     sizes = sizes_of(config)
     if wrong := {name: size for name, size in sizes.items() if type(size) is not int or size < 1}:
         name, size = next(iter(wrong.items()))
@@ -297,7 +297,8 @@ def _read_config(directory: Path) -> PretrainedConfig:
         )
     if sizes["n_embd"] % sizes["n_head"]:
         raise UserError(
-            f"{path} is not a valid GPT-2 configuration: n_embd {sizes['n_embd']} is no multiple of n_head {sizes['n_head']}"
+            f"{path} is not a valid GPT-2 configuration: n_embd {sizes['n_embd']} is no multiple of n_head {sizes['n_head']}; "
+            "correct it"
         )
     check_activation(config, path)
     reset_runtime_flags(config)

@@ -102,9 +102,9 @@ class Plan:
         """Print the resolved recipe, the schedule as a table and a timeline, and the estimates."""
 
         def plain(text: str) -> None:
-            console.print(text, markup=False, highlight=False, soft_wrap=True)
+            console.print(Text(text), soft_wrap=True)
 
-        console.print(Rule(f"recipe {self.recipe.name}"))
+        console.print(Rule(Text(f"recipe {self.recipe.name}")))
         plain(dump_toml(self.recipe).rstrip())
         if self.schedule is not None:
             console.print(Rule("schedule: the optimizer step at which each site freezes"))
@@ -121,8 +121,8 @@ class Plan:
         summary.add_column(no_wrap=True)
         summary.add_column(overflow="fold")
         for label, value in self._summary():
-            summary.add_row(label, value)
-        console.print(summary, markup=False, highlight=False)
+            summary.add_row(label, Text(value))
+        console.print(summary)
 
     def _summary(self) -> list[tuple[str, str]]:
         """Label and value of each line below the timeline."""
@@ -264,7 +264,7 @@ def architecture_of_model(name: str | Path) -> ArchitectureSpec:
     if config.model_type not in REMOVABLE:
         raise UserError(
             f"{name} is a {config.model_type}; LayerNorm can be removed from a GPT-2 (model_type 'gpt2'), and this kind of model "
-            "can only be scored, observed and pretrained"
+            "can only be scored, observed and pretrained; name a GPT-2"
         )
     return ArchitectureSpec.model_validate(sizes_of(config))
 
@@ -292,7 +292,8 @@ def resolve_recipe(
     """
     if model is None and recipe is None:
         raise UserError(
-            "name what to remove LayerNorm from: --model tiny, --model gpt2, --model DIRECTORY or --recipe NAME"
+            "neither a model nor a recipe was named; say what to remove LayerNorm from: --model tiny, --model gpt2, "
+            "--model DIRECTORY or --recipe NAME"
         )
     if recipe is not None:
         found = load_recipe(recipe, {**(overrides or {}), **({} if model is None else {"model": model})})
@@ -361,10 +362,9 @@ class SweepPlan:
         """Print the arms as a table, and the total."""
         sweep = self.sweep
         if sweep.description:
-            console.print(sweep.description, markup=False, highlight=False)
-        table = Table(
-            title=f"grid {sweep.name}: {len(sweep.arms)} arms, {_count(len(sweep.seeds), 'seed')}", title_justify="left"
-        )
+            console.print(Text(sweep.description))
+        title = f"grid {sweep.name}: {len(sweep.arms)} arms, {_count(len(sweep.seeds), 'seed')}"
+        table = Table(title=Text(title), title_justify="left")
         table.add_column("arm")
         for name in ("parameters", "tokens", "steps", "context", "memory", "time of a run"):
             table.add_column(name, justify="right")
@@ -379,7 +379,7 @@ class SweepPlan:
                 f"{arm.recipe.data.context:,}",
                 f"{each.memory.total / 1e9:.1f} GB",
                 "measured" if each.seconds is None else readable_duration(each.seconds),
-                f"{arm.slug}-seed{','.join(map(str, sweep.seeds))}",
+                Text(f"{arm.slug}-seed{','.join(map(str, sweep.seeds))}"),
             )
         console.print(table)
         time = "measured when it runs" if self.seconds is None else f"about {readable_duration(self.seconds)}"
@@ -388,7 +388,7 @@ class SweepPlan:
             f"about {readable_duration(seconds)} on one {name}" for name, seconds in self.seconds_elsewhere.items()
         ]
         for line in (total, *elsewhere):
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
+            console.print(Text(line), soft_wrap=True)
 
 
 def plan_sweep(sweep: Sweep, *, device: str = "cpu") -> SweepPlan:

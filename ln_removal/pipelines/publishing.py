@@ -89,7 +89,9 @@ def run_files(run: Path, target: HubTarget) -> Files:
             f"{run} is no run of ln-remove, whose model could be published as it is; pass --out to export it"
         )
     if recipe_of(run).schedule is None:
-        raise UserError(f"{run} is a run of ln-pretrain; only what ln-remove has made LN-free can be published")
+        raise UserError(
+            f"{run} is a run of ln-pretrain; only what ln-remove has made LN-free can be published: name such a run"
+        )
     if not (run / "model" / "config.json").is_file():
         raise UserError(f"{run} has no exported model yet; continue it with ln-remove --out {run} --resume")
     has_stock = "stock" in recipe_of(run).export.formats and (run / "stock" / "config.json").is_file()

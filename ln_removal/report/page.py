@@ -29,6 +29,7 @@ from ln_removal.report.run_record import (
 )
 from ln_removal.report.tables import (
     PROMPTS_TITLE,
+    VISIBLE,
     Score,
     kind_label,
     prompt_notes,
@@ -52,7 +53,6 @@ _LABELS: dict[Score, str] = {
     "entropy": "entropy of the prediction, nats",
 }
 
-_VISIBLE = {code: chr(0x2400 + code) for code in range(0x20) if code not in (0x09, 0x0A)} | {0x7F: "\u2421"}
 _VISIBLE_SPACE = {0x20: "\u2423", 0x09: "\u21e5", 0x0A: "\u21b5\n"}
 
 
@@ -130,12 +130,12 @@ def _visible(value: Any) -> Any:
     """A text whose control characters are symbols; HTML of our own and numbers are left as they are."""
     if not isinstance(value, str) or isinstance(value, Markup):
         return value
-    return value.translate(_VISIBLE).encode("utf-8", errors="replace").decode("utf-8")
+    return value.translate(VISIBLE).encode("utf-8", errors="replace").decode("utf-8")
 
 
 def _visible_spaces(value: str) -> str:
     """A text whose white space is symbols too."""
-    return value.translate(_VISIBLE | _VISIBLE_SPACE)
+    return value.translate(VISIBLE | _VISIBLE_SPACE)
 
 
 def _number(value: float | None, form: str) -> str:

@@ -59,6 +59,7 @@ _STYLE: Any = {
     "figure.dpi": 100,
     "savefig.dpi": 200,
     "pdf.fonttype": 42,  # text stays text
+    "text.parse_math": False,  # names of runs and models stand in the titles, and $ is a character of theirs
 }
 
 

@@ -25,7 +25,7 @@ from ln_removal.config.estimate import readable_duration
 from ln_removal.config.sweep import Sweep
 from ln_removal.errors import UserError
 from ln_removal.files.atomic import write_json_atomically
-from ln_removal.report.tables import markdown_table, text_table
+from ln_removal.report.tables import as_it_is, markdown_table, text_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -297,7 +297,7 @@ def render_table(table: SweepTable, console: Console) -> None:
         seeds = [f"seed {seed}" for seed in table.grid.seeds]
         console.print(text_table("By seed", ["", *seeds], table.cells_by_seed()))
     for note in table.notes():
-        console.print(note, markup=False, highlight=False, soft_wrap=True)
+        console.print(as_it_is(note), soft_wrap=True)
 
 
 def _perplexities(arm: str, seeds: Sequence[int], results: Mapping[tuple[str, int], RunResult]) -> dict[int, float]:

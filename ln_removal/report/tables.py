@@ -23,6 +23,7 @@ from ln_removal.evaluation.results import (
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from ln_removal.evaluation.hellaswag import ModelsOnQuestions
 
@@ -30,6 +31,9 @@ WORST_SHOWN = 2
 """Worst windows of a data set that the printed table shows; results.json and the report have more."""
 
 PROMPTS_TITLE = "Prompts: cross-entropy (nats per token)"
+
+VISIBLE = {code: chr(0x2400 + code) for code in range(0x20) if code not in (0x09, 0x0A)} | {0x7F: "\u2421"}
+"""Symbols in the place of control characters, for `str.translate`."""
 
 HARMED = 0.1
 """Nats per token that the end-of-text token in front may add to the LN-free model's difference to the control."""
@@ -190,22 +194,27 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def text_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> Table:
-    """A table for the terminal, its first column to the left and the others to the right; nothing in it is markup.
+    """A table for the terminal, its first column to the left and the others to the right; its text is `as_it_is`.
 
     `notes` stand below it, each on a line of its own.
     """
-    from rich.markup import escape
     from rich.table import Table
+
+    caption = as_it_is("\n".join(notes)) if notes else None
+    table = Table(title=as_it_is(title), title_justify="left", caption=caption, caption_justify="left")
+    table.add_column(as_it_is(header[0]), overflow="fold")
+    for name in header[1:]:
+        table.add_column(as_it_is(name), justify="right")
+    for cells in rows:
+        table.add_row(*map(as_it_is, cells))
+    return table
+
+
+def as_it_is(text: str) -> Text:
+    """A text of a user or a model for rich, which shows "[v2]" and ":key:" as they are, and control characters as symbols."""
     from rich.text import Text
 
-    caption = Text("\n".join(notes)) if notes else None
-    table = Table(title=escape(title), title_justify="left", caption=caption, caption_justify="left")
-    table.add_column(header[0], overflow="fold")
-    for name in header[1:]:
-        table.add_column(escape(name), justify="right")
-    for cells in rows:
-        table.add_row(*map(Text, cells))
-    return table
+    return Text(text.translate(VISIBLE))
 
 
 def render(results: Results, console: Console) -> None:
@@ -219,7 +228,7 @@ def render(results: Results, console: Console) -> None:
     for one in results.continuations:
         lines += [f"--- {TITLES[role]}\n{one.prompt}{text}" for role, text in one.texts.known().items()]
     for line in lines:
-        console.print(line, markup=False, highlight=False)
+        console.print(as_it_is(line))
 
 
 def _score_table(results: Results) -> Table:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
+import secrets
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -15,7 +18,7 @@ from tqdm import tqdm
 
 from ln_removal.config.estimate import readable_duration
 from ln_removal.errors import UserError
-from ln_removal.files.metrics_log import set_aside, truncate_metrics
+from ln_removal.files.metrics_log import WANDB_FILE, set_aside, truncate_metrics
 
 Figure = float | int | str | None | list["Figure"]
 Metrics = Mapping[str, Figure]
@@ -68,10 +71,9 @@ class Tracker:
 
     def __enter__(self) -> Tracker:
         if self._enabled:
-            if self._wandb_project:
-                name = f"{self._path.parent.name}-{self._label}"
-                self._wandb = _start_wandb(self._wandb_project, name, self._config)
             self._path.parent.mkdir(parents=True, exist_ok=True)
+            if self._wandb_project:
+                self._wandb = _start_wandb(self._wandb_project, self._path.parent, self._label, self._config)
             self._file = self._path.open("a", encoding="utf-8")
             self._bar = tqdm(
                 total=self._total_steps,
@@ -166,16 +168,32 @@ def _numbers(name: str, value: Figure) -> Iterator[tuple[str, float]]:
         yield name, value
 
 
-def _start_wandb(project: str, name: str, config: dict[str, Any] | None) -> Any:
+def _start_wandb(project: str, directory: Path, label: str, config: dict[str, Any] | None) -> Any:
+    """Begin the training's run on Weights & Biases, or continue the one whose id is in the directory of the training."""
     try:
         import wandb
     except ImportError:
         raise UserError(
             "--wandb needs the package wandb, which is not installed; pip install wandb, or leave --wandb out"
         ) from None
+    file = directory / WANDB_FILE
+    known = file.read_text(encoding="utf-8").strip() if file.is_file() else ""
+    # Several trainings of one command, such as a removal and its control, must not share the id of the environment.
+    given = os.environ.get("WANDB_RUN_ID")
+    wanted = known or (f"{given}-{directory.name}-{label}" if given else secrets.token_hex(4))
     try:
-        run = wandb.init(project=project, name=name, config=config)
+        # A run that goes on after its learning rate was lowered has another configuration.
+        run = wandb.init(
+            project=project,
+            name=f"{directory.name}-{label}",
+            config=config,
+            id=re.sub(r"[^\w.-]", "-", wanted, flags=re.ASCII),
+            resume="allow",
+            allow_val_change=True,
+        )
         run.define_metric("*", step_metric="step")
-        return run
     except Exception as error:  # wandb raises many kinds: no login, no network, a bad project name
-        raise UserError(f"wandb could not start: {error}; run `wandb login`, or leave --wandb out") from error
+        again = f", or delete {file} to begin another run there" if known else ""
+        raise UserError(f"wandb could not start: {error}; run `wandb login`, or leave --wandb out{again}") from error
+    file.write_text(f"{run.id}\n", encoding="utf-8")
+    return run
