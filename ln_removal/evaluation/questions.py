@@ -176,7 +176,7 @@ def _parse_text(lines: list[str], path: Path) -> Iterator[Question]:
 def _question(record: Any, where: str, number: int) -> Question:
     """Check a record of the jsonl or of the Hub and make it a question; `where` names it in an error."""
     if not isinstance(record, Mapping):
-        raise UserError(f"{where}: expected a JSON object, found {type(record).__name__}")
+        raise UserError(f"{where}: expected a JSON object with ctx, endings and label, found {type(record).__name__}")
     missing = [key for key in ("ctx", "endings", "label") if key not in record]
     if missing:
         raise UserError(f"{where}: no {', '.join(missing)}; a question has ctx, endings and label")
@@ -190,7 +190,7 @@ def _question(record: Any, where: str, number: int) -> Question:
         raise UserError(f"{where}: the label is {label!r}; {hint}")
     index = number if record.get("ind") is None else record["ind"]
     if type(index) is not int:
-        raise UserError(f"{where}: ind is {index!r}; expected a whole number")
+        raise UserError(f"{where}: ind is {index!r}; expected a whole number, or leave it out")
     ctx = _text(record, "ctx", where)
     if ctx is None:
         raise UserError(f'{where}: ctx is null; give the context as a text (an empty one is written "")')
