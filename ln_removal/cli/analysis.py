@@ -6,7 +6,7 @@ the options --device, --dtype, --seed, --out, --json and --debug, and prints, dr
     @on_run
     def dla(request: Request, documents: DocumentsOption = 32) -> Found:
         (its docstring is the help)
-        from ln_removal.interpret.direct_effects import direct_effects
+        from ln_removal.interpret.attribution import direct_effects
         from ln_removal.report import exact_analyses
 
         models = request.load()

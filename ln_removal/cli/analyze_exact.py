@@ -35,7 +35,7 @@ def dla(
       ln-analyze dla checkpoints/demo
       ln-analyze dla checkpoints/demo --direction centred --documents 64 --bos --json
     """
-    from ln_removal.interpret.direct_effects import DIRECTIONS, direct_effects_of_run
+    from ln_removal.interpret.attribution import DIRECTIONS, direct_effects_of_run
     from ln_removal.report.exact_analyses import dla_charts, dla_tables
 
     asked = [name.strip() for name in direction.split(",") if name.strip()]

@@ -9,13 +9,13 @@ import importlib
 from typing import Any
 
 _MODULES = {
-    "Components": "ln_removal.interpret.direct_effects",
-    "DirectEffects": "ln_removal.interpret.direct_effects",
+    "Components": "ln_removal.interpret.attribution",
+    "DirectEffects": "ln_removal.interpret.attribution",
     "Documents": "ln_removal.interpret.models",
     "Models": "ln_removal.interpret.models",
-    "components": "ln_removal.interpret.direct_effects",
-    "direct_effects": "ln_removal.interpret.direct_effects",
-    "direct_effects_of_run": "ln_removal.interpret.direct_effects",
+    "components": "ln_removal.interpret.attribution",
+    "direct_effects": "ln_removal.interpret.attribution",
+    "direct_effects_of_run": "ln_removal.interpret.attribution",
     "load": "ln_removal.interpret.models",
 }
 """The public names, and the module of each."""

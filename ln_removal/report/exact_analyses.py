@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ln_removal.evaluation.bootstrap import Interval
-from ln_removal.interpret.direct_effects import (
+from ln_removal.interpret.attribution import (
     KIND_TITLES,
     Array,
     DirectEffects,

@@ -100,7 +100,10 @@ class DirectEffects:
     def error(self, *, seed: int = 0) -> Interval:
         """100 mean |a - d| / mean |d|, per cent, with its 95 % interval over documents."""
         off, size = (np.abs(values).sum(axis=(0, 2)) for values in (self.attribution - self.ablation, self.ablation))
-        (found,) = bootstrap_means(100 * off[None], size, seed=seed)
+        some = size > 0  # a document on which nothing has an effect says nothing
+        if not some.any():
+            return Interval(np.nan, np.nan, np.nan)
+        (found,) = bootstrap_means(100 * off[None, some], size[some], seed=seed)
         return found
 
     def sign_flips(self, *, seed: int = 0) -> Interval:
@@ -144,7 +147,7 @@ class DirectEffects:
                 "error_per_cent": interval_json(part.error(seed=seed)),
                 "sign_flips_per_cent": interval_json(part.sign_flips(seed=seed)),
                 "rank_correlation": interval_json(part.rank_correlation(seed=seed)),
-                "mean_size_logits": float(np.abs(part.ablation).mean()),
+                "mean_ablation_size_logits": float(np.abs(part.ablation).mean()),
             }
         return {
             "by_kind": by_kind,
