@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ln_removal.cli import analysis, console
-from ln_removal.cli.analyze_exact import dla
+from ln_removal.cli.analyze_exact import circuits, dla, paths
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -182,6 +182,8 @@ app = console.build_group(
     nans=nans,
     slopes=slopes,
     dla=dla,
+    paths=paths,
+    circuits=circuits,
 )
 
 

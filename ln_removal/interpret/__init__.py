@@ -16,7 +16,15 @@ _MODULES = {
     "components": "ln_removal.interpret.attribution",
     "direct_effects": "ln_removal.interpret.attribution",
     "direct_effects_of_run": "ln_removal.interpret.attribution",
+    "expand": "ln_removal.interpret.paths",
+    "folded_weights": "ln_removal.interpret.circuits",
     "load": "ln_removal.interpret.models",
+    "path_sums": "ln_removal.interpret.paths",
+    "paths_of_run": "ln_removal.interpret.paths",
+    "circuits_of_run": "ln_removal.interpret.circuits",
+    "score_terms": "ln_removal.interpret.circuits",
+    "token_table": "ln_removal.interpret.circuits",
+    "weight_circuits": "ln_removal.interpret.circuits",
 }
 """The public names, and the module of each."""
 

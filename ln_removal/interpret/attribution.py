@@ -33,6 +33,7 @@ import numpy.typing as npt
 
 from ln_removal.evaluation.bootstrap import Interval, bootstrap_means
 from ln_removal.interpret.models import Documents, Models
+from ln_removal.interpret.reading import as_read
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -233,9 +234,12 @@ def direct_effects(
         cfg = bridge.cfg
         numbers = tokens.shape[1] * cfg.d_model * (cfg.n_layers * (cfg.n_heads + 1) + 3)
         batch = max(1, VALUES_IN_A_PASS // numbers)
-    parts: list[dict[Direction, DirectEffects]] = [
-        _effects(bridge, tokens[start : start + batch], directions) for start in range(0, len(tokens), batch)
-    ]
+    parts: list[dict[Direction, DirectEffects]] = []
+    for some in tokens.split(batch):
+        found = components(bridge, some)
+        parts.append(
+            effects_of_parts(bridge, found.labels, found.written, found.residual, found.logits, some, directions)
+        )
     return {
         name: DirectEffects(
             parts[0][name].labels,
@@ -280,28 +284,48 @@ def interval_json(found: Interval) -> dict[str, float | None]:
     return {name: value if np.isfinite(value) else None for name, value in values.items()}
 
 
-def _effects(
-    bridge: TransformerBridge, tokens: Tensor, directions: Sequence[Direction]
+def effects_of_parts(
+    bridge: TransformerBridge,
+    labels: list[str],
+    written: Tensor,
+    residual: Tensor,
+    logits: Tensor,
+    tokens: Tensor,
+    directions: Sequence[Direction],
 ) -> dict[Direction, DirectEffects]:
+    """Attribution and ablation of any parts of the final residual stream, at every position that has a next token.
+
+    Args:
+        labels: C names.
+        written: (C, N, T, D) the parts.
+        residual: (N, T, D) the whole stream.
+        logits: (N, T, V) of the model, which tell the runner-up.
+        tokens: (N, T).
+        directions: of the unembedding.
+    """
     import torch
 
-    found = components(bridge, tokens)
-    written, residual = found.written[:, :, :-1], found.residual[:, :-1]
+    written, residual = written[:, :, :-1], residual[:, :-1]
     effects: dict[Direction, DirectEffects] = {}
     with torch.no_grad():
-        whole, scaled = bridge.ln_final(residual), _as_attributed(bridge, written, residual)
+        whole, scaled = bridge.ln_final(residual), as_read(bridge.ln_final, written, residual)
         ablated = torch.stack([bridge.ln_final(residual - one) for one in written])
         for name in directions:
-            vector = _direction(bridge, name, found.logits[:, :-1], tokens[:, 1:])  # (N, T, D)
+            vector = direction_vectors(bridge, name, logits[:, :-1], tokens[:, 1:])
             attribution, after = (torch.einsum("cntd,ntd->cnt", one, vector) for one in (scaled, ablated))
             ablation = torch.einsum("ntd,ntd->nt", whole, vector) - after  # the logit biases cancel
             arrays = (one.double().cpu().numpy() for one in (attribution, ablation))
-            effects[name] = DirectEffects(found.labels, *arrays)
+            effects[name] = DirectEffects(labels, *arrays)
     return effects
 
 
-def _direction(bridge: TransformerBridge, name: Direction, logits: Tensor, right: Tensor) -> Tensor:
-    """(N, T, D) the direction of the unembedding at each position."""
+def direction_vectors(bridge: TransformerBridge, name: Direction, logits: Tensor, right: Tensor) -> Tensor:
+    """(N, T, D) the direction of the unembedding at each position.
+
+    Args:
+        logits: (N, T, V), which tell the runner-up.
+        right: (N, T) the right next tokens.
+    """
     import torch
 
     columns = bridge.W_U.T  # (V, D)
@@ -312,18 +336,6 @@ def _direction(bridge: TransformerBridge, name: Direction, logits: Tensor, right
         return correct - columns.mean(dim=0)
     others = logits.scatter(-1, right[..., None], -torch.inf)
     return correct - columns[others.argmax(dim=-1)]
-
-
-def _as_attributed(bridge: TransformerBridge, written: Tensor, residual: Tensor) -> Tensor:
-    """(C, N, T, D) what the unembedding reads of each component if the scale of the final norm is that of the whole stream."""
-    from transformer_lens.model_bridge.generalized_components.normalization import NormalizationBridge
-
-    norm = bridge.ln_final
-    if not isinstance(norm, NormalizationBridge):
-        return written
-    own: Any = norm.original_component
-    sigma = (residual.var(dim=-1, correction=0, keepdim=True) + own.eps).sqrt()
-    return (written - written.mean(dim=-1, keepdim=True)) / sigma * own.weight
 
 
 def _spearman(first: Array, second: Array, *, axis: int) -> Array:

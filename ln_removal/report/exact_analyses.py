@@ -21,7 +21,9 @@ from ln_removal.interpret.attribution import (
     DirectEffectsByModel,
     Direction,
 )
-from ln_removal.interpret.models import TITLES
+from ln_removal.interpret.circuits import COMPOSITIONS, CircuitsByModel
+from ln_removal.interpret.models import TITLES, Documents
+from ln_removal.interpret.paths import GROUPS, TOP, PathsByModel
 from ln_removal.report import plots
 from ln_removal.report.tables import text_table
 
@@ -51,9 +53,19 @@ def number(value: float, digits: int = 1) -> str:
 
 def with_interval(found: Interval, digits: int = 1) -> str:
     """A value and its interval: "39.5 [37.8, 41.2]"."""
-    if abs(found.value) < SHORTEST_NUMBER and found.value != 0:
-        return number(found.value, digits)
     return f"{found.value:.{digits}f} [{found.low:.{digits}f}, {found.high:.{digits}f}]"
+
+
+def error_cell(found: Interval) -> str:
+    """An error with its interval, or its order of magnitude where it is rounding."""
+    return number(found.value) if not abs(found.value) >= SHORTEST_NUMBER else with_interval(found)
+
+
+def read_text(documents: Documents) -> str:
+    """What was read, in a few words, for the note below a table."""
+    count, length = documents.tokens.shape
+    bos = "with" if documents.prepend_bos else "without"
+    return f"{count} {documents.unit} of {length} tokens ({documents.corpus}), {bos} BOS"
 
 
 def dla_tables(found: DirectEffectsByModel) -> list[Table]:
@@ -66,14 +78,12 @@ def dla_tables(found: DirectEffectsByModel) -> list[Table]:
             parts = [found.effects[role][direction].only(kind) for role in roles]  # type: ignore[arg-type]
             name = f"{direction}, {title}"
             rows += [
-                [f"{name}: error (%)", *(with_interval(part.error(seed=seed)) for part in parts)],
+                [f"{name}: error (%)", *(error_cell(part.error(seed=seed)) for part in parts)],
                 ["  wrong sign (%)", *(with_interval(part.sign_flips(seed=seed)) for part in parts)],
                 ["  rank correlation", *(with_interval(part.rank_correlation(seed=seed), 3) for part in parts)],
             ]
-    count, length = found.documents.tokens.shape
     notes = [
-        f"{count} {found.documents.unit} of {length} tokens ({found.documents.corpus}), "
-        f"{'with' if found.documents.prepend_bos else 'without'} BOS; 95 % intervals over {found.documents.unit}",
+        f"{read_text(found.documents)}; 95 % intervals over {found.documents.unit}",
         "error: mean |attribution - ablation| over mean |ablation|",
     ]
     return [
@@ -165,3 +175,194 @@ def _grid(effects: DirectEffects, layers: int, heads: int) -> Array:
         elif label.endswith("_mlp_out"):
             grid[int(label.partition("_")[0]), -1] = error
     return grid
+
+
+def paths_tables(found: PathsByModel) -> list[Table]:
+    """Mean contributions by number of heads and by source with the errors of ablation; then the largest single paths."""
+    seed, roles = found.documents.seed, list(found.sums)
+    header = ["", *(TITLES[role] for role in roles)]
+    parts = list(found.sums.values())
+    orders = [part.by_order(seed=seed) for part in parts]
+    groups = [part.by_group(seed=seed) for part in parts]
+    rows = []
+    for place, order in enumerate(parts[0].orders):
+        name = "no head (direct)" if order == 0 else f"{order} head{'s' if order > 1 else ''}"
+        rows.append([f"{name}: mean (logits)", *(with_interval(one[place], 2) for one in orders)])
+        rows.append(["  error by ablation (%)", *(error_cell(part.error_of_order(order, seed=seed)) for part in parts)])
+    rows += [[f"from {group}: mean (logits)", *(with_interval(one[group], 2) for one in groups)] for group in GROUPS]
+    rows.append(["largest difference to the logits", *(number(part.sum_error) for part in parts)])
+    notes = [
+        f"{parts[0].paths:,} paths in {len(parts[0].terms)} terms; contributions to {DIRECTION_TITLES[found.direction]}",
+        f"{read_text(found.documents)}; 95 % intervals over {found.documents.unit}",
+        "error by ablation: of a term that is taken out of the final residual stream",
+    ]
+    last = roles[-1]
+    named = [{one.name: one for one in part.named} for part in parts]
+    single = [
+        [
+            one.name,
+            *(f"{other[one.name].mean:+.2f}" if one.name in other else "-" for other in named),
+            f"{one.size:.2f}",
+        ]
+        for one in found.sums[last].named[:TOP]
+    ]
+    single_header = [*header, f"mean size, {TITLES[last]}"]
+    return [
+        text_table("paths from a source through heads to the logit", header, rows, notes),
+        text_table(
+            f"largest paths with at most 2 heads in the {TITLES[last]} model: mean (logits)", single_header, single
+        ),
+    ]
+
+
+def paths_charts(found: PathsByModel) -> dict[str, Callable[[], Figure]]:
+    """Bars by number of heads."""
+    return {"paths-orders": lambda: path_orders(found)}
+
+
+def path_orders(found: PathsByModel) -> Figure:
+    """Mean contribution by number of heads passed, a bar for each group of sources, one panel a model, on the same axes."""
+    roles = list(found.sums)
+    figure, axes = plots.panels([TITLES[role] for role in roles], (2.6, 2.3), share=True)
+    colours = (plots.ALARM, plots.RULE, plots.ACCENT, plots.SOFT)
+    width = 0.2
+    for panel, role in zip(axes, roles, strict=True):
+        table = found.sums[role].by_group_and_order()
+        orders = np.array(found.sums[role].orders)
+        for place, (group, values) in enumerate(zip(GROUPS, table, strict=True)):
+            panel.bar(orders + (place - 1.5) * width, values, width, color=colours[place], label=group)
+        panel.axhline(0, color=plots.SOFT, linewidth=0.6)
+        panel.grid(axis="y")
+        panel.set_axisbelow(True)
+        panel.set_xticks(orders)
+    axes[-1].legend(frameon=False, fontsize=7.5, title="source", title_fontsize=7.5, loc="upper right")
+    plots.label_edges(axes, "heads passed", "mean contribution (logits)")
+    plots.note(
+        figure,
+        f"Contributions to {DIRECTION_TITLES[found.direction]}. All bars and a bias sum to the mean logit. An MLP is a source: "
+        "what it read is not taken apart.",
+    )
+    return figure
+
+
+def circuits_tables(found: CircuitsByModel, *, most: int = 24) -> list[Table]:
+    """The scores of each head with the pair of sources that its pattern depends on most; the strongest compositions."""
+    roles = list(found.circuits)
+    last = found.circuits[roles[-1]]
+    layers, heads = last.copying.shape
+    places = sorted(np.ndindex(layers, heads), key=lambda place: -abs(last.copying[place]))[:most]
+    rows = []
+    for layer, head in sorted(places):
+        rows.append([f"L{layer}H{head}: copying, matching", *(_two_scores(found, role, layer, head) for role in roles)])
+        pairs = [found.pairs(role, layer, head, 1)[0] for role in roles]
+        rows.append(["  query . key", *(f"{name} {100 * share:.0f} %" for name, share in pairs)])
+    header = ["", *(TITLES[role] for role in roles)]
+    errors = ", ".join(f"{TITLES[role]} {number(float(found.pattern_errors[role].max()))}" for role in roles)
+    notes = [
+        "copying: eigenvalues of W_E OV W_U, from -1 to 1; matching: of W_E QK W_E^T",
+        "query . key: the pair of sources with the largest share in the variation of the head's scores over keys",
+        f"largest difference between a pattern and the softmax of its summed terms: {errors}",
+    ]
+    tables = [text_table("circuits from weights", header, rows, notes)]
+    names = {"Q": "query", "K": "key", "V": "value"}
+    strongest = [
+        [kind, *(_pair(found, role, kind, rank) for role in roles)] for kind in COMPOSITIONS for rank in range(4)
+    ]
+    title = f"strongest compositions ({', '.join(f'{kind} {name}' for kind, name in names.items())})"
+    return [*tables, text_table(title, header, strongest)]
+
+
+def circuits_charts(found: CircuitsByModel) -> dict[str, Callable[[], Figure]]:
+    """Copying and matching scores, eigenvalues, and compositions."""
+    return {
+        "circuits-heads": lambda: head_scores(found),
+        "circuits-eigenvalues": lambda: eigenvalues(found),
+        "circuits-composition": lambda: compositions(found),
+    }
+
+
+def head_scores(found: CircuitsByModel) -> Figure:
+    """Copying and matching score of each head, layers by heads, two panels a model, on one scale."""
+    roles = list(found.circuits)
+    grids = {
+        f"{TITLES[role]}: {name}": getattr(found.circuits[role], name)
+        for name in ("copying", "matching")
+        for role in roles
+    }
+    first = next(iter(grids.values()))
+    figure, axes = plots.panels(list(grids), plots.cell_size(*first.shape), share=False)
+    for panel, grid in zip(axes, grids.values(), strict=True):
+        image = panel.imshow(grid, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
+        panel.set_xticks(plots.whole_ticks(grid.shape[1]))
+        panel.set_yticks(plots.whole_ticks(grid.shape[0]))
+        panel.tick_params(length=0)
+        panel.spines[:].set_visible(False)
+        panel.set_anchor("NW")
+    plots.label_edges(axes, "head", "layer")
+    plots.colour_bar(figure, axes, image, "score")
+    plots.note(
+        figure, "Copying: 1 if a head raises the tokens that it looks at. Matching: 1 if a head looks at its own token."
+    )
+    return figure
+
+
+def eigenvalues(found: CircuitsByModel) -> Figure:
+    """The eigenvalues of every head's W_E OV W_U in the complex plane, each head's divided by its largest, one panel a model."""
+    roles = list(found.circuits)
+    figure, axes = plots.panels([TITLES[role] for role in roles], (2.4, 2.4), share=True)
+    layers = found.circuits[roles[0]].copying.shape[0]
+    colours = plots.layer_colours(layers)
+    for panel, role in zip(axes, roles, strict=True):
+        for layer, of_layer in enumerate(found.circuits[role].ov_eigenvalues):
+            values = (of_layer / np.abs(of_layer).max(axis=-1, keepdims=True)).ravel()
+            panel.plot(values.real, values.imag, ".", color=colours[layer], markersize=3, markeredgewidth=0, alpha=0.7)
+        panel.axhline(0, color=plots.RULE, linewidth=0.6, zorder=0)
+        panel.axvline(0, color=plots.RULE, linewidth=0.6, zorder=0)
+        panel.set_aspect("equal", adjustable="box")
+    axes[0].set_xlim(-1.1, 1.1)
+    axes[0].set_ylim(-1.1, 1.1)
+    plots.label_edges(axes, "real part", "imaginary part")
+    plots.layer_bar(figure, axes, layers)
+    plots.note(figure, "Eigenvalues of W_E OV W_U. To the right: tokens that a head looks at become likelier.")
+    return figure
+
+
+def compositions(found: CircuitsByModel) -> Figure:
+    """Composition scores of all pairs of heads, later heads by earlier heads, a row of panels a kind, on one scale."""
+    roles = list(found.circuits)
+    names = {"Q": "queries", "K": "keys", "V": "values"}
+    grids = {}
+    for kind in COMPOSITIONS:
+        for role in roles:
+            scores = found.circuits[role].composition[kind]
+            count = scores.shape[0] * scores.shape[1]
+            grids[f"{TITLES[role]}: {names[kind]}"] = scores.reshape(count, count).T
+    largest = max(float(grid.max()) for grid in grids.values())
+    figure, axes = plots.panels(list(grids), (2.3, 2.2), share=True)
+    layers, heads = found.circuits[roles[0]].copying.shape
+    edges = np.arange(layers) * heads
+    for panel, grid in zip(axes, grids.values(), strict=True):
+        shown = np.ma.masked_equal(grid, 0)
+        image = panel.imshow(shown, cmap=plots.colour_map(), vmin=0, vmax=largest, interpolation="nearest")
+        ticks = plots.whole_ticks(layers, 8)
+        panel.set_xticks(edges[ticks] + (heads - 1) / 2, [str(tick) for tick in ticks])
+        panel.set_yticks(edges[ticks] + (heads - 1) / 2, [str(tick) for tick in ticks])
+        panel.tick_params(length=0)
+        panel.spines[:].set_visible(False)
+    plots.label_edges(axes, "layer of the earlier head", "layer of the later head")
+    plots.colour_bar(figure, axes, image, "composition score")
+    plots.note(
+        figure,
+        f"What the earlier head writes, read by the later head's queries, keys or values; {heads} heads a layer.",
+    )
+    return figure
+
+
+def _two_scores(found: CircuitsByModel, role: str, layer: int, head: int) -> str:
+    one = found.circuits[role]
+    return f"{one.copying[layer, head]:+.2f}, {one.matching[layer, head]:+.2f}"
+
+
+def _pair(found: CircuitsByModel, role: str, kind: str, rank: int) -> str:
+    strongest = found.circuits[role].strongest(kind, rank + 1)  # type: ignore[arg-type]
+    return f"{strongest[rank][0]}  {strongest[rank][1]:.2f}" if len(strongest) > rank else "-"
