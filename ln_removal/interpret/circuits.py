@@ -241,7 +241,7 @@ def weight_circuits(bridge: TransformerBridge) -> Circuits:
         later = torch.ones(bridge.cfg.n_layers, bridge.cfg.n_layers).triu(1)[:, None, :, None]
         rights = {"Q": weights.QK, "K": weights.QK.T, "V": weights.OV}
         composition = {
-            kind: np.asarray((composition_scores(weights.OV, rights[kind]).cpu() * later).numpy())
+            kind: np.asarray((composition_scores(weights.OV, rights[kind]).cpu().nan_to_num() * later).numpy())
             for kind in COMPOSITIONS
         }
     return Circuits(ov.cpu().numpy(), qk.cpu().numpy(), composition)
