@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from command_line import done
+from command_line import done, refused
 from disarmed_model import disarm
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -158,5 +158,7 @@ def test_command(here: Path) -> None:
     for one in found["models"].values():
         assert np.max(one["pattern_error"]) < 1e-10
         assert np.shape(one["copying_score"]) == (2, 2) and np.shape(one["composition_score"]["K"]) == (2, 2, 2, 2)
+    assert found["head"] in said and len(found["models"]["control"]["raised_tokens"]) == 8
+    assert "L1H1" in refused("ln-analyze circuits run --head L1H2 --documents 1 --length 8 --out new/found")
     names = {path.name for path in Path("new/found").iterdir()}
     assert {"circuits-heads.png", "circuits-eigenvalues.pdf", "circuits-composition.png"} <= names

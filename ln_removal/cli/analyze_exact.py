@@ -21,6 +21,14 @@ DirectionOption = Annotated[
 OneDirectionOption = Annotated[
     Literal["correct", "difference", "centred"], typer.Option(help="What of the logits is explained.")
 ]
+HeadOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LAYER_HEAD",
+        help="Whose raised tokens are listed, such as L1H0. Default: the one with the largest copying score.",
+        show_default=False,
+    ),
+]
 
 
 @on_run
@@ -81,7 +89,11 @@ def paths(
 
 @on_run
 def circuits(
-    request: Request, documents: DocumentsOption = 2, length: LengthOption = 128, bos: BosOption = False
+    request: Request,
+    head: HeadOption = None,
+    documents: DocumentsOption = 2,
+    length: LengthOption = 128,
+    bos: BosOption = False,
 ) -> Found:
     """Circuits from weights. Shows which heads copy, how heads compose, and which pairs of sources make their patterns.
 
@@ -91,12 +103,14 @@ def circuits(
     \b
     Examples:
       ln-analyze circuits checkpoints/demo
+      ln-analyze circuits checkpoints/demo --head L5H2
     """
     from ln_removal.interpret.circuits import circuits_of_run
     from ln_removal.report.exact_analyses import circuits_charts, circuits_tables
 
     models = request.load()
-    found = circuits_of_run(models, request.documents(models, documents, length, bos=bos), progress=request.progress)
+    text = request.documents(models, documents, length, bos=bos)
+    found = circuits_of_run(models, text, head=head, progress=request.progress)
     return Found(found, circuits_tables(found), circuits_charts(found))
 
 

@@ -25,12 +25,14 @@ Shape legend: L layers, H heads, K width of a head, D model width, V vocabulary,
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
+from ln_removal.errors import UserError
 from ln_removal.interpret.attribution import Array
 from ln_removal.interpret.models import Documents, Models
 from ln_removal.interpret.reading import as_read, bias_read, own_norm
@@ -41,6 +43,9 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 Composition = Literal["Q", "K", "V"]
+SHOWN_TOKENS = 8
+"""Tokens whose effect through a head is listed."""
+
 COMPOSITIONS: tuple[Composition, ...] = get_args(Composition)
 
 
@@ -163,6 +168,9 @@ class CircuitsByModel:
         shares: by role, for each layer (H, A, A), of `ScoreTerms.shares`.
         pattern_errors: by role, (L, H), of `ScoreTerms`, the largest over the documents.
         documents: on which scores were split.
+        head: layer and head of `raised`.
+        raised: by role, the `token_table` of the head for the tokens of the documents that it moves most in the last model;
+            as texts.
     """
 
     circuits: dict[str, Circuits]
@@ -171,6 +179,8 @@ class CircuitsByModel:
     pattern_errors: dict[str, Array]
     documents: Documents
     names: dict[str, str]
+    head: tuple[int, int]
+    raised: dict[str, list[tuple[str, list[str]]]]
 
     def pairs(self, role: str, layer: int, head: int, count: int = 2) -> list[tuple[str, float]]:
         """The source pairs with the largest shares of a head's scores, such as ("embed . 0_attn_out", 0.6)."""
@@ -196,7 +206,9 @@ class CircuitsByModel:
                 "pattern_error": self.pattern_errors[role].tolist(),
                 "score_pairs": heads,
             }
-        return {"text": self.documents.to_json(), "models": models}
+        for role, rows in self.raised.items():
+            models[role]["raised_tokens"] = [{"token": token, "raises": texts} for token, texts in rows]
+        return {"text": self.documents.to_json(), "head": f"L{self.head[0]}H{self.head[1]}", "models": models}
 
 
 def folded_weights(bridge: TransformerBridge) -> FoldedWeights:
@@ -229,7 +241,6 @@ def weight_circuits(bridge: TransformerBridge) -> Circuits:
     """
     import torch
     from transformer_lens import FactoredMatrix
-    from transformer_lens.utilities.matrix import composition_scores
 
     with torch.no_grad():
         weights = folded_weights(bridge)
@@ -238,12 +249,9 @@ def weight_circuits(bridge: TransformerBridge) -> Circuits:
         ov = FactoredMatrix(through_tokens @ weights.W_V, weights.W_O).eigenvalues
         gram = weights.W_E.T @ weights.W_E
         qk = FactoredMatrix(gram @ weights.W_Q, weights.W_K.transpose(-2, -1)).eigenvalues
-        later = torch.ones(bridge.cfg.n_layers, bridge.cfg.n_layers).triu(1)[:, None, :, None]
+        later = np.triu(np.ones((bridge.cfg.n_layers, bridge.cfg.n_layers)), 1)[:, None, :, None]
         rights = {"Q": weights.QK, "K": weights.QK.T, "V": weights.OV}
-        composition = {
-            kind: np.asarray((composition_scores(weights.OV, rights[kind]).cpu().nan_to_num() * later).numpy())
-            for kind in COMPOSITIONS
-        }
+        composition = {kind: _composition(weights.OV, rights[kind]) * later for kind in COMPOSITIONS}
     return Circuits(ov.cpu().numpy(), qk.cpu().numpy(), composition)
 
 
@@ -282,12 +290,23 @@ def token_table(
     return [list(zip(*pair, strict=True)) for pair in zip(ids.tolist(), values.tolist(), strict=True)]
 
 
-def circuits_of_run(models: Models, documents: Documents, *, progress: bool = False) -> CircuitsByModel:
-    """Circuits of every model of a run; scores are split by source pair on the documents."""
+def circuits_of_run(
+    models: Models, documents: Documents, *, head: str | None = None, progress: bool = False
+) -> CircuitsByModel:
+    """Circuits of every model of a run; scores are split by source pair on the documents.
+
+    Args:
+        head: whose raised tokens are listed, such as "L1H0"; by default the one with the largest copying score in the last
+            model.
+
+    Raises:
+        UserError: there is no such head.
+    """
     import torch
     from tqdm.auto import tqdm
 
     layers, heads = int(models.any.cfg.n_layers), int(models.any.cfg.n_heads)
+    asked = None if head is None else _parsed(head, layers, heads)
     circuits: dict[str, Circuits] = {}
     shares: dict[str, list[Array]] = {}
     errors: dict[str, Array] = {}
@@ -304,7 +323,37 @@ def circuits_of_run(models: Models, documents: Documents, *, progress: bool = Fa
                     errors[role][layer] = np.max([[one.pattern_error for one in some] for some in found], axis=0)
                     sources.append(found[0][0].sources)
                     bar.update()
-    return CircuitsByModel(circuits, sources, shares, errors, documents, dict(models.names))
+    copying = circuits[models.items()[-1][0]].copying
+    chosen = asked or divmod(int(copying.argmax()), heads)
+    raised = _raised(models, documents, *chosen)
+    return CircuitsByModel(circuits, sources, shares, errors, documents, dict(models.names), chosen, raised)
+
+
+def _parsed(head: str, layers: int, heads: int) -> tuple[int, int]:
+    match = re.fullmatch(r"L(\d+)H(\d+)", head)
+    if match is None or int(match[1]) >= layers or int(match[2]) >= heads:
+        raise UserError(
+            f"{head} is no head of these models; write L0H0 to L{layers - 1}H{heads - 1}, the layer and then the head"
+        )
+    return int(match[1]), int(match[2])
+
+
+def _raised(models: Models, documents: Documents, layer: int, head: int) -> dict[str, list[tuple[str, list[str]]]]:
+    """For each model the texts of tokens that a head looks at, and of those that it raises then."""
+
+    def text(token: int) -> str:
+        return str(token) if models.tokenizer is None else str(models.tokenizer.decode([token]))
+
+    seen = np.unique(documents.tokens).tolist()
+    last = token_table(models.items()[-1][1], layer, head, seen, 1)
+    strongest = [seen[place] for place in np.argsort([-row[0][1] for row in last])[:SHOWN_TOKENS]]
+    return {
+        role: [
+            (text(token), [text(found) for found, _ in row])
+            for token, row in zip(strongest, token_table(bridge, layer, head, strongest, 4), strict=True)
+        ]
+        for role, bridge in models.items()
+    }
 
 
 def _folded(slot: Any, weight: Tensor) -> Tensor:
@@ -323,6 +372,14 @@ def _folded_heads(block: Any) -> list[Tensor]:
 
     weights = (block.attn.W_Q, block.attn.W_K, block.attn.W_V)
     return [torch.stack([_folded(block.ln1, head) for head in one]) for one in weights]
+
+
+def _composition(left: FactoredMatrix, right: FactoredMatrix) -> Array:
+    """(L, H, L, H), a later layer at a time, because all pairs at once would fill the memory of a large model."""
+    from transformer_lens.utilities.matrix import composition_scores
+
+    layers = [composition_scores(left, right[layer]).cpu().nan_to_num().numpy() for layer in range(right.shape[0])]
+    return np.asarray(np.stack(layers, axis=2), dtype=np.float64)
 
 
 def _run(bridge: TransformerBridge, tokens: Tensor) -> Any:

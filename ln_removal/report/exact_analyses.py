@@ -269,7 +269,13 @@ def circuits_tables(found: CircuitsByModel, *, most: int = 24) -> list[Table]:
         [kind, *(_pair(found, role, kind, rank) for role in roles)] for kind in COMPOSITIONS for rank in range(4)
     ]
     title = f"strongest compositions ({', '.join(f'{kind} {name}' for kind, name in names.items())})"
-    return [*tables, text_table(title, header, strongest)]
+    raised = [
+        [repr(token), *(" ".join(repr(text) for text in found.raised[role][place][1]) for role in roles)]
+        for place, (token, _) in enumerate(found.raised[roles[-1]])
+    ]
+    layer, head = found.head
+    name = f"what L{layer}H{head} raises when it looks at a token (the four largest of a row of W_E OV W_U)"
+    return [*tables, text_table(title, header, strongest), text_table(name, ["looks at", *header[1:]], raised)]
 
 
 def circuits_charts(found: CircuitsByModel) -> dict[str, Callable[[], Figure]]:
