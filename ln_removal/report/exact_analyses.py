@@ -40,15 +40,12 @@ DIRECTION_TITLES: dict[Direction, str] = {
     "difference": "the right next token minus the runner-up",
 }
 
-SHORTEST_NUMBER = 0.01
-"""Figures below this are written with an exponent."""
-
 
 def number(value: float, digits: int = 1) -> str:
     """A figure with so many decimals, or with an exponent where these would show nothing of it."""
     if not np.isfinite(value):
         return "-"
-    return f"{value:.{digits}f}" if value == 0 or abs(value) >= SHORTEST_NUMBER else f"{value:.0e}"
+    return f"{value:.0e}" if 0 < abs(value) < 0.5 / 10**digits else f"{value:.{digits}f}"
 
 
 def with_interval(found: Interval, digits: int = 1) -> str:
@@ -58,7 +55,7 @@ def with_interval(found: Interval, digits: int = 1) -> str:
 
 def error_cell(found: Interval) -> str:
     """An error with its interval, or its order of magnitude where it is rounding."""
-    return number(found.value) if not abs(found.value) >= SHORTEST_NUMBER else with_interval(found)
+    return with_interval(found) if abs(found.value) >= 0.05 else number(found.value)
 
 
 def read_text(documents: Documents) -> str:
