@@ -154,6 +154,8 @@ class TestBridge:
         ln_removal.install(tiny_gpt2, eot_token_id=100)
         with pytest.raises(UserError, match="freezable"):
             to_bridge(tiny_gpt2)
+        with pytest.raises(UserError, match="Other"):
+            to_bridge(type("Other", (GPT2LMHeadModel,), {})(tiny_gpt2.config))
         with pytest.raises(UserError, match="Linear"):
             to_bridge(torch.nn.Linear(2, 2))
         with pytest.raises(UserError, match="TransformerBridge"):

@@ -6,12 +6,12 @@ the options --device, --dtype, --seed, --out, --json and --debug, and prints, dr
     @on_run
     def dla(request: Request, documents: DocumentsOption = 32) -> Found:
         (its docstring is the help)
-        from ln_removal.interpret.attribution import direct_effects
-        from ln_removal.report import exact_analyses
+        from ln_removal.interpret.attribution import direct_effects_of_run
+        from ln_removal.report.exact_analyses import dla_charts, dla_tables
 
         models = request.load()
-        found = direct_effects(models, request.documents(models, documents, ...), progress=request.progress)
-        return Found(found, exact_analyses.dla_tables(found), exact_analyses.dla_charts(found))
+        found = direct_effects_of_run(models, request.documents(models, documents, ...), progress=request.progress)
+        return Found(found, dla_tables(found), dla_charts(found))
 """
 
 from __future__ import annotations

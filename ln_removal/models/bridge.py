@@ -65,6 +65,10 @@ def _own_modules(model: GPT2LMHeadModel) -> Any:
     if isinstance(model, NormFreeGPT2LMHeadModel):
         return from_folded(model.config, model.state_dict())
     check_supported(model)
+    if type(model) is not GPT2LMHeadModel:
+        raise UserError(
+            f"TransformerLens does not know {type(model).__name__}; pass a GPT2LMHeadModel or an LN-free model of ln-removal"
+        )
     if is_disarmed(model.config):
         raise UserError(
             "the model's LayerNorms are disarmed by their epsilon; convert it first, with ln_removal.from_disarmed(model)"
