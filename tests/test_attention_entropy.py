@@ -119,6 +119,20 @@ def test_recorded_probabilities_are_those_of_transformers_eager_attention(
         assert not ours.triu(1).any()
 
 
+def test_float64_stays_float64(tiny_gpt2: GPT2LMHeadModel, token_ids: Tensor) -> None:
+    """Probabilities, entropy and the output, equal to the eager attention of transformers to more than float32 can hold."""
+    wide = tiny_gpt2.double()
+    with record_attention(wide, lambda probabilities: probabilities) as found, torch.no_grad():
+        logits = wide(token_ids).logits
+    assert {one.dtype for one in found} == {head_entropy(found[0]).dtype} == {logits.dtype} == {torch.float64}
+    wide.set_attn_implementation("eager")
+    with torch.no_grad():
+        expected = wide(token_ids, output_attentions=True)
+    torch.testing.assert_close(logits, expected.logits, rtol=0, atol=1e-12)
+    for one, other in zip(found, expected.attentions, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-14)
+
+
 def test_the_hooks_and_the_attention_are_gone_after_recording_even_after_an_error(
     tiny_gpt2: GPT2LMHeadModel, token_ids: Tensor
 ) -> None:

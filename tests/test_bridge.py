@@ -126,11 +126,38 @@ class TestBridge:
         stock = to_stock(from_disarmed(published))
         assert relative_error(logits(to_bridge(stock), token_ids), logits(faithful(published), token_ids)) < 1e-4
 
+    @pytest.mark.parametrize("dtype", SUMS, ids=str)
+    @pytest.mark.parametrize("tied", [True, False])
+    def test_a_model_with_its_norms(
+        self, tiny_gpt2: GPT2LMHeadModel, token_ids: Tensor, dtype: torch.dtype, tied: bool
+    ) -> None:
+        """The same hooks, the model's own logits, no second copy of the weights; also in float64 with attention upcast."""
+        if not tied:
+            tiny_gpt2.config.tie_word_embeddings = False
+            tiny_gpt2.lm_head.weight = torch.nn.Parameter(tiny_gpt2.lm_head.weight.detach() * 1.5)
+        tiny_gpt2.config.reorder_and_upcast_attn = True
+        own = tiny_gpt2.to(dtype)
+        before = {name: value.clone() for name, value in own.state_dict().items()}
+        own.config.reorder_and_upcast_attn = False
+        expected = logits(own, token_ids)
+        own.config.reorder_and_upcast_attn = True
+        bridge = to_bridge(own)
+        found, cache = bridge.run_with_cache(token_ids)
+        assert found.dtype == dtype and {cache[name].dtype for name in cache if "tokens" not in name} >= {dtype}
+        assert relative_error(found, expected) < SUMS[dtype]
+        assert bridge.cfg.normalization_type == "LN" and not bridge.training
+        assert all(torch.equal(value, before[name]) for name, value in own.state_dict().items())
+        assert bridge.W_U.data_ptr() == own.lm_head.weight.data_ptr()
+        assert set(cache.keys()) >= set(to_bridge(from_disarmed(disarm(own))).run_with_cache(token_ids)[1].keys())
+
     def test_other_models_are_refused(
         self, tiny_gpt2: GPT2LMHeadModel, model: NormFreeGPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase
     ) -> None:
-        with pytest.raises(UserError, match="GPT2LMHeadModel"):
+        ln_removal.install(tiny_gpt2, eot_token_id=100)
+        with pytest.raises(UserError, match="freezable"):
             to_bridge(tiny_gpt2)
+        with pytest.raises(UserError, match="Other"):
+            to_bridge(type("Other", (GPT2LMHeadModel,), {})(tiny_gpt2.config))
         with pytest.raises(UserError, match="Linear"):
             to_bridge(torch.nn.Linear(2, 2))
         with pytest.raises(UserError, match="TransformerBridge"):

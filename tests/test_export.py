@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import done, refused
 from safetensors.torch import load_file
 from small_model import write_tokenizer
 from torch import Tensor, nn
+from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2LMHeadModel
 
 import ln_removal
@@ -100,6 +102,58 @@ class TestNormFree:
         del state["lm_head.bias"]
         with pytest.raises(RuntimeError, match=r"lm_head\.bias"):
             from_folded(frozen.config, state)
+
+
+class TestSplit:
+    """Queries, keys and values as linear maps of their own."""
+
+    def test_the_command(self, pair: Pair, token_ids: Tensor, tmp_path: Path) -> None:
+        _, folded = pair
+        vocabulary = from_folded(folded.config, _with_vocabulary(folded, 320))
+        vocabulary.save_pretrained(tmp_path / "model")
+        write_tokenizer(tmp_path / "model", entries=320)
+        said = done("ln-export", tmp_path / "model", "--split-qkv", "--out", tmp_path / "split").stdout
+        assert "largest relative difference" in said
+        split = AutoModelForCausalLM.from_pretrained(tmp_path / "split").eval()
+        assert all(
+            type(getattr(block.attn.c_attn, part)) is nn.Linear for block in split.transformer.h for part in "qkv"
+        )
+        assert relative_error(logits(split, token_ids), logits(vocabulary, token_ids)) < 1e-6
+        names = set(load_file(tmp_path / "split" / "model.safetensors"))
+        assert "transformer.h.0.attn.c_attn.k.weight" in names and "transformer.h.0.attn.c_attn.weight" not in names
+        bridge = TransformerBridge.boot_transformers(str(tmp_path / "split"), device="cpu")
+        assert relative_error(bridge(token_ids).detach(), logits(vocabulary, token_ids)) < 1e-5
+        # and back, to the same weights
+        done("ln-export", tmp_path / "split", "--out", tmp_path / "joined")
+        joined, before = (load_file(tmp_path / name / "model.safetensors") for name in ("joined", "model"))
+        assert set(joined) == set(before) and all(torch.equal(joined[name], before[name]) for name in before)
+        assert "--split-qkv" in refused(
+            "ln-export", tmp_path / "model", "--split-qkv", "--format", "stock", "--out", tmp_path / "no"
+        )
+
+    def test_it_goes_where_the_other_goes(self, pair: Pair, token_ids: Tensor) -> None:
+        """TransformerLens, generation, training, the stock form."""
+        _, folded = pair
+        split = from_folded(folded.config, folded.state_dict(), split_qkv=True)
+        expected = logits(folded, token_ids)
+        assert relative_error(ln_removal.to_bridge(split)(token_ids).detach(), expected) < 1e-5
+        assert relative_error(logits(to_stock(split), token_ids), expected) < 1e-4
+        prompt = token_ids[:1, :5]
+        settings = dict(max_new_tokens=8, do_sample=False, pad_token_id=0)
+        assert torch.equal(split.generate(prompt, **settings), folded.generate(prompt, **settings))
+        split(token_ids, labels=token_ids).loss.backward()
+        assert split.transformer.h[1].attn.c_attn.k.weight.grad.abs().max() > 0
+        assert norm_modules(split) == []
+
+
+def _with_vocabulary(model: NormFreeGPT2LMHeadModel, entries: int) -> dict[str, Tensor]:
+    """Its state with zeros for further tokens."""
+    model.config.vocab_size = entries
+    grown = {}
+    for name, value in model.state_dict().items():
+        missing = entries - len(value) if name.endswith("wte.weight") or name.startswith("lm_head") else 0
+        grown[name] = torch.cat([value, value.new_zeros(missing, *value.shape[1:])])
+    return grown
 
 
 class TestStock:

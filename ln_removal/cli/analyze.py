@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ln_removal.cli import console
+from ln_removal.cli import analysis, console
+from ln_removal.cli.analyze_exact import circuits, dla, paths
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -93,14 +94,14 @@ def entropy(
     }
     if found.runs:
         charts["entropy-layers"] = lambda: plots.layers_over_steps(found.runs)
-    figures = _draw(charts, output_directory(out, sources))
+    figures = analysis.draw(charts, output_directory(out, sources))
     if as_json:
         _print_json(analysis_tables.entropy_json(found.heads, found.runs), figures)
         return
     screen = console.wide_console()
     for table in analysis_tables.entropy_tables(found.heads):
         screen.print(table)
-    _print_figures(figures)
+    analysis.print_figures(figures)
 
 
 def nans(
@@ -119,7 +120,7 @@ def nans(
     from ln_removal.report import analysis_tables, plots
 
     found = runs_of(runs)
-    figures = _draw(
+    figures = analysis.draw(
         {
             "nans": lambda: plots.nan_counts(found),
             "residual-norms": lambda: plots.norms_over_steps(found),
@@ -132,7 +133,7 @@ def nans(
         return
     for line in analysis_tables.nan_lines(found):
         typer.echo(line)
-    _print_figures(figures)
+    analysis.print_figures(figures)
 
 
 def slopes(
@@ -151,32 +152,19 @@ def slopes(
     from ln_removal.report import analysis_tables, plots
 
     found = analysis_tables.with_slopes(runs_of(runs))
-    figures = _draw({"slopes": lambda: plots.slopes_over_steps(found)}, output_directory(out, runs))
+    figures = analysis.draw({"slopes": lambda: plots.slopes_over_steps(found)}, output_directory(out, runs))
     if as_json:
         _print_json(analysis_tables.slope_json(found), figures)
         return
     console.wide_console().print(analysis_tables.slope_table(found))
-    _print_figures(figures)
-
-
-def _draw(charts: dict[str, Callable[[], Figure]], directory: Path) -> list[Path]:
-    """Draw each chart and write it as PNG and PDF under its name."""
-    from ln_removal.report import plots
-
-    with plots.house_style():
-        return [path for name, draw in charts.items() for path in plots.save(draw(), directory, name)]
+    analysis.print_figures(figures)
 
 
 def _print_json(found: list[dict[str, Any]], figures: list[Path]) -> None:
     typer.echo(json.dumps({"runs": found, "figures": [str(path) for path in figures]}, indent=2, allow_nan=False))
 
 
-def _print_figures(figures: list[Path]) -> None:
-    names = ", ".join(path.name for path in figures if path.suffix == ".png")
-    typer.echo(f"figures: {figures[0].parent}/ {names}, and each as PDF")
-
-
-HELP = """Look into models and their training: attention entropy by head, NaN by layer, learnable slopes.
+HELP = """Look into models and their training. Original, control and LN-free model of a run are shown side by side.
 
 Figures are written as PNG and PDF; tables go to the screen, or everything as JSON with --json.
 
@@ -185,6 +173,7 @@ Examples:
   ln-analyze entropy checkpoints/normfree-table
   ln-analyze entropy tiny checkpoints/demo/model --tokens checkpoints/demo/tokens
   ln-analyze nans checkpoints/unstable --json
+  ln-analyze dla checkpoints/demo
 """
 
 app = console.build_group(
@@ -192,6 +181,9 @@ app = console.build_group(
     entropy=entropy,
     nans=nans,
     slopes=slopes,
+    dla=dla,
+    paths=paths,
+    circuits=circuits,
 )
 
 

@@ -45,6 +45,13 @@ WithCodeOption = Annotated[
         help="Also save the modelling file, for users who pass trust_remote_code instead of installing ln-removal.",
     ),
 ]
+SplitOption = Annotated[
+    bool,
+    typer.Option(
+        "--split-qkv",
+        help="Write queries, keys and values as linear maps of their own, for tools that decompose parameters.",
+    ),
+]
 TokenizerOption = Annotated[
     str | None,
     typer.Option(
@@ -59,6 +66,7 @@ def export(
     form: FormOption = "normfree",
     dtype: DtypeOption = "float32",
     with_code: WithCodeOption = False,
+    split_qkv: SplitOption = False,
     tokenizer: TokenizerOption = None,
     push_to_hub: console.PushOption = None,
     private: console.PrivateOption = False,
@@ -83,7 +91,13 @@ def export(
         raise UserError(
             "there is nothing to do: give --out DIR, the directory to write, or --push-to-hub USER/REPO to publish a run as it is"
         )
-    if out is None and (form, dtype, with_code, tokenizer) != ("normfree", "float32", False, None):
+    if out is None and (form, dtype, with_code, split_qkv, tokenizer) != (
+        "normfree",
+        "float32",
+        False,
+        False,
+        None,
+    ):
         raise UserError("a run is published as it was exported; for another form, give --out DIR too")
     if target is not None:
         check_target(target)
@@ -91,7 +105,9 @@ def export(
     if out is not None:
         from ln_removal.export.write import export_model
 
-        difference = export_model(source, out, form=form, dtype=dtype, tokenizer=tokenizer, with_code=with_code)
+        difference = export_model(
+            source, out, form=form, dtype=dtype, tokenizer=tokenizer, with_code=with_code, split_qkv=split_qkv
+        )
         done.append(f"{form} model: {out}   largest relative difference of the logits: {difference:.1e}")
     try:
         if target is not None:

@@ -345,6 +345,16 @@ def _models_of(source: str, run: Path | None, recipe: Recipe | None) -> dict[str
     if run is None or recipe is None or run != path:
         is_control = run is not None and path.name == "model" and path.parent.name == "control"
         return {"control" if is_control else "ln_free" if _is_ln_free(source) else "original": source}
+    return models_of_run(run)
+
+
+def models_of_run(run: Path) -> dict[str, str]:
+    """The original, LN-free model and control of a run, by role: names or directories. A pretraining has an original.
+
+    Raises:
+        UserError: the run has no model yet.
+    """
+    recipe = recipe_of(run)
     if not (run / "model").is_dir():
         finish = "ln-pretrain ..." if recipe.schedule is None else "ln-remove"
         raise UserError(f"{run} is a run without a model yet; finish it with {finish} --out {run} --resume")

@@ -38,16 +38,14 @@ from torch import Tensor, nn
 from ln_removal.errors import UserError
 from ln_removal.export.stock import EPSILON, NORM_WEIGHT
 from ln_removal.export.verify import TOLERANCE, ExportError, position_errors, readers
-from ln_removal.models.layout import DISARMING_EPSILON, check_plain, check_supported
-from ln_removal.models.normfree_gpt2 import from_folded
-from ln_removal.models.registration import ARCHITECTURE
+from ln_removal.models.bridge import as_bridge
+from ln_removal.models.layout import DISARMING_EPSILON, check_supported
+from ln_removal.models.normfree_gpt2 import NormFreeGPT2LMHeadModel, from_folded
 from ln_removal.norms.surgery import fold_affine
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
-
-    from ln_removal.models.normfree_gpt2 import NormFreeGPT2LMHeadModel
 
 logger = logging.getLogger(__name__)
 
@@ -217,83 +215,25 @@ def _has_disarmed_weight(norm: nn.LayerNorm) -> bool:
 
 
 def to_bridge(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase | None = None) -> TransformerBridge:
-    """Put a TransformerBridge around an LN-free model.
+    """Put a TransformerBridge around a GPT-2, LN-free or with its LayerNorms, without processing its weights.
 
     Args:
-        model: an LN-free model of this project; or a published one, or our stock form, with disarmed LayerNorms, which is
-            converted first. It is left as it is: the bridge gets modules of its own that share the LN-free model's
-            weights (a conversion makes new ones).
+        model: an LN-free model of this project; a published one, or our stock form, with disarmed LayerNorms, which is
+            converted first; or a GPT-2 that still has its LayerNorms. It is left as it is: the bridge gets modules of its own
+            that share the weights (a conversion makes new ones).
         tokenizer: for `to_tokens`, `generate` from text and the like; none is looked for if it is left out.
 
     Returns:
-        The bridge, in evaluation mode, on the model's device and in its dtype. Its logits are the model's, attention is
-        computed by transformers' eager code.
+        As `models.bridge.as_bridge`.
 
     Raises:
-        UserError: the model is not LN-free, or TransformerLens would not compute what it computes.
+        UserError: the model is no GPT-2, has freezable norms, holds an adapter, or is in a bridge already; or TransformerLens
+            would not compute what it computes.
     """
-    source = _ln_free(model)
-    bridge = _bridge_of(source, tokenizer)
-    error = _bridge_error(bridge, source)
-    if not error <= BRIDGE_TOLERANCE.get(source.dtype, EXACT_BRIDGE) and source.dtype != torch.float64:
-        wide = copy.deepcopy(source).double()  # where rounding cannot be what shows
-        error = _bridge_error(_bridge_of(wide, None), wide)
-    if not error <= BRIDGE_TOLERANCE.get(source.dtype, EXACT_BRIDGE):  # a NaN is not
-        raise UserError(
-            f"the bridge of TransformerLens gives other logits than the model, by {error:.1%} of the largest: it does not know a "
-            "setting of the model's configuration; use the model with transformers or nnsight instead"
-        )
-    return bridge
-
-
-def _bridge_of(source: NormFreeGPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase | None) -> TransformerBridge:
-    # boot_transformers would look for a tokenizer on the Hub when it is given none.
-    from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
-
-    own = from_folded(source.config, source.state_dict(), source.generation_config)
-    own.set_attn_implementation("eager")
-    bridge = build_bridge_from_module(
-        own,
-        ARCHITECTURE,
-        hf_config=own.config,
-        tokenizer=None if tokenizer is None else _prepared(tokenizer),
-        model_name=source.config.name_or_path or ARCHITECTURE,
-    )
-    return bridge.eval()
-
-
-@torch.no_grad()
-def _bridge_error(bridge: TransformerBridge, model: NormFreeGPT2LMHeadModel) -> float:
-    """The largest difference of their logits relative to the largest: a bridge computes attention by itself."""
-    tokens = torch.arange(min(BRIDGE_TOKENS, model.config.n_positions), device=model.device)[None]
-    tokens = tokens % model.config.vocab_size
-    was_training = model.training
-    expected, found = model.eval()(tokens, use_cache=False).logits.double(), bridge(tokens).double()
-    model.train(was_training)
-    return float((found - expected).abs().max() / expected.abs().max())
-
-
-def _ln_free(model: GPT2LMHeadModel) -> NormFreeGPT2LMHeadModel:
     from transformers import GPT2LMHeadModel
 
-    from ln_removal.models.normfree_gpt2 import NormFreeGPT2LMHeadModel
-
-    if isinstance(model, NormFreeGPT2LMHeadModel):
-        if not isinstance(model.lm_head, nn.Linear):
-            raise UserError("the model is in a bridge already, which has changed its modules; load it afresh")
-        check_plain(model, norms=())
-        return model
-    if isinstance(model, GPT2LMHeadModel) and has_disarmed_norms(model):
-        return from_disarmed(model)
-    raise UserError(
-        f"{type(model).__name__} is not LN-free; pass what ln_removal.fold and from_folded made, a model loaded from an "
-        "export, or a published one with disarmed LayerNorms"
-    )
-
-
-def _prepared(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """A copy that TransformerLens can load anew: it does so by the name in `init_kwargs`, with a beginning-of-text token."""
-    own = copy.deepcopy(tokenizer)
-    own.init_kwargs.setdefault("name_or_path", "")
-    own.init_kwargs["add_bos_token"] = True
-    return own
+    is_stock = isinstance(model, GPT2LMHeadModel) and not isinstance(model, NormFreeGPT2LMHeadModel)
+    if is_stock and isinstance(model.lm_head, nn.Linear):  # else it is in a bridge already
+        check_supported(model)
+        model = from_disarmed(model) if has_disarmed_norms(model) else model
+    return as_bridge(model, tokenizer)

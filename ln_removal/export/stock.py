@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from ln_removal.errors import UserError
 from ln_removal.models.layout import check_plain
-from ln_removal.models.normfree_gpt2 import without_identity
+from ln_removal.models.normfree_gpt2 import from_folded, without_identity
 
 if TYPE_CHECKING:
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -78,6 +78,8 @@ def to_stock(model: NormFreeGPT2LMHeadModel) -> GPT2LMHeadModel:
     from transformers import GPT2LMHeadModel
 
     check_plain(model, norms=())
+    if model.config.split_qkv:
+        model = from_folded(model.config, model.state_dict())
     if (share := _share_of_mean(model)) > LARGEST_MEAN:
         raise UserError(
             f"the model reads the mean of its residual stream (means are {share:.1%} of its weights, at most {LARGEST_MEAN:.1%} "

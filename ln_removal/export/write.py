@@ -224,6 +224,7 @@ def export_model(
     dtype: str = "float32",
     tokenizer: str | Path | None = None,
     with_code: bool = False,
+    split_qkv: bool = False,
 ) -> float:
     """Write `source` to `out` in a format, and load it back to compare.
 
@@ -234,6 +235,7 @@ def export_model(
         dtype: precision of the weights written.
         tokenizer: a model to take the tokenizer from; default: the source's own.
         with_code: put the modelling file beside a normfree model, for users without ln-removal.
+        split_qkv: write queries, keys and values of a normfree model as linear maps of their own.
 
     Returns:
         The largest relative difference between the logits of what was written and of the source in float32.
@@ -246,12 +248,16 @@ def export_model(
     out = Path(out)
     if with_code and form != "normfree":
         raise UserError("the stock form needs no code of its own; leave out --with-code, or use --format normfree")
+    if split_qkv and form != "normfree":
+        raise UserError("a stock GPT-2 has one matrix for q, k and v; leave out --split-qkv, or use --format normfree")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is already in use; choose another --out")
     model, own_tokenizer = open_source(source, tokenizer=tokenizer)
     check_savable(model, own_tokenizer, [form])
     tokens = _check_tokens(model, rows=4)
     reference = from_folded(model.config, model.state_dict()).float()
+    if split_qkv:
+        model = from_folded(model.config, model.state_dict(), split_qkv=True)
     write_format(model, own_tokenizer, out, form=form, tokens=tokens, dtype=dtype, with_code=with_code)
     return logits_error(reference, load_model(str(out)).model, tokens)
 

@@ -58,17 +58,22 @@ def attention_entropy(probabilities: Tensor) -> Tensor:
         probabilities: rows that sum to 1, (B, H, T, S), any floating-point type.
 
     Returns:
-        (B, H, T) in float32, in nats, from 0 (one key) to log S (all keys alike).
+        (B, H, T) in float32, or in float64 for float64, in nats, from 0 (one key) to log S (all keys alike).
     """
-    p = probabilities.float()
+    p = probabilities.to(_wide(probabilities.dtype))
     # Below the smallest normal number the logarithm is cut off, with no gradient through it: 0 * log(tiny) is 0.
-    return (p * -p.clamp(min=torch.finfo(torch.float32).tiny).log()).sum(-1)
+    return (p * -p.clamp(min=torch.finfo(p.dtype).tiny).log()).sum(-1)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The type in which scores and entropies are computed: float64 stays, everything else becomes float32."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def head_entropy(probabilities: Tensor, observed: Tensor | None = None) -> Tensor:
     """Mean entropy of each head over batch and queries, or over those that `observed` (B, T) names.
 
-    (B, H, T, S) to (H,), float32, nats.
+    (B, H, T, S) to (H,), float32 or float64, nats.
     """
     entropy = attention_entropy(probabilities)
     if observed is None:
@@ -105,8 +110,8 @@ def explicit_causal_attention(
 ) -> tuple[Tensor, Tensor]:
     """Causal attention that keeps its probabilities: an attention function for transformers' AttentionInterface.
 
-    Scores and softmax are computed in float32 whatever the precision of the model, as fused kernels do; queries, keys, values
-    and the output have the model's. For batches without a cache.
+    Scores and softmax are computed in float32 even when the model has less, as fused kernels do, and in float64 when it has
+    that; queries, keys, values and the output have the model's type. For batches without a cache.
 
     Args:
         query, key, value: (B, H, T, K).
@@ -115,12 +120,13 @@ def explicit_causal_attention(
         document_mask: of `document_inputs`, for rows that hold several documents.
 
     Returns:
-        The heads' outputs (B, T, H, K) in the values' type, and the probabilities (B, H, T, S) in float32.
+        The heads' outputs (B, T, H, K) in the values' type, and the probabilities (B, H, T, S) in float32 or float64.
     """
     assert attention_mask is None, "explicit attention is causal by position; it takes no mask"
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     with torch.autocast(query.device.type, enabled=False):
-        scores = query.float() @ key.float().transpose(-1, -2) * scaling
+        wide = _wide(query.dtype)
+        scores = query.to(wide) @ key.to(wide).transpose(-1, -2) * scaling
         queries = torch.arange(scores.shape[-2], device=scores.device)
         keys = torch.arange(scores.shape[-1], device=scores.device)
         hidden = keys > queries[:, None] if document_mask is None else ~document_mask
@@ -234,7 +240,7 @@ def attention_without_mask(model: PreTrainedModel, name: str, function: Callable
 def record_attention(model: PreTrainedModel, keep: Callable[[Tensor], R]) -> Iterator[list[R]]:
     """Run `model` with explicit attention and gather `keep(probabilities)` of each layer, first to last.
 
-    The forward pass keeps its gradients, if it has any. `keep` gets (B, H, T, S) in float32; when it returns something smaller,
+    The forward pass keeps its gradients, if it has any. `keep` gets (B, H, T, S); when it returns something smaller,
     such as entropies, one layer's probabilities are freed before the next layer's are computed.
 
     Yields:

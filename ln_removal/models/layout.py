@@ -185,7 +185,11 @@ def check_plain(model: GPT2LMHeadModel, *, norms: Sequence[str], projection: typ
     activation = model.config.activation_function
     for block in (f"transformer.h.{i}" for i in range(model.config.n_layer)):
         expected |= {f"{block}.{name}": Conv1D for name in ("attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
-        expected |= {f"{block}.attn.c_attn": projection or Conv1D, f"{block}.mlp.act": type(ACT2FN[activation])}
+        expected[f"{block}.mlp.act"] = type(ACT2FN[activation])
+        if getattr(model.config, "split_qkv", False):
+            expected |= {f"{block}.attn.c_attn.{part}": nn.Linear for part in "qkv"}
+        else:
+            expected[f"{block}.attn.c_attn"] = projection or Conv1D
     expected["lm_head"] = nn.Linear
     for name, kind in expected.items():
         module = model.get_submodule(name)
