@@ -112,7 +112,7 @@ class TrainingSpec(_Spec):
     auxiliary_sites: Literal["ln_f", "all"] = "ln_f"
     outlier_weight: NonNegativeFloat = 0.0  # of the pull on outlying positions, see loss.outlier_loss
     distillation: Annotated[float, Field(ge=0, le=1)] = 0.0  # share of the loss that is KL from the original model
-    distillation_lag: PositiveFloat = 0.2  # nats per token behind the teacher in a sequence for the whole share
+    distillation_lag: PositiveFloat = 0.3  # nats per token behind the teacher in a sequence for the whole share
     distillation_end: Annotated[float, Field(ge=0, le=1)] | None = None  # that share in the last step; None: the same
     entropy_weight: NonNegativeFloat = 0.0  # of the attention entropy penalty, see attention.EntropyRegulariser
     entropy_tolerance: Annotated[float, Field(ge=0, lt=1)] = 0.2  # gamma: what it lets pass, as a share of log T

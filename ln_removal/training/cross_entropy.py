@@ -58,7 +58,7 @@ def linear_cross_entropy(
     share: float | Tensor = 0.0,
     trained: Tensor | None = None,
     length: int | None = None,
-    whole_lag: float = 0.2,
+    whole_lag: float = 0.3,
 ) -> LinearLoss:
     """Mean loss of predicting `targets` from `hidden @ head.weight.T + head.bias`, by the module's formula.
 
