@@ -71,7 +71,7 @@ class Effects:
     def of(self, kind: str) -> Array:
         """(P, effects of a kind of node or head)."""
         array, kinds = (self.nodes, NODE_KINDS) if kind in NODE_KINDS else (self.heads, HEAD_KINDS)
-        return array[..., kinds.index(kind)].reshape(len(array), -1)  # type: ignore[arg-type]
+        return array[..., kinds.index(kind)].reshape(len(array), -1)
 
     @classmethod
     def empty(cls, prompts: int, layers: int, length: int, heads: int) -> Effects:
@@ -358,5 +358,5 @@ def _activation_tangent(pair: Pair, rows: Tensor, function: Any, name: str) -> l
     import torch
 
     before = pair.corrupt[f"{name}.hook_pre"][rows]
-    after, slope = torch.func.jvp(function, (before,), (torch.ones_like(before),))
+    after, slope, *_ = torch.func.jvp(function, (before,), (torch.ones_like(before),))
     return _replaced([f"{name}.hook_pre"], f"{name}.hook_post", lambda now: after + slope * (now - before))

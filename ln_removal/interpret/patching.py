@@ -262,6 +262,7 @@ def edge_effects(bridge: TransformerBridge, task: Task, *, steps: int = IG_STEPS
     totals: dict[tuple[str, str], float] = {}
     with _edge_hooks(bridge):
         for batch in task.batches(bridge, size=4):
+            assert batch.corrupt is not None
             with torch.no_grad():
                 _, clean = bridge.run_with_cache(batch.clean, names_filter=writers)
                 _, corrupt = bridge.run_with_cache(batch.corrupt, names_filter=writers)
@@ -402,9 +403,8 @@ def _fix_queries_and_keys(bridge: TransformerBridge, pair: Pair, slopes: dict[st
         before = pair.corrupt[f"{name}pattern"]
         for kind, both in (("q", (pair.clean[f"{name}q"], keys)), ("k", (queries, pair.clean[f"{name}k"]))):
             moved = pattern_of(bridge, layer, *both) - before  # (P, H, T, T)
-            found.heads[:, layer, :, HEAD_KINDS.index(kind)] = _numpy(  # type: ignore[arg-type]
-                (moved * slopes[f"{name}pattern"]).sum(dim=(2, 3))
-            )
+            effects = (moved * slopes[f"{name}pattern"]).sum(dim=(2, 3))
+            found.heads[:, layer, :, HEAD_KINDS.index(kind)] = _numpy(effects)
 
 
 @contextmanager

@@ -103,7 +103,7 @@ def patching_charts(found: PatchingByModel) -> dict[str, Callable[[], Figure]]:
 
 def node_heatmaps(found: PatchingByModel, kind: str, method: Method | None) -> Figure:
     """Mean effects of a kind of node, layers by positions: a row of patched runs and one of estimates, models side by side."""
-    index = NODE_KINDS.index(kind)  # type: ignore[arg-type]
+    index = NODE_KINDS.index(kind)
 
     def grid(effects: Effects) -> Array:
         values = effects.nodes[..., index]
