@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from ln_removal import UserError, to_bridge
-from ln_removal.interpret import load, logit_differences, make_task, read_task, templates
+from ln_removal.interpret import load, logit_differences, make_task, patching_of_run, read_task, templates
 from ln_removal.interpret.tasks import PAIRED, TASKS, Prompt, Task
 
 OFFLINE = ("brackets", "repeat", "quotes", "self", "return", "with")
@@ -152,6 +152,23 @@ class TestForGPT2:
             year = int(clean.split("year ")[1][2:4])
             assert 1 < int(earlier) < year < int(later)
             assert corrupt.split("year ")[1][2:4] == "01" and clean[-2:] == clean.split("year ")[1][:2]
+
+    def test_patching_on_a_stand_in(self, english_tokenizer: PreTrainedTokenizerFast) -> None:
+        """A random GPT-2 with the stand-in's vocabulary: only the name that differs, and what comes behind it, has effects."""
+        config = GPT2Config(vocab_size=len(english_tokenizer), n_positions=64, n_embd=16, n_layer=2, n_head=2)
+        models = load({"original": GPT2LMHeadModel(config).double().eval()})
+        for name in ("ioi", "greater-than"):
+            task = make_task(name, english_tokenizer, count=3, prepend_bos=True)
+            found = patching_of_run(models, task, ["atp"], budget=False).found["original"]
+            for row, one in enumerate(task.prompts):
+                assert one.corrupt is not None
+                first = next(place for place, (a, b) in enumerate(zip(one.clean, one.corrupt, strict=True)) if a != b)
+                effects = found.exact.nodes[row, :, task.length - len(one.clean) :]
+                assert (effects[:, :first] == 0).all() and (effects[0, first] != 0).all()
+                gap = found.clean[row] - found.corrupt[row]
+                assert effects[0, first, 0] == pytest.approx(gap, abs=1e-12), (
+                    "the whole difference comes from that token"
+                )
 
     def test_a_tokenizer_that_cuts_the_answers(self, python_tokenizer: Any) -> None:
         with pytest.raises(UserError, match=r"ioi.*tokens"):

@@ -22,7 +22,7 @@ _MODULES = {
     "components": "ln_removal.interpret.attribution",
     "direct_effects": "ln_removal.interpret.attribution",
     "direct_effects_of_run": "ln_removal.interpret.attribution",
-    "edge_effects": "ln_removal.interpret.patching",
+    "edge_effects": "ln_removal.interpret.gradients",
     "estimated_effects": "ln_removal.interpret.patching",
     "load": "ln_removal.interpret.models",
     "logit_differences": "ln_removal.interpret.tasks",
