@@ -93,10 +93,12 @@ class Pair:
 
     Attributes:
         direction: (P, D) W[:, answer] - W[:, wrong answer].
+        behind: (P, T) whether a position is not before the first token that differs.
         clean, corrupt: (P, ...) each.
     """
 
     direction: Tensor
+    behind: Tensor
     clean: dict[str, Tensor]
     corrupt: dict[str, Tensor]
 
@@ -107,8 +109,10 @@ class Pair:
         return int(found[0]), int(found[1])
 
     def difference(self, name: str) -> Tensor:
-        """(P, ...) clean minus corrupt."""
-        return self.clean[name] - self.corrupt[name]
+        """(P, T, ...) clean minus corrupt; 0 before the first token that differs, where there is nothing but rounding."""
+        change = self.clean[name] - self.corrupt[name]
+        behind = self.behind.reshape(*self.behind.shape, *[1] * (change.ndim - 2))
+        return change * behind.to(change.dtype)
 
 
 def run_pair(bridge: TransformerBridge, batch: PromptBatch) -> Pair:
@@ -122,7 +126,8 @@ def run_pair(bridge: TransformerBridge, batch: PromptBatch) -> Pair:
             _, cache = bridge.run_with_cache(tokens, names_filter=lambda name: name.endswith(_CACHED))
             caches.append({name: cache[name] for name in _names(bridge)})
         columns = bridge.W_U.T
-        return Pair(columns[batch.answer] - columns[batch.wrong], *caches)
+        behind = (batch.clean != batch.corrupt).long().cummax(dim=1).values
+        return Pair(columns[batch.answer] - columns[batch.wrong], behind, *caches)
 
 
 def activation_patching(

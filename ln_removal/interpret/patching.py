@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
+import numpy.typing as npt
 
 from ln_removal.errors import UserError
 from ln_removal.evaluation.bootstrap import Interval, bootstrap_means
@@ -101,8 +102,8 @@ class Patching:
 
     def correlation(self, method: Method, kind: str, *, seed: int = 0) -> Interval:
         """Pearson's correlation of estimate and exact effects within a prompt, with its interval over prompts."""
-        pairs = zip(self.estimates[method].of(kind), self.exact.of(kind), strict=True)
-        found = np.array([_pearson(*pair) for pair in pairs])
+        pairs = zip(self.estimates[method].of(kind), self.exact.of(kind), self._reached(kind), strict=True)
+        found = np.array([_pearson(estimate[some], exact[some]) for estimate, exact, some in pairs])
         found = found[np.isfinite(found)]
         if not len(found):
             return Interval(np.nan, np.nan, np.nan)
@@ -110,14 +111,20 @@ class Patching:
         return mean
 
     def published(self, method: Method, kind: str) -> Published:
-        """(estimate - exact) / (clean - corrupt) over the effects of a kind, those left out where nothing is patched."""
+        """(estimate - exact) / (clean - corrupt) over the effects of a kind, from the first token that differs on."""
         gap = self.clean - self.corrupt
         some = np.abs(gap) > SMALLEST_GAP
         estimate, exact = (one.of(kind)[some] for one in (self.estimates[method], self.exact))
-        off = ((estimate - exact) / gap[some, None])[np.isfinite(exact) & ((estimate != 0) | (exact != 0))]
+        off = ((estimate - exact) / gap[some, None])[self._reached(kind)[some]]
         if not off.size:
             return Published(np.nan, np.nan, 0)
         return Published(float(off.mean()), float(off.std()), int(some.sum()))
+
+    def _reached(self, kind: str) -> npt.NDArray[np.bool_]:
+        """(P, effects of a kind) which of them are not at a position before the first token that differs, where all are 0."""
+        reached = np.nan_to_num(self.exact.nodes).any(axis=(1, 3), keepdims=True)  # (P, 1, T, 1)
+        of_nodes = np.broadcast_to(reached, self.exact.nodes.shape)
+        return Effects(of_nodes, np.isfinite(self.exact.heads)).of(kind).astype(bool)  # type: ignore[arg-type]
 
     def budget_error(self, row: str, *, seed: int = 0) -> Interval:
         """The error of atp on `resid_pre` if only what the row names is real, per cent."""
@@ -329,12 +336,10 @@ def _fix_queries_and_keys(bridge: TransformerBridge, pair: Pair, slopes: dict[st
 
 
 def _pearson(first: Array, second: Array) -> float:
-    """Pearson's correlation over what is finite and not 0 in both; NaN for fewer than two, or without variation."""
-    some = np.isfinite(first) & np.isfinite(second) & ((first != 0) | (second != 0))
-    one, two = first[some], second[some]
-    if len(one) < 2 or not one.std() or not two.std():
+    """Pearson's correlation; NaN for fewer than two values, or without variation."""
+    if len(first) < 2 or not first.std() or not second.std():
         return float("nan")
-    return float(np.corrcoef(one, two)[0, 1])
+    return float(np.corrcoef(first, second)[0, 1])
 
 
 def _numpy(values: Tensor) -> Array:
