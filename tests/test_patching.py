@@ -28,8 +28,9 @@ from ln_removal.interpret.interventions import (
     pattern_of,
     run_pair,
 )
-from ln_removal.interpret.patching import Patching, error_of
+from ln_removal.interpret.patching import Method, Patching, error_of
 from ln_removal.interpret.tasks import Prompt, PromptBatch, Task
+from ln_removal.report.patching import patching_charts, patching_tables
 
 KINDS = (*NODE_KINDS, *HEAD_KINDS)
 LENGTH = 7
@@ -366,6 +367,19 @@ class TestResults:
             np.testing.assert_allclose(one.nodes[1, :, LENGTH - 4 :], other.nodes[0], atol=1e-12)
             np.testing.assert_allclose(one.heads[1], other.heads[0], atol=1e-12)
         assert np.isfinite(both.error("atp", "resid_pre").value)
+
+    @pytest.mark.parametrize("methods", [(), ("eap-ig",)])
+    def test_one_model_is_drawn(self, ln_free: GPT2LMHeadModel, task: Task, methods: tuple[Method, ...]) -> None:
+        """As of a run of ln-pretrain; without estimates there are only the patched runs."""
+        found = patching_of_run(load({"ln_free": ln_free}), task, methods, budget=bool(methods))
+        titles = {
+            title: [panel.get_title(loc="left") for panel in draw().axes]
+            for title, draw in patching_charts(found).items()
+        }
+        assert ("patching-scatter" in titles) == ("patching-budget" in titles) == bool(methods)
+        assert "LN-free, patched runs" in titles["patching-resid-pre"]
+        assert any("integrated" in title for title in titles["patching-heads"]) == bool(methods)
+        assert len(patching_tables(found)) == (5 if methods else 1)
 
     def test_prompts_without_twins(self, ln_free: GPT2LMHeadModel) -> None:
         single = Task("single", "x", (Prompt((1, 2, 3), 4, 5),), False, 0)
