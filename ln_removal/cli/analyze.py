@@ -10,6 +10,7 @@ import typer
 
 from ln_removal.cli import analysis, console
 from ln_removal.cli.analyze_exact import circuits, dla, paths
+from ln_removal.cli.analyze_patching import patching
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -174,6 +175,7 @@ Examples:
   ln-analyze entropy tiny checkpoints/demo/model --tokens checkpoints/demo/tokens
   ln-analyze nans checkpoints/unstable --json
   ln-analyze dla checkpoints/demo
+  ln-analyze patching checkpoints/demo --task repeat
 """
 
 app = console.build_group(
@@ -184,6 +186,7 @@ app = console.build_group(
     dla=dla,
     paths=paths,
     circuits=circuits,
+    patching=patching,
 )
 
 

@@ -12,7 +12,13 @@ _MODULES = {
     "Components": "ln_removal.interpret.attribution",
     "DirectEffects": "ln_removal.interpret.attribution",
     "Documents": "ln_removal.interpret.models",
+    "Effects": "ln_removal.interpret.interventions",
     "Models": "ln_removal.interpret.models",
+    "Patching": "ln_removal.interpret.patching",
+    "PatchingByModel": "ln_removal.interpret.patching",
+    "Prompt": "ln_removal.interpret.tasks",
+    "Task": "ln_removal.interpret.tasks",
+    "activation_patching": "ln_removal.interpret.interventions",
     "components": "ln_removal.interpret.attribution",
     "direct_effects": "ln_removal.interpret.attribution",
     "direct_effects_of_run": "ln_removal.interpret.attribution",
@@ -25,6 +31,12 @@ _MODULES = {
     "score_terms": "ln_removal.interpret.circuits",
     "token_table": "ln_removal.interpret.circuits",
     "weight_circuits": "ln_removal.interpret.circuits",
+    "edge_effects": "ln_removal.interpret.gradients",
+    "estimated_effects": "ln_removal.interpret.patching",
+    "logit_differences": "ln_removal.interpret.tasks",
+    "make_task": "ln_removal.interpret.tasks",
+    "patching_of_run": "ln_removal.interpret.patching",
+    "read_task": "ln_removal.interpret.tasks",
 }
 """The public names, and the module of each."""
 
