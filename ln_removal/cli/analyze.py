@@ -10,6 +10,7 @@ import typer
 
 from ln_removal.cli import analysis, console
 from ln_removal.cli.analyze_exact import dla
+from ln_removal.cli.analyze_inside import attention, lens, neurons, residual
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -174,6 +175,7 @@ Examples:
   ln-analyze entropy tiny checkpoints/demo/model --tokens checkpoints/demo/tokens
   ln-analyze nans checkpoints/unstable --json
   ln-analyze dla checkpoints/demo
+  ln-analyze attention checkpoints/demo
 """
 
 app = console.build_group(
@@ -182,6 +184,10 @@ app = console.build_group(
     nans=nans,
     slopes=slopes,
     dla=dla,
+    attention=attention,
+    residual=residual,
+    neurons=neurons,
+    lens=lens,
 )
 
 

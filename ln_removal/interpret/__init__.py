@@ -9,14 +9,27 @@ import importlib
 from typing import Any
 
 _MODULES = {
+    "ByModel": "ln_removal.interpret.passes",
     "Components": "ln_removal.interpret.attribution",
     "DirectEffects": "ln_removal.interpret.attribution",
     "Documents": "ln_removal.interpret.models",
+    "HeadScores": "ln_removal.interpret.heads",
+    "LayerPredictions": "ln_removal.interpret.lens",
     "Models": "ln_removal.interpret.models",
+    "NeuronEffects": "ln_removal.interpret.neurons",
+    "ResidualShape": "ln_removal.interpret.streams",
     "components": "ln_removal.interpret.attribution",
     "direct_effects": "ln_removal.interpret.attribution",
     "direct_effects_of_run": "ln_removal.interpret.attribution",
+    "head_scores": "ln_removal.interpret.heads",
+    "head_scores_of_run": "ln_removal.interpret.heads",
+    "layer_predictions": "ln_removal.interpret.lens",
+    "layer_predictions_of_run": "ln_removal.interpret.lens",
     "load": "ln_removal.interpret.models",
+    "neuron_effects": "ln_removal.interpret.neurons",
+    "neuron_effects_of_run": "ln_removal.interpret.neurons",
+    "residual_shape": "ln_removal.interpret.streams",
+    "residual_shape_of_run": "ln_removal.interpret.streams",
 }
 """The public names, and the module of each."""
 
