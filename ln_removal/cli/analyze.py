@@ -11,6 +11,7 @@ import typer
 from ln_removal.cli import analysis, console
 from ln_removal.cli.analyze_exact import dla
 from ln_removal.cli.analyze_inside import attention, lens, neurons, residual
+from ln_removal.cli.analyze_patching import patching
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -175,6 +176,7 @@ Examples:
   ln-analyze entropy tiny checkpoints/demo/model --tokens checkpoints/demo/tokens
   ln-analyze nans checkpoints/unstable --json
   ln-analyze dla checkpoints/demo
+  ln-analyze patching checkpoints/demo --task repeat
   ln-analyze attention checkpoints/demo
 """
 
@@ -184,6 +186,7 @@ app = console.build_group(
     nans=nans,
     slopes=slopes,
     dla=dla,
+    patching=patching,
     attention=attention,
     residual=residual,
     neurons=neurons,

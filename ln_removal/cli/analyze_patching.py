@@ -1,0 +1,86 @@
+"""`ln-analyze patching`: which activations carry a task, and how far estimates by gradients are off."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ln_removal.cli.analysis import BosOption, Found, Request, on_run
+from ln_removal.errors import UserError
+
+TaskOption = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME|FILE",
+        help="brackets, repeat, quotes, self (models of Python), ioi, greater-than (GPT-2), or a jsonl file of your own: clean, "
+        "corrupt, answer, wrong.",
+    ),
+]
+MethodOption = Annotated[
+    str,
+    typer.Option(
+        metavar="NAMES", help="Any of atp, atp-star, eap-ig, with commas; exact patches only and estimates nothing."
+    ),
+]
+PromptsOption = Annotated[int, typer.Option(min=1, help="How many prompts are drawn. A file's prompts are all read.")]
+StepsOption = Annotated[int, typer.Option(min=1, help="Runs of integrated gradients (eap-ig).")]
+BudgetOption = Annotated[
+    bool, typer.Option("--budget/--no-budget", help="Also measure which nonlinearity the errors come from.")
+]
+
+
+@on_run
+def patching(
+    request: Request,
+    task: TaskOption = "brackets",
+    method: MethodOption = "atp,atp-star,eap-ig",
+    prompts: PromptsOption = 16,
+    bos: BosOption = False,
+    ig_steps: StepsOption = 5,
+    budget: BudgetOption = True,
+) -> Found:
+    """Activation patching and its estimates. Shows which activations carry a task, and where the errors of estimates come from.
+
+    Activations of a clean run are put into a corrupt run, one after the other (exact). Estimates replace these runs by gradients;
+    their error is mean |estimate - exact| over mean |exact|. The error budget keeps one nonlinearity (norm, softmax,
+    activation) and replaces the others by their tangents.
+
+    \b
+    Examples:
+      ln-analyze patching checkpoints/demo
+      ln-analyze patching checkpoints/demo --task repeat --method atp --prompts 32 --bos
+      ln-analyze patching checkpoints/demo --task my_prompts.jsonl --method exact --json
+    """
+    from ln_removal.interpret.patching import METHODS, patching_of_run
+    from ln_removal.interpret.tasks import PAIRED, make_task, read_task
+    from ln_removal.report.patching import patching_charts, patching_tables
+
+    asked = [name.strip() for name in method.split(",") if name.strip()]
+    unknown = [name for name in asked if name not in (*METHODS, "exact")]
+    if unknown or not asked:
+        raise UserError(f"--method {method}: choose from {', '.join(METHODS)}, exact, with commas between them")
+    chosen = [name for name in METHODS if name in asked]
+    is_file = Path(task).is_file()
+    if not is_file and task not in PAIRED:
+        raise UserError(
+            f"--task {task}: choose from {', '.join(PAIRED)}, or name a jsonl file of prompts; there is no such file"
+        )
+    models = request.load()
+    if models.tokenizer is None:
+        raise UserError(f"{request.run} has no tokenizer to make prompts with")
+    if is_file:
+        asks = read_task(task, models.tokenizer, prepend_bos=bos)
+    else:
+        asks = make_task(task, models.tokenizer, count=prompts, prepend_bos=bos, seed=request.seed)
+    found = patching_of_run(
+        models,
+        asks,
+        chosen,
+        ig_steps=ig_steps,
+        budget=budget and bool(chosen),
+        seed=request.seed,
+        progress=request.progress,
+    )
+    return Found(found, patching_tables(found), patching_charts(found))
