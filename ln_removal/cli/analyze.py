@@ -10,7 +10,7 @@ import typer
 
 from ln_removal.cli import analysis, console
 from ln_removal.cli.analyze_exact import dla
-from ln_removal.cli.analyze_inside import attention, lens, neurons, residual
+from ln_removal.cli.analyze_inside import attention, behaviour, lens, neurons, residual
 from ln_removal.cli.analyze_patching import patching
 
 if TYPE_CHECKING:
@@ -191,6 +191,7 @@ app = console.build_group(
     residual=residual,
     neurons=neurons,
     lens=lens,
+    behaviour=behaviour,
 )
 
 

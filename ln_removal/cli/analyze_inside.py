@@ -7,12 +7,24 @@ from typing import Annotated
 import typer
 
 from ln_removal.cli.analysis import BosOption, DocumentsOption, Found, LengthOption, Request, on_run
+from ln_removal.errors import UserError
 
 CopiesOption = Annotated[int, typer.Option(min=1, help="How many sequences of random tokens are given twice.")]
 AblatedOption = Annotated[
     int, typer.Option(metavar="K", min=1, help="How many neurons of the last block are ablated, one at a time.")
 ]
 TopOption = Annotated[int, typer.Option(min=1, help="How many of the likeliest tokens of a layer are kept.")]
+
+TaskOption = Annotated[
+    str,
+    typer.Option(
+        metavar="NAMES",
+        help="Any of brackets, repeat, quotes, self, return, with, ioi, greater-than, with commas; all that the tokenizer has "
+        "prompts for; or none.",
+    ),
+]
+PromptsOption = Annotated[int, typer.Option(min=1, help="How many prompts of a kind are scored, at most.")]
+TaskPromptsOption = Annotated[int, typer.Option(min=1, help="How many prompts of a task are drawn.")]
 
 
 @on_run
@@ -119,3 +131,39 @@ def lens(
     text = request.documents(models, documents, length, bos=bos)
     found = layer_predictions_of_run(models, text, top=top, progress=request.progress)
     return Found(found, lens_tables(found), lens_charts(found, models.tokenizer))
+
+
+@on_run
+def behaviour(
+    request: Request,
+    task: TaskOption = "all",
+    documents: DocumentsOption = 64,
+    length: LengthOption = 128,
+    prompts: PromptsOption = 64,
+    task_prompts: TaskPromptsOption = 32,
+) -> Found:
+    """Calibration, loss at document starts and of repeated text, and tasks, each with and without BOS. Draws bars.
+
+    BOS is the end-of-text token in front of a text, which TransformerLens puts there by default. The same tokens are scored
+    with it and without it.
+
+    \b
+    Examples:
+      ln-analyze behaviour checkpoints/demo
+      ln-analyze behaviour checkpoints/demo --task brackets,self --task-prompts 100
+    """
+    from ln_removal.interpret.behaviour import behaviour_of_run, both_ways
+    from ln_removal.interpret.tasks import TASKS
+    from ln_removal.report.behaviour import behaviour_charts, behaviour_tables
+
+    asked = [name.strip() for name in task.split(",") if name.strip()]
+    unknown = [name for name in asked if name not in ("all", "none", *TASKS)]
+    if unknown or not asked or (len(asked) > 1 and {"all", "none"} & set(asked)):
+        raise UserError(f"--task {task}: choose from {', '.join(TASKS)}, with commas between them, or all, or none")
+    models = request.load()
+    chosen = None if asked == ["all"] else [] if asked == ["none"] else list(dict.fromkeys(asked))
+    pairs = both_ways(models, chosen, count=task_prompts, seed=request.seed)
+    text = request.documents(models, documents, min(length, int(models.any.cfg.n_ctx) - 1), bos=False)
+    found = behaviour_of_run(models, text, pairs, prompts=prompts, progress=request.progress)
+    left_out = [name for name in TASKS if name not in {one.name for one, _ in pairs}] if chosen is None else []
+    return Found(found, behaviour_tables(found, left_out), behaviour_charts(found))

@@ -9,6 +9,7 @@ import importlib
 from typing import Any
 
 _MODULES = {
+    "Behaviour": "ln_removal.interpret.behaviour",
     "ByModel": "ln_removal.interpret.passes",
     "Components": "ln_removal.interpret.attribution",
     "DirectEffects": "ln_removal.interpret.attribution",
@@ -24,6 +25,8 @@ _MODULES = {
     "ResidualShape": "ln_removal.interpret.streams",
     "Task": "ln_removal.interpret.tasks",
     "activation_patching": "ln_removal.interpret.interventions",
+    "behaviour_of_run": "ln_removal.interpret.behaviour",
+    "calibration_error": "ln_removal.interpret.behaviour",
     "components": "ln_removal.interpret.attribution",
     "direct_effects": "ln_removal.interpret.attribution",
     "direct_effects_of_run": "ln_removal.interpret.attribution",
