@@ -122,12 +122,12 @@ def residual_shape(bridge: TransformerBridge, tokens: Tensor, end_of_text: int) 
 
     def read(site: int, rows: slice, stream: Tensor) -> None:
         x, member = stream.double(), members[:, rows]
-        size, magnitudes = x.norm(dim=-1), x.abs()
-        median = magnitudes.quantile(0.5, dim=-1)
+        size, magnitudes = x.norm(dim=-1), x.abs().sort(dim=-1).values
+        median = (magnitudes[..., (width - 1) // 2] + magnitudes[..., width // 2]) / 2
         sums["l2"][site, :, rows] = torch.einsum("knt,nt->kn", member, size)
-        sums["max_over_median"][site, :, rows] = torch.einsum("knt,nt->kn", member, magnitudes.amax(-1) / median)
+        sums["max_over_median"][site, :, rows] = torch.einsum("knt,nt->kn", member, magnitudes[..., -1] / median)
         total[site, :, rows] = torch.einsum("knt,ntd->knd", member, x)
-        units[site, :, rows] = torch.einsum("knt,ntd->knd", member, x / size[..., None])
+        units[site, :, rows] = torch.einsum("knt,ntd->knd", member, x / size.clamp(min=1e-300)[..., None])
         for place, one in enumerate(member):
             some = x[one > 0]
             squares[site, place] += some.T @ some

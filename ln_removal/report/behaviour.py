@@ -38,10 +38,10 @@ def behaviour_tables(found: ByModel[Behaviour], left_out: Sequence[str] = ()) ->
             for bos, title in BOS.items()
         ]
     count, length = found.documents.tokens.shape
-    prompts = ", ".join(f"{len(some)} of {kind}" for kind, some in models[0].scored.items())
+    prompts = "; ".join(f"{len(some)} ({kind})" for kind, some in models[0].scored.items())
     notes = [
         f"calibration: {BINS} bins, {count} {found.documents.unit} of {length} tokens ({found.documents.corpus})",
-        f"loss: {prompts}; 95 % intervals over documents or prompts",
+        f"prompts: {prompts}. 95 % intervals over documents or prompts",
     ]
     tables = [text_table("calibration, document starts and copying", header(found.results), rows, notes)]
     rows = []
@@ -125,7 +125,7 @@ def task_bars(found: ByModel[Behaviour], quantity: str) -> Figure:
     if quantity == "accuracy":
         axes[0].set_ylim(0, 1)
     axes[-1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    axes[0].set_ylabel("share of prompts answered rightly" if quantity == "accuracy" else "logit difference (logits)")
+    axes[0].set_ylabel("share answered rightly" if quantity == "accuracy" else "logit difference (logits)")
     words = (
         "The right answer has the higher logit of two."
         if quantity == "accuracy"

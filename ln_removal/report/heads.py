@@ -28,10 +28,8 @@ TITLES: dict[Score, str] = {
 }
 
 WORDS: dict[Score, str] = {
-    "published_sink_rate": f"Share of queries with more than {SINK_THRESHOLD:g} of their attention on position 0. No query is left "
-    "out.",
-    "later_sink_rate": f"Share of queries with more than {SINK_THRESHOLD:g} of their attention on position 0. Queries 0 to "
-    f"{TRIVIAL_QUERIES - 1} are left out, where a uniform head has as much.",
+    "published_sink_rate": f"Share of queries with more than {SINK_THRESHOLD:g} of their attention on position 0. No query is "
+    f"left out; a uniform head passes at queries 0 to {TRIVIAL_QUERIES - 1}.",
     "sink_heads": f"Share of documents in which the head's mean attention on position 0 is above {SINK_THRESHOLD:g}.",
     "entropy": "Mean entropy of a query's attention.",
     "previous": "Mean attention on the token before.",
@@ -75,8 +73,8 @@ def head_tables(found: ByModel[HeadScores]) -> list[Table]:
 
 
 def head_charts(found: ByModel[HeadScores]) -> dict[str, Callable[[], Figure]]:
-    """A heatmap of every score, layers by heads, models side by side."""
-    return {f"attention-{score.replace('_', '-')}": partial(score_heatmaps, found, score) for score in SCORES}
+    """A heatmap of every score of WORDS, layers by heads, models side by side. One is enough for the sink rates of queries."""
+    return {f"attention-{score.replace('_', '-')}": partial(score_heatmaps, found, score) for score in WORDS}
 
 
 def score_heatmaps(found: ByModel[HeadScores], score: Score) -> Figure:
