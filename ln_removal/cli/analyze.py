@@ -10,6 +10,7 @@ import typer
 
 from ln_removal.cli import analysis, console
 from ln_removal.cli.analyze_exact import circuits, dla, paths
+from ln_removal.cli.analyze_inside import attention, behaviour, lens, neurons, residual
 from ln_removal.cli.analyze_patching import patching
 
 if TYPE_CHECKING:
@@ -176,6 +177,7 @@ Examples:
   ln-analyze nans checkpoints/unstable --json
   ln-analyze dla checkpoints/demo
   ln-analyze patching checkpoints/demo --task repeat
+  ln-analyze attention checkpoints/demo
 """
 
 app = console.build_group(
@@ -187,6 +189,11 @@ app = console.build_group(
     paths=paths,
     circuits=circuits,
     patching=patching,
+    attention=attention,
+    residual=residual,
+    neurons=neurons,
+    lens=lens,
+    behaviour=behaviour,
 )
 
 
