@@ -30,7 +30,7 @@ _MODULES = {
     "components": "ln_removal.interpret.attribution",
     "direct_effects": "ln_removal.interpret.attribution",
     "direct_effects_of_run": "ln_removal.interpret.attribution",
-    "edge_effects": "ln_removal.interpret.patching",
+    "edge_effects": "ln_removal.interpret.gradients",
     "estimated_effects": "ln_removal.interpret.patching",
     "head_scores": "ln_removal.interpret.heads",
     "head_scores_of_run": "ln_removal.interpret.heads",

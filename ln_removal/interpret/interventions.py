@@ -71,7 +71,7 @@ class Effects:
     def of(self, kind: str) -> Array:
         """(P, effects of a kind of node or head)."""
         array, kinds = (self.nodes, NODE_KINDS) if kind in NODE_KINDS else (self.heads, HEAD_KINDS)
-        return array[..., kinds.index(kind)].reshape(len(array), -1)  # type: ignore[arg-type]
+        return array[..., kinds.index(kind)].reshape(len(array), -1)
 
     @classmethod
     def empty(cls, prompts: int, layers: int, length: int, heads: int) -> Effects:
@@ -93,10 +93,12 @@ class Pair:
 
     Attributes:
         direction: (P, D) W[:, answer] - W[:, wrong answer].
+        behind: (P, T) whether a position is not before the first token that differs.
         clean, corrupt: (P, ...) each.
     """
 
     direction: Tensor
+    behind: Tensor
     clean: dict[str, Tensor]
     corrupt: dict[str, Tensor]
 
@@ -107,8 +109,10 @@ class Pair:
         return int(found[0]), int(found[1])
 
     def difference(self, name: str) -> Tensor:
-        """(P, ...) clean minus corrupt."""
-        return self.clean[name] - self.corrupt[name]
+        """(P, T, ...) clean minus corrupt; 0 before the first token that differs, where there is nothing but rounding."""
+        change = self.clean[name] - self.corrupt[name]
+        behind = self.behind.reshape(*self.behind.shape, *[1] * (change.ndim - 2))
+        return change * behind.to(change.dtype)
 
 
 def run_pair(bridge: TransformerBridge, batch: PromptBatch) -> Pair:
@@ -122,7 +126,8 @@ def run_pair(bridge: TransformerBridge, batch: PromptBatch) -> Pair:
             _, cache = bridge.run_with_cache(tokens, names_filter=lambda name: name.endswith(_CACHED))
             caches.append({name: cache[name] for name in _names(bridge)})
         columns = bridge.W_U.T
-        return Pair(columns[batch.answer] - columns[batch.wrong], *caches)
+        behind = (batch.clean != batch.corrupt).long().cummax(dim=1).values
+        return Pair(columns[batch.answer] - columns[batch.wrong], behind, *caches)
 
 
 def activation_patching(
@@ -307,7 +312,7 @@ def _replaced(inputs: Sequence[str], output: str, tangent: Callable[..., Tensor]
         return hook
 
     def replace(x: Tensor, hook: Any) -> Tensor:
-        return tangent(*(seen[name] for name in inputs))
+        return tangent(*(seen.pop(name) for name in inputs))
 
     return [*((name, keep(name)) for name in inputs), (output, replace)]
 
@@ -322,13 +327,12 @@ def _norm_tangent(pair: Pair, rows: Tensor, norm: Any, name: str, *, last: bool 
     if not isinstance(norm, NormalizationBridge):
         return []
     own: Any = norm.original_component
-    x, y = (pair.corrupt[f"{name}.{end}"][rows] for end in ("hook_in", "hook_out"))
-    if last:
-        x, y = x[:, -1:], y[:, -1:]
-    sigma = (x.var(dim=-1, correction=0, keepdim=True) + own.eps).sqrt()
-    normed = (x - x.mean(dim=-1, keepdim=True)) / sigma
+    positions = slice(-1, None) if last else slice(None)
 
     def tangent(now: Tensor) -> Tensor:
+        x, y = (pair.corrupt[f"{name}.{end}"][rows, positions] for end in ("hook_in", "hook_out"))
+        sigma = (x.var(dim=-1, correction=0, keepdim=True) + own.eps).sqrt()
+        normed = (x - x.mean(dim=-1, keepdim=True)) / sigma
         dx = now - x
         dx = dx - dx.mean(dim=-1, keepdim=True)
         return y + own.weight * (dx - normed * (normed * dx).mean(dim=-1, keepdim=True)) / sigma
@@ -340,23 +344,24 @@ def _attention_tangent(pair: Pair, rows: Tensor, scale: float, name: str) -> lis
     """dz = dA v + A dv, with dA = A (dS - sum over keys of A dS) and dS = (dq k + q dk) scale."""
     import torch
 
-    names = [f"{name}.hook_{kind}" for kind in "qkv"]
-    q, k, v, z, pattern = (pair.corrupt[f"{name}.hook_{kind}"][rows] for kind in (*"qkvz", "pattern"))
-
     def tangent(*now: Tensor) -> Tensor:
+        q, k, v, z, pattern = (pair.corrupt[f"{name}.hook_{kind}"][rows] for kind in (*"qkvz", "pattern"))
         dq, dk, dv = (one - corrupt for one, corrupt in zip(now, (q, k, v), strict=True))
         scores = torch.einsum("bthk,bshk->bhts", dq, k) + torch.einsum("bthk,bshk->bhts", q, dk)
         moved = pattern * scores * scale
         moved = moved - pattern * moved.sum(dim=-1, keepdim=True)
         return z + torch.einsum("bhts,bshk->bthk", moved, v) + torch.einsum("bhts,bshk->bthk", pattern, dv)
 
-    return _replaced(names, f"{name}.hook_z", tangent)
+    return _replaced([f"{name}.hook_{kind}" for kind in "qkv"], f"{name}.hook_z", tangent)
 
 
 def _activation_tangent(pair: Pair, rows: Tensor, function: Any, name: str) -> list[Hook]:
     """Element by element, with the derivative from automatic differentiation."""
     import torch
 
-    before = pair.corrupt[f"{name}.hook_pre"][rows]
-    after, slope = torch.func.jvp(function, (before,), (torch.ones_like(before),))
-    return _replaced([f"{name}.hook_pre"], f"{name}.hook_post", lambda now: after + slope * (now - before))
+    def tangent(now: Tensor) -> Tensor:
+        before = pair.corrupt[f"{name}.hook_pre"][rows]
+        after, change, *_ = torch.func.jvp(function, (before,), (now - before,))
+        return after + change
+
+    return _replaced([f"{name}.hook_pre"], f"{name}.hook_post", tangent)

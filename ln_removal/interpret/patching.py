@@ -25,15 +25,16 @@ Shape legend: P prompts, L layers, T tokens, H heads, D model width, K width of 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
+import numpy.typing as npt
 
 from ln_removal.errors import UserError
 from ln_removal.evaluation.bootstrap import Interval, bootstrap_means
 from ln_removal.interpret.attribution import interval_json
+from ln_removal.interpret.gradients import IG_STEPS, edge_effects, mean_gradients
 from ln_removal.interpret.interventions import (
     HEAD_KINDS,
     NODE_KINDS,
@@ -50,16 +51,11 @@ from ln_removal.interpret.models import Models
 from ln_removal.interpret.tasks import PromptBatch, Task, logit_differences
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from torch import Tensor
     from transformer_lens.model_bridge import TransformerBridge
 
 Method = Literal["atp", "atp-star", "eap-ig"]
 METHODS: tuple[Method, ...] = get_args(Method)
-
-IG_STEPS = 5
-"""Runs of integrated gradients by default."""
 
 SMALLEST_GAP = 0.2
 """Prompts with a smaller |clean - corrupt|, in logits, are left out of the published statistic."""
@@ -106,8 +102,8 @@ class Patching:
 
     def correlation(self, method: Method, kind: str, *, seed: int = 0) -> Interval:
         """Pearson's correlation of estimate and exact effects within a prompt, with its interval over prompts."""
-        pairs = zip(self.estimates[method].of(kind), self.exact.of(kind), strict=True)
-        found = np.array([_pearson(*pair) for pair in pairs])
+        pairs = zip(self.estimates[method].of(kind), self.exact.of(kind), self._reached(kind), strict=True)
+        found = np.array([_pearson(estimate[some], exact[some]) for estimate, exact, some in pairs])
         found = found[np.isfinite(found)]
         if not len(found):
             return Interval(np.nan, np.nan, np.nan)
@@ -115,14 +111,20 @@ class Patching:
         return mean
 
     def published(self, method: Method, kind: str) -> Published:
-        """(estimate - exact) / (clean - corrupt) over the effects of a kind, those left out where nothing is patched."""
+        """(estimate - exact) / (clean - corrupt) over the effects of a kind, from the first token that differs on."""
         gap = self.clean - self.corrupt
         some = np.abs(gap) > SMALLEST_GAP
         estimate, exact = (one.of(kind)[some] for one in (self.estimates[method], self.exact))
-        off = ((estimate - exact) / gap[some, None])[np.isfinite(exact) & ((estimate != 0) | (exact != 0))]
+        off = ((estimate - exact) / gap[some, None])[self._reached(kind)[some]]
         if not off.size:
             return Published(np.nan, np.nan, 0)
         return Published(float(off.mean()), float(off.std()), int(some.sum()))
+
+    def _reached(self, kind: str) -> npt.NDArray[np.bool_]:
+        """(P, effects of a kind) which of them are not at a position before the first token that differs, where all are 0."""
+        reached = np.nan_to_num(self.exact.nodes).any(axis=(1, 3), keepdims=True)  # (P, 1, T, 1)
+        of_nodes = np.broadcast_to(reached, self.exact.nodes.shape)
+        return Effects(of_nodes, np.isfinite(self.exact.heads)).of(kind).astype(bool)  # type: ignore[arg-type]
 
     def budget_error(self, row: str, *, seed: int = 0) -> Interval:
         """The error of atp on `resid_pre` if only what the row names is real, per cent."""
@@ -231,52 +233,11 @@ def estimated_effects(
     found: dict[Method, Effects] = {}
     for method in methods:
         steps = ig_steps if method == "eap-ig" else 1
-        slopes = _mean_gradients(bridge, batch, names, steps)
+        slopes = mean_gradients(bridge, batch, names, steps)
         found[method] = _first_order(bridge, pair, slopes)
         if method == "atp-star":
             _fix_queries_and_keys(bridge, pair, slopes, found[method])
     return found
-
-
-def edge_effects(bridge: TransformerBridge, task: Task, *, steps: int = IG_STEPS) -> dict[tuple[str, str], float]:
-    """Estimated effect of every edge from what a component writes to what a later one reads, in logits (EAP-IG).
-
-    The effect is (written_clean - written_corrupt) dm/d(read), summed over positions, mean over prompts. With `steps=1` it is that
-    of TransformerLens' attribution_patch at edge granularity. The edges that leave a component sum to its node's effect.
-
-    Args:
-        steps: runs of integrated gradients.
-
-    Returns:
-        By writer ("embed", "L0H2", "0_mlp_out") and reader ("L1H0 q", "L1H0 k", "L1H0 v", "1_mlp_in", "logits").
-    """
-    import torch
-
-    layers, heads = range(int(bridge.cfg.n_layers)), int(bridge.cfg.n_heads)
-    writers = ["hook_embed"]
-    writers += [f"blocks.{i}.{name}" for i in layers for name in ("attn.hook_result", "hook_mlp_out")]
-    readers = [
-        f"blocks.{i}.{name}" for i in layers for name in (*(f"attn.hook_{k}_input" for k in "qkv"), "hook_mlp_in")
-    ]
-    readers.append(f"blocks.{layers[-1]}.hook_resid_post")
-    totals: dict[tuple[str, str], float] = {}
-    with _edge_hooks(bridge):
-        for batch in task.batches(bridge, size=4):
-            with torch.no_grad():
-                _, clean = bridge.run_with_cache(batch.clean, names_filter=writers)
-                _, corrupt = bridge.run_with_cache(batch.corrupt, names_filter=writers)
-            slopes = _mean_gradients(bridge, batch, readers, steps)
-            for writer in writers:
-                change = _by_head(clean[writer] - corrupt[writer])  # (P, T, 1 or H, D)
-                for reader in readers:
-                    if _order(writer) >= _order(reader):
-                        continue
-                    scores = torch.einsum("ptwd,ptrd->wr", change, _by_head(slopes[reader])).double().tolist()
-                    for place, row in enumerate(scores):
-                        for other, score in enumerate(row):
-                            edge = _label(writer, place, heads), _label(reader, other, heads)
-                            totals[edge] = totals.get(edge, 0.0) + score / len(task.prompts)
-    return totals
 
 
 def patching_of_run(
@@ -348,38 +309,6 @@ def _patching(
     return Patching(clean, corrupt, exact, estimates, shares, [(*edge, score) for edge, score in largest])
 
 
-def _mean_gradients(bridge: TransformerBridge, batch: PromptBatch, names: list[str], steps: int) -> dict[str, Tensor]:
-    """dm/da by hook name, mean over `steps` runs from the corrupt embeddings towards the clean ones (TransformerLens)."""
-    import torch
-    from transformer_lens.tools.analysis.attribution_patching import cache_activation_and_gradient
-
-    assert batch.corrupt is not None
-    with torch.no_grad():
-        _, clean = bridge.run_with_cache(batch.clean, names_filter=["hook_embed"])
-
-    def metric(logits: Tensor) -> Tensor:
-        answers = torch.stack([batch.answer, batch.wrong], dim=1)
-        right, wrong = logits[:, -1].gather(1, answers).unbind(1)
-        return (right - wrong).sum()  # prompts do not see each other, so each gets its own gradient
-
-    found: dict[str, Tensor] = {}
-    for step in range(steps):
-
-        def towards(x: Tensor, hook: Any, share: float = step / steps) -> Tensor:
-            return x + share * (clean["hook_embed"] - x)
-
-        with ExitStack() as stack:
-            stack.enter_context(torch.enable_grad())
-            if step:
-                stack.enter_context(bridge.hooks(fwd_hooks=[("hook_embed", towards)]))
-            slopes = cache_activation_and_gradient(bridge, batch.corrupt, metric, names_filter=names).gradients
-        for name in names:
-            slope = slopes[name]
-            assert slope is not None, name
-            found[name] = found[name] + slope / steps if step else slope / steps
-    return found
-
-
 def _first_order(bridge: TransformerBridge, pair: Pair, slopes: dict[str, Tensor]) -> Effects:
     """(a_clean - a_corrupt) dm/da of all nodes and heads."""
     prompts, length = pair.shape
@@ -402,63 +331,15 @@ def _fix_queries_and_keys(bridge: TransformerBridge, pair: Pair, slopes: dict[st
         before = pair.corrupt[f"{name}pattern"]
         for kind, both in (("q", (pair.clean[f"{name}q"], keys)), ("k", (queries, pair.clean[f"{name}k"]))):
             moved = pattern_of(bridge, layer, *both) - before  # (P, H, T, T)
-            found.heads[:, layer, :, HEAD_KINDS.index(kind)] = _numpy(  # type: ignore[arg-type]
-                (moved * slopes[f"{name}pattern"]).sum(dim=(2, 3))
-            )
-
-
-@contextmanager
-def _edge_hooks(bridge: TransformerBridge) -> Iterator[None]:
-    """Let TransformerLens compute what each head writes, and what each head and MLP reads, by itself."""
-    cfg = bridge.cfg
-    before = bool(cfg.use_attn_result), bool(cfg.use_split_qkv_input), bool(cfg.use_hook_mlp_in)
-
-    def use(result: bool, split: bool, mlp: bool) -> None:
-        bridge.set_use_attn_result(result)
-        bridge.set_use_split_qkv_input(split)
-        bridge.set_use_hook_mlp_in(mlp)
-
-    try:
-        use(True, True, True)
-        yield
-    finally:
-        use(*before)
-
-
-def _by_head(values: Tensor) -> Tensor:
-    """(P, T, H, D), with one head for what has none."""
-    return values if values.ndim == 4 else values[:, :, None]
-
-
-def _order(hook: str) -> float:
-    """When a hook's activation is written or read: the attention of a layer before its MLP, writing after reading."""
-    if hook == "hook_embed":
-        return -1
-    layer = int(hook.split(".")[1])
-    part = ("_input", "hook_result", "hook_mlp_in", "hook_mlp_out", "hook_resid_post")
-    return layer + next(index for index, end in enumerate(part) if hook.endswith(end)) / len(part)
-
-
-def _label(hook: str, place: int, heads: int) -> str:
-    """The name of a writer or reader, as in TransformerLens' labels of components."""
-    if hook == "hook_embed":
-        return "embed"
-    if hook.endswith("hook_resid_post"):
-        return "logits"
-    layer = hook.split(".")[1]
-    if ".attn." in hook:
-        head = f"L{layer}H{place}"
-        return head if hook.endswith("result") else f"{head} {hook.removesuffix('_input')[-1]}"
-    return f"{layer}_{hook.rpartition('hook_')[2]}"
+            effects = (moved * slopes[f"{name}pattern"]).sum(dim=(2, 3))
+            found.heads[:, layer, :, HEAD_KINDS.index(kind)] = _numpy(effects)
 
 
 def _pearson(first: Array, second: Array) -> float:
-    """Pearson's correlation over what is finite and not 0 in both; NaN for fewer than two, or without variation."""
-    some = np.isfinite(first) & np.isfinite(second) & ((first != 0) | (second != 0))
-    one, two = first[some], second[some]
-    if len(one) < 2 or not one.std() or not two.std():
+    """Pearson's correlation; NaN for fewer than two values, or without variation."""
+    if len(first) < 2 or not first.std() or not second.std():
         return float("nan")
-    return float(np.corrcoef(one, two)[0, 1])
+    return float(np.corrcoef(first, second)[0, 1])
 
 
 def _numpy(values: Tensor) -> Array:

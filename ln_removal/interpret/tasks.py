@@ -250,50 +250,61 @@ def as_prompt(
         NotUsable: an answer is not one token, both are the same, the prompt is empty, or the twins have different lengths,
             are the same, or break a rule of `one_token`.
     """
-
-    def ids(text: str) -> list[int]:
-        return list(tokenizer.encode(text, add_special_tokens=False))
-
-    def shown(tokens: list[int]) -> str:
-        return " ".join(repr(tokenizer.decode([token])) for token in tokens)
-
-    def single(text: str, what: str) -> int:
-        tokens = ids(text)
-        if len(tokens) != 1:
-            raise NotUsable(
-                f"{what} {text!r} has {len(tokens)} tokens ({shown(tokens)}); answers have one, and in most texts begin with a "
-                "space"
-            )
-        return tokens[0]
-
+    cut = _Cut(tokenizer)
     texts = [clean] if corrupt is None else [clean, corrupt]
-    rows = [ids(text) for text in texts]
+    rows = [cut.ids(text) for text in texts]
     if not rows[0]:
         raise NotUsable("the clean prompt is empty")
-    right, other = single(answer, "the answer"), single(wrong, "the wrong answer")
+    right, other = cut.single(answer, "the answer"), cut.single(wrong, "the wrong answer")
     if right == other:
         raise NotUsable(f"the answer and the wrong answer are both {answer!r}")
     if corrupt is not None:
-        if len(rows[0]) != len(rows[1]):
-            raise NotUsable(
-                f"the clean prompt has {len(rows[0])} tokens and the corrupt one {len(rows[1])} ({shown(rows[0])} against "
-                f"{shown(rows[1])}); they must have the same number"
-            )
-        differ = sum(one != two for one, two in zip(*rows, strict=True))
-        if not differ:
-            raise NotUsable("the clean and the corrupt prompt are the same")
+        differ = cut.differences(*rows)
         if one_token and differ != 1:
             raise NotUsable(f"the clean and the corrupt prompt differ in {differ} tokens")
     if one_token:
         for text, row in zip(texts, rows, strict=True):
             for ending, token in ((answer, right), (wrong, other)):
-                if ids(text + ending) != [*row, token]:
-                    raise NotUsable(
-                        f"the tokenizer joins the end of the prompt with the answer: {shown(ids(text + ending))}"
-                    )
+                if (found := cut.ids(text + ending)) != [*row, token]:
+                    raise NotUsable(f"the tokenizer joins the end of the prompt with the answer: {cut.shown(found)}")
     front = [_bos(tokenizer)] if prepend_bos else []
     clean_ids, *twin = (tuple(front + row) for row in rows)
     return Prompt(clean_ids, right, other, twin[0] if twin else None)
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """How a tokenizer cuts texts."""
+
+    tokenizer: PreTrainedTokenizerBase
+
+    def ids(self, text: str) -> list[int]:
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def shown(self, tokens: list[int]) -> str:
+        return " ".join(repr(self.tokenizer.decode([token])) for token in tokens)
+
+    def single(self, text: str, what: str) -> int:
+        """The id of an answer, which is one token."""
+        tokens = self.ids(text)
+        if len(tokens) != 1:
+            raise NotUsable(
+                f"{what} {text!r} has {len(tokens)} tokens ({self.shown(tokens)}); answers have one, and in most texts begin "
+                "with a space"
+            )
+        return tokens[0]
+
+    def differences(self, clean: list[int], corrupt: list[int]) -> int:
+        """In how many tokens twins differ, which have the same number of tokens."""
+        if len(clean) != len(corrupt):
+            raise NotUsable(
+                f"the clean prompt has {len(clean)} tokens and the corrupt one {len(corrupt)} ({self.shown(clean)} against "
+                f"{self.shown(corrupt)}); they must have the same number"
+            )
+        differ = sum(one != two for one, two in zip(clean, corrupt, strict=True))
+        if not differ:
+            raise NotUsable("the clean and the corrupt prompt are the same")
+        return differ
 
 
 def _bos(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -103,7 +103,7 @@ def patching_charts(found: PatchingByModel) -> dict[str, Callable[[], Figure]]:
 
 def node_heatmaps(found: PatchingByModel, kind: str, method: Method | None) -> Figure:
     """Mean effects of a kind of node, layers by positions: a row of patched runs and one of estimates, models side by side."""
-    index = NODE_KINDS.index(kind)  # type: ignore[arg-type]
+    index = NODE_KINDS.index(kind)
 
     def grid(effects: Effects) -> Array:
         values = effects.nodes[..., index]
@@ -149,7 +149,7 @@ def estimates_scatter(found: PatchingByModel, method: Method) -> Figure:
         points = points[:, np.isfinite(points).all(axis=0) & (points != 0).any(axis=0)]
         some = points[:, random.permutation(points.shape[1])[:POINTS]]
         drawn.append(some)
-        panel.plot(*some, ".", color=plots.ACCENT, markersize=2.2, alpha=0.4, markeredgewidth=0)
+        panel.plot(*some, ".", color=plots.ACCENT, markersize=3.2, alpha=0.45, markeredgewidth=0)
         panel.axline((0, 0), slope=1, color=plots.RULE, linewidth=0.8, zorder=1)
         error = one.error(method, "resid_pre", seed=found.seed)
         panel.text(0.05, 0.95, f"error {number(error.value)} %", transform=panel.transAxes, va="top", fontsize=8)
