@@ -14,7 +14,7 @@ from transformers import GPT2LMHeadModel
 
 from ln_removal import from_disarmed, to_bridge
 from ln_removal.interpret import neuron_effects
-from ln_removal.interpret.neurons import candidates
+from ln_removal.interpret.neurons import _final, _first_order, candidates
 
 PLANTED = 77
 
@@ -43,7 +43,7 @@ class TestPlanted:
         self, planted: GPT2LMHeadModel, token_ids: Tensor
     ) -> None:
         bridge = to_bridge(planted)
-        assert PLANTED in candidates(bridge, 2)
+        assert PLANTED in candidates(bridge, token_ids, 2)
         found = neuron_effects(bridge, token_ids, [3, PLANTED])
         assert found.variance.argmin() == PLANTED and found.variance[PLANTED] < 1e-12
         assert found.norm[PLANTED] == pytest.approx(20)
@@ -131,8 +131,35 @@ class TestAgainstWholeRuns:
         assert overall.value == pytest.approx(expected) and overall.low <= overall.value <= overall.high
 
 
-def test_candidates(tiny_gpt2: GPT2LMHeadModel) -> None:
-    bridge = to_bridge(tiny_gpt2)
-    some = candidates(bridge, 10)
-    assert len(set(some)) == 10 and some == candidates(bridge, 10) != candidates(bridge, 10, seed=1)
-    assert candidates(bridge, 1000) == list(range(128))
+def test_candidates(tiny_gpt2: GPT2LMHeadModel, token_ids: Tensor) -> None:
+    bridge = to_bridge(tiny_gpt2.double())
+    some = candidates(bridge, token_ids, 10)
+    assert len(set(some)) == 10 and some == candidates(bridge, token_ids, 10) != candidates(
+        bridge, token_ids, 10, seed=1
+    )
+    assert candidates(bridge, token_ids, 1000) == list(range(128))
+    every = neuron_effects(bridge, token_ids, range(128))
+    through = every.effect - np.abs(every.entropy_frozen).mean(axis=(1, 2))
+    assert len(set(candidates(bridge, token_ids, 40)) & set(np.argsort(-through)[:10].tolist())) >= 9
+
+
+@pytest.mark.parametrize("norms", [True, False])
+def test_first_order(tiny_gpt2: GPT2LMHeadModel, token_ids: Tensor, norms: bool) -> None:
+    """The estimates are the derivatives of the model's entropy, and with sigma frozen of the entropy with a constant sigma."""
+    model = tiny_gpt2.double() if norms else from_disarmed(disarm(tiny_gpt2)).double()
+    bridge = to_bridge(model)
+    stream = torch.randn(6, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    change = torch.randn(6, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    written = bridge.W_out[-1][:4].detach()
+    found = _first_order(_final(bridge), stream, change, written)
+    for frozen in (False, True):
+        x = stream.clone().requires_grad_()
+        if norms:
+            sigma = (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+            norm = model.transformer.ln_f
+            read = (x - x.mean(-1, keepdim=True)) / (sigma.detach() if frozen else sigma) * norm.weight + norm.bias
+        else:
+            read = x
+        (gradient,) = torch.autograd.grad(entropy(model.lm_head(read)).sum(), x)
+        expected = (change * (gradient @ written.T)).abs().mean(0)
+        np.testing.assert_allclose(found[int(frozen)], expected.numpy(), atol=1e-12)

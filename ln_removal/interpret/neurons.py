@@ -157,23 +157,9 @@ def neuron_effects(bridge: TransformerBridge, tokens: Tensor, ablated: Sequence[
         tokens: (N, T) on the bridge's device; every position but the last predicts.
         ablated: indices below M of the neurons to ablate, one at a time, at POSITIONS of each document.
     """
-    import torch
-
     final, written = _final(bridge), bridge.W_out[-1].detach()  # (M, D)
-    layer = int(bridge.cfg.n_layers) - 1
-    seen: dict[str, list[Tensor]] = {"activation": [], "stream": []}
-    entropies: list[Tensor] = []
-    readers = {
-        f"blocks.{layer}.mlp.hook_post": lambda _, one: seen["activation"].append(one[:, :-1].detach()),
-        "ln_final.hook_in": lambda _, one: seen["stream"].append(one[:, :-1].detach()),
-    }
-    for _, logits in passes(bridge, tokens, readers, numbers=tokens.shape[1] * int(bridge.cfg.d_vocab)):
-        entropies.append(entropy_and_loss(logits[:, :-1])[0])
-    activation, stream, entropy = torch.cat(seen["activation"]), torch.cat(seen["stream"]), torch.cat(entropies)
-
-    places = (
-        torch.linspace(0, tokens.shape[1] - 2, min(POSITIONS, tokens.shape[1] - 1), device=tokens.device).round().long()
-    )
+    activation, stream, entropy = _activations(bridge, tokens)
+    places = _places(tokens)
     change = activation.mean((0, 1)) - activation[:, places]  # (N, P, M)
     changes = _ablations(
         final, stream[:, places].flatten(0, 1), tokens[:, places + 1].flatten(), change.flatten(0, 1), written, ablated
@@ -196,15 +182,15 @@ def neuron_effects_of_run(
     Args:
         models: from `load`.
         documents: from `Models.documents`.
-        ablated: how many neurons. The first half are those of the first model with the largest |w| for the standard deviation of
-            their cosines, as entropy neurons have; the others are drawn at random. All if there are no more.
+        ablated: how many neurons, from `candidates` of the first model. All if there are no more.
 
     Raises:
         UserError: no neuron is to be ablated.
     """
     if ablated < 1:
         raise UserError(f"found {ablated} neurons to ablate; ask for at least 1")
-    chosen = candidates(models.items()[0][1], ablated, seed=documents.seed)
+    first = models.items()[0][1]
+    chosen = candidates(first, documents.inputs(first), ablated, seed=documents.seed)
     return each_model(
         models,
         documents,
@@ -214,11 +200,17 @@ def neuron_effects_of_run(
     )
 
 
-def candidates(bridge: TransformerBridge, count: int, *, seed: int = 0) -> list[int]:
-    """`count` neurons of the last MLP, sorted: half those with the largest |w| / sd of cos(w, u_v), half of the others at random."""
-    written, columns = bridge.W_out[-1].detach(), _final(bridge).columns
-    score = (written.norm(dim=-1) / _cosine_variances(written, columns).sqrt()).double().cpu().numpy()
-    order = np.argsort(-score)
+def candidates(bridge: TransformerBridge, tokens: Tensor, count: int, *, seed: int = 0) -> list[int]:
+    """`count` neurons of the last MLP, sorted: half those that seem to act most through the norm, half of the others at random.
+
+    The first half have the largest mean |dH, total| - mean |dH, frozen| to first order in their ablation, which needs no run. In a
+    model without norms these are the ones with the largest mean |dH|.
+    """
+    activation, stream, _ = _activations(bridge, tokens)
+    places = _places(tokens)
+    change = (activation.mean((0, 1)) - activation[:, places]).flatten(0, 1)
+    total, frozen = _first_order(_final(bridge), stream[:, places].flatten(0, 1), change, bridge.W_out[-1].detach())
+    order = np.argsort(-(total - frozen if (total != frozen).any() else total))
     first = order[: -(-count // 2)]
     others = np.random.default_rng(seed).permutation(order[len(first) :])[: max(0, count - len(first))]
     return sorted(np.concatenate([first, others]).tolist())
@@ -242,6 +234,59 @@ def _final(bridge: TransformerBridge) -> _Final:
     own: Any = norm.original_component
     scaled = own.weight.detach()[:, None] * weights
     return _Final(scaled - scaled.mean(dim=0, keepdim=True), bias + own.bias.detach() @ weights, float(own.eps))
+
+
+def _activations(bridge: TransformerBridge, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Activations of the last MLP (N, T, M), final residual stream (N, T, D) and entropy (N, T), without the last position."""
+    import torch
+
+    activations: list[Tensor] = []
+    streams: list[Tensor] = []
+    entropies: list[Tensor] = []
+    readers = {
+        f"blocks.{int(bridge.cfg.n_layers) - 1}.mlp.hook_post": lambda _, one: activations.append(one[:, :-1].detach()),
+        "ln_final.hook_in": lambda _, one: streams.append(one[:, :-1].detach()),
+    }
+    for _, logits in passes(bridge, tokens, readers, numbers=tokens.shape[1] * int(bridge.cfg.d_vocab)):
+        entropies.append(entropy_and_loss(logits[:, :-1])[0])
+    return torch.cat(activations), torch.cat(streams), torch.cat(entropies)
+
+
+def _places(tokens: Tensor) -> Tensor:
+    """(P,) the positions of (N, T) tokens at which neurons are ablated."""
+    import torch
+
+    last = tokens.shape[1] - 2
+    return torch.linspace(0, last, min(POSITIONS, last + 1), device=tokens.device).round().long()
+
+
+def _first_order(final: _Final, stream: Tensor, change: Tensor, written: Tensor) -> tuple[Array, Array]:
+    """(M,) mean |dH, total| and (M,) mean |dH, frozen|, nats, to first order in the change of each neuron.
+
+    dH = change * sum over v of dH/dlogit_v * (w u_v / sigma - (x u_v / sigma^2) dsigma), with dsigma = cov(x, w) / sigma and
+    dH/dlogit_v = -p_v (log p_v + H). Frozen is the first term alone.
+
+    Args:
+        stream: (Q, D) final residual stream.
+        change: (Q, M) of the activations.
+        written: (M, D).
+    """
+    sums = np.zeros((2, len(written)))
+    rows = max(1, LOGITS_AT_ONCE // final.columns.shape[1])
+    centred = written - written.mean(dim=-1, keepdim=True)
+    for start in range(0, len(stream), rows):
+        x, step = stream[start : start + rows], change[start : start + rows]
+        read, sigma = x @ final.columns, final.sigma(x)[:, None]
+        log_probs = (final.constant + read / sigma).log_softmax(-1)
+        slope = -log_probs.exp() * (log_probs - (log_probs.exp() * log_probs).sum(-1, keepdim=True))
+        frozen = step * (slope @ final.columns.T @ written.T) / sigma
+        total = frozen
+        if final.eps is not None:
+            covariance = (x - x.mean(dim=-1, keepdim=True)) @ centred.T / x.shape[1]
+            total = frozen - step * covariance * (slope * read).sum(-1, keepdim=True) / sigma**3
+        for row, one in enumerate((total, frozen)):
+            sums[row] += one.abs().sum(0).double().cpu().numpy()
+    return sums[0] / len(stream), sums[1] / len(stream)
 
 
 def _ablations(
