@@ -44,7 +44,7 @@ demo: $(STAMP) ## Remove LayerNorm from the embedded model into checkpoints/demo
 	@rm -rf checkpoints/demo
 	$(BIN)/ln-remove --model tiny --control --out checkpoints/demo
 
-test: lint ## Lint, types, all tests (slow ones too) and the notebook
+test: lint ## Lint, types, all tests (slow ones too) and the notebooks
 	$(BIN)/pytest -m '' -n 2 --dist loadfile --nbmake --nbmake-timeout=900 notebooks tests
 
 test-fast: $(STAMP) ## Only the quick tests
@@ -59,7 +59,7 @@ format: $(STAMP) ## Rewrite the code as ruff formats it
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-notebook: $(STAMP) ## Run the notebook from start to end (on checkpoints/demo if it is there)
+notebook: $(STAMP) ## Run the notebooks from start to end (on checkpoints/demo if it is there)
 	$(BIN)/pytest --nbmake --nbmake-timeout=900 notebooks
 
 clean: ## Delete caches, builds and the demo; keep .venv and other runs
