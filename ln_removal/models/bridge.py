@@ -89,7 +89,8 @@ def _error(bridge: TransformerBridge, model: GPT2LMHeadModel) -> float:
     was_training = model.training
     expected, found = model.eval()(tokens, use_cache=False).logits.double(), bridge(tokens).double()
     model.train(was_training)
-    return float((found - expected).abs().max() / expected.abs().max())
+    difference, largest = float((found - expected).abs().max()), float(expected.abs().max())
+    return difference / largest if largest > 0 else difference
 
 
 def _own_modules(model: GPT2LMHeadModel) -> Any:
