@@ -200,7 +200,7 @@ class Paper:
             return self.behaviour.results[role].calibration(False, seed=seed)
 
         title = f"expected calibration error, {BINS} bins"
-        found.append(row("calibration_error", title, "", calibration, documents, "behaviour", 4))
+        found.append(row("calibration_error", title, "", calibration, documents, "behaviour", 3))
         if chosen := self.entropy_neurons:
             title = f"share mediated by the norm, neuron{'s' if len(chosen) > 1 else ''} {', '.join(map(str, chosen))}"
             found.append(row("entropy_neurons_share", title, "", self._mediated, documents, "neurons", 3))

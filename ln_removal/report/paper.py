@@ -108,9 +108,8 @@ def published_cell(row: Row) -> str:
         return "-"
     if not row.published.values:
         return row.published.change
-    digits = min(row.digits, 3)
     values = row.published.values
-    return " / ".join(f"{values[role]:.{digits}f}" if role in values else "-" for role in TITLES)
+    return " / ".join(f"{values[role]:.{row.digits}f}" if role in values else "-" for role in TITLES)
 
 
 def comparison(row: Row) -> str:
@@ -126,8 +125,8 @@ def comparison(row: Row) -> str:
     there = _verb(published.change)
     if {first, "ln_free"} <= set(published.values):
         there += " from {} to {}".format(*(f"{published.values[role]:g}" for role in (first, "ln_free"))) + unit
-    start = "Agrees with the paper in the direction" if row.agrees else "Disagrees with the paper"
-    return f"{row.title}: {start}. Here it {here}. There it {there} ({where})."
+    start = "agrees with the paper in the direction" if row.agrees else "disagrees with the paper"
+    return f"{row.title[0].upper()}{row.title[1:]}: {start}. Here it {here}. There it {there} ({where})."
 
 
 def table_bars(found: Paper) -> Figure:
@@ -143,8 +142,16 @@ def table_bars(found: Paper) -> Figure:
             ends = np.clip([[one.value - one.low], [one.high - one.value]], 0, None)
             panel.errorbar(place, one.value, yerr=ends, fmt="none", ecolor=plots.TEXT, elinewidth=0.8)
             if row.published is not None and role in row.published.values:
+                point = row.published.values[role]
                 panel.plot(
-                    place, row.published.values[role], "D", color="#ffffff", markeredgecolor=plots.TEXT, markersize=4.5
+                    place,
+                    point,
+                    "D",
+                    color="#ffffff",
+                    markeredgecolor=plots.TEXT,
+                    markersize=4.5,
+                    clip_on=False,
+                    zorder=5,
                 )
         panel.set_xticks(range(len(found.roles)), [TITLES[role] for role in found.roles])
         panel.tick_params(axis="x", length=0, labelsize=7)
