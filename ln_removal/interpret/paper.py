@@ -22,12 +22,15 @@ from ln_removal.interpret.attribution import DirectEffectsByModel, direct_effect
 from ln_removal.interpret.behaviour import BINS, PROMPTS, Behaviour, behaviour_of_run
 from ln_removal.interpret.heads import SINK_THRESHOLD, TRIVIAL_QUERIES, HeadScores, Score, head_scores_of_run
 from ln_removal.interpret.models import Documents, Models
-from ln_removal.interpret.neurons import ABLATED, NeuronEffects, neuron_effects_of_run
+from ln_removal.interpret.neurons import NeuronEffects, neuron_effects_of_run
 from ln_removal.interpret.passes import ByModel
 from ln_removal.interpret.patching import PatchingByModel, patching_of_run
 from ln_removal.interpret.tasks import Task
 
 Change = Literal["rises", "falls", "no clear change"]
+
+ABLATED = 768
+"""Neurons that are ablated: all of the last block of the embedded model, because few of them are entropy neurons."""
 
 COPIES = 1
 """Copied sequences for the scores of heads that copy, which are not in the table."""
