@@ -86,7 +86,7 @@ def test_wheel_holds_package_recipes_and_embedded_model(wheel: Path) -> None:
     expected = {
         path.relative_to(ROOT).as_posix()
         for path in (ROOT / "ln_removal").rglob("*")
-        if path.suffix in (".py", ".typed", ".html")
+        if path.suffix in (".py", ".typed", ".html", ".css")
     }
     recipes = ROOT / "recipes"
     expected |= {f"ln_removal/_recipes/{path.relative_to(recipes).as_posix()}" for path in recipes.rglob("*.toml")}

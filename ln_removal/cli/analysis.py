@@ -97,14 +97,18 @@ class Found:
     """What an analysis found and how it is shown.
 
     Attributes:
-        result: its `to_json` is printed with --json, and written to OUT/NAME.json.
+        result: its `to_json` is printed with --json, and written to a file.
         tables: for the terminal.
         charts: the figures by name; each is drawn by its function and written as PNG and PDF.
+        file: that the JSON is written to in OUT; NAME.json by default.
+        page: makes OUT/NAME.html of the files of the figures; None if there is no page.
     """
 
     result: Result
     tables: Sequence[Table]
     charts: Mapping[str, Callable[[], Figure]]
+    file: str = ""
+    page: Callable[[Sequence[Path]], str] | None = None
 
 
 def on_run(command: Callable[..., Found]) -> Callable[..., None]:
@@ -157,6 +161,7 @@ def _show(name: str, request: Request, found: Found, out: Path | None, *, as_jso
     """Draw the figures, write the JSON file, and print the tables, or the JSON."""
     from ln_removal.files.atomic import write_json_atomically
     from ln_removal.interpret.entropies import output_directory
+    from ln_removal.report.page import write_page
 
     directory = output_directory(out, [request.run])
     try:
@@ -172,7 +177,8 @@ def _show(name: str, request: Request, found: Found, out: Path | None, *, as_jso
         "seed": request.seed,
     }
     everything = asked | found.result.to_json() | {"figures": [str(path) for path in figures]}
-    write_json_atomically(directory / f"{name}.json", everything)
+    write_json_atomically(directory / (found.file or f"{name}.json"), everything)
+    page = None if found.page is None else write_page(directory / f"{name}.html", found.page(figures))
     if as_json:
         typer.echo(json.dumps(everything, indent=2, allow_nan=False))
         return
@@ -181,3 +187,5 @@ def _show(name: str, request: Request, found: Found, out: Path | None, *, as_jso
         screen.print(table, markup=False)
     if figures:
         print_figures(figures)
+    if page is not None:
+        typer.echo(f"page: {page}")

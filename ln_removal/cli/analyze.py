@@ -11,6 +11,7 @@ import typer
 from ln_removal.cli import analysis, console
 from ln_removal.cli.analyze_exact import circuits, dla, paths
 from ln_removal.cli.analyze_inside import attention, behaviour, lens, neurons, residual
+from ln_removal.cli.analyze_paper import paper
 from ln_removal.cli.analyze_patching import patching
 
 if TYPE_CHECKING:
@@ -194,6 +195,7 @@ app = console.build_group(
     neurons=neurons,
     lens=lens,
     behaviour=behaviour,
+    paper=paper,
 )
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ln_removal.cli.analysis import BosOption, Found, Request, on_run
 from ln_removal.errors import UserError
+
+if TYPE_CHECKING:
+    from ln_removal.interpret.models import Models
+    from ln_removal.interpret.tasks import Task
 
 TaskOption = Annotated[
     str,
@@ -54,7 +58,6 @@ def patching(
       ln-analyze patching checkpoints/demo --task my_prompts.jsonl --method exact --json
     """
     from ln_removal.interpret.patching import METHODS, patching_of_run
-    from ln_removal.interpret.tasks import PAIRED, make_task, read_task
     from ln_removal.report.patching import patching_charts, patching_tables
 
     asked = [name.strip() for name in method.split(",") if name.strip()]
@@ -62,18 +65,9 @@ def patching(
     if unknown or not asked:
         raise UserError(f"--method {method}: choose from {', '.join(METHODS)}, exact, with commas between them")
     chosen = [name for name in METHODS if name in asked]
-    is_file = Path(task).is_file()
-    if not is_file and task not in PAIRED:
-        raise UserError(
-            f"--task {task}: choose from {', '.join(PAIRED)}, or name a jsonl file of prompts; there is no such file"
-        )
+    check_task(task)
     models = request.load()
-    if models.tokenizer is None:
-        raise UserError(f"{request.run} has no tokenizer to make prompts with")
-    if is_file:
-        asks = read_task(task, models.tokenizer, prepend_bos=bos)
-    else:
-        asks = make_task(task, models.tokenizer, count=prompts, prepend_bos=bos, seed=request.seed)
+    asks = task_of(request, models, task, prompts, bos=bos)
     found = patching_of_run(
         models,
         asks,
@@ -84,3 +78,32 @@ def patching(
         progress=request.progress,
     )
     return Found(found, patching_tables(found), patching_charts(found))
+
+
+def check_task(task: str) -> None:
+    """Before models are loaded.
+
+    Raises:
+        UserError: there is neither such a task nor such a file.
+    """
+    from ln_removal.interpret.tasks import PAIRED
+
+    if not Path(task).is_file() and task not in PAIRED:
+        raise UserError(
+            f"--task {task}: choose from {', '.join(PAIRED)}, or name a jsonl file of prompts; there is no such file"
+        )
+
+
+def task_of(request: Request, models: Models, task: str, prompts: int, *, bos: bool) -> Task:
+    """The prompts that --task names: a user's file, or so many prompts of a task.
+
+    Raises:
+        UserError: there is no tokenizer, the file cannot be read, or the task has no prompts for the tokenizer.
+    """
+    from ln_removal.interpret.tasks import make_task, read_task
+
+    if models.tokenizer is None:
+        raise UserError(f"{request.run} has no tokenizer to make prompts with")
+    if Path(task).is_file():
+        return read_task(task, models.tokenizer, prepend_bos=bos)
+    return make_task(task, models.tokenizer, count=prompts, prepend_bos=bos, seed=request.seed)

@@ -40,6 +40,9 @@ from ln_removal.report.tables import (
 
 REPORT_FILE = "report.html"
 
+PAPER_PAGE = "analysis/paper.html"
+"""What `ln-analyze paper RUN` writes into a run's directory; the report links it."""
+
 _LABELS: dict[Score, str] = {
     "cross_entropy": "cross-entropy, nats per token",
     "difference": "minus the control",
@@ -66,10 +69,18 @@ def write_report(run: Path | str) -> Path:
         UserError: there is no such run, its results cannot be read, or the page cannot be written.
     """
     record = read_run(run)
-    path = record.directory / REPORT_FILE
+    return write_page(record.directory / REPORT_FILE, render_page(record))
+
+
+def write_page(path: Path, html: str) -> Path:
+    """Write a page, whole or not at all, and return its path.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     temporary = path.with_name(path.name + ".tmp")
     try:
-        temporary.write_text(render_page(record), encoding="utf-8", errors="replace")
+        temporary.write_text(html, encoding="utf-8", errors="replace")
         temporary.replace(path)
     except OSError as error:
         raise UserError(
@@ -82,7 +93,7 @@ def render_page(record: RunRecord) -> str:
     """The whole page as HTML."""
     results, recipe = record.results, record.recipe
     differences = results.by_data[0].differences if results.by_data else ()
-    return _template().render(
+    return template("page.html").render(
         title=f"LayerNorm removal: {recipe.name if recipe else record.directory.resolve().name}",
         model=recipe.model if recipe else results.models.original,
         record=record,
@@ -108,11 +119,13 @@ def render_page(record: RunRecord) -> str:
         facts=_facts(record),
         incidents=incident_lines(record.directory / METRICS_FILE),
         recipe_toml=dump_toml(recipe).strip() if recipe else "",
+        paper=PAPER_PAGE if (record.directory / PAPER_PAGE).is_file() else None,
     )
 
 
 @cache
-def _template() -> Template:
+def template(name: str) -> Template:
+    """A template of this directory, in which every expression is escaped, and control characters become symbols."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -123,7 +136,7 @@ def _template() -> Template:
         keep_trailing_newline=True,
     )
     environment.filters.update(number=_number, spaces=_visible_spaces, kind=kind_label)
-    return environment.get_template("page.html")
+    return environment.get_template(name)
 
 
 def _visible(value: Any) -> Any:

@@ -17,6 +17,7 @@ from ln_removal.interpret.models import TITLES
 from ln_removal.interpret.patching import BUDGET, SMALLEST_GAP, Method, Patching, PatchingByModel, mean_of
 from ln_removal.report import plots
 from ln_removal.report.exact_analyses import number, with_interval
+from ln_removal.report.side_by_side import COLOURS
 from ln_removal.report.tables import text_table
 
 if TYPE_CHECKING:
@@ -172,14 +173,13 @@ def budget_bars(found: PatchingByModel) -> Figure:
     """The error with one nonlinearity real, a group of bars for each, a colour for each model, with 95 % intervals."""
     figure, (panel,) = plots.panels(["error budget of attribution patching"], (5.4, 2.7), share=False)
     roles = [role for role, one in found.found.items() if one.budget]
-    colours = {"original": plots.SOFT, "control": plots.ACCENT, "ln_free": plots.ALARM}
     width = 0.8 / len(roles)
     for number_, role in enumerate(roles):
         errors = [found.found[role].budget_error(row, seed=found.seed) for row in BUDGET]
         places = np.arange(len(BUDGET)) + (number_ - (len(roles) - 1) / 2) * width
         values = np.array([one.value for one in errors])
         ends = np.array([[one.value - one.low, one.high - one.value] for one in errors]).T
-        panel.bar(places, values, width * 0.92, color=colours[role], label=TITLES[role])
+        panel.bar(places, values, width * 0.92, color=COLOURS[role], label=TITLES[role])
         panel.errorbar(places, values, yerr=np.clip(ends, 0, None), fmt="none", ecolor=plots.TEXT, elinewidth=0.8)
     panel.set_xticks(range(len(BUDGET)), [BUDGET_TITLES[row].replace(" ", "\n", 1) for row in BUDGET])
     panel.tick_params(axis="x", length=0)

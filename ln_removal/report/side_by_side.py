@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = {"original": plots.SOFT, "control": plots.ACCENT, "ln_free": plots.ALARM}
+COLOURS = {"original": plots.SOFT, "control": plots.ALARM, "ln_free": plots.ACCENT}
+"""As on the report page."""
 
 MOST_WRITTEN = 100
 """Cells of a heatmap above which no figures are written into them."""
