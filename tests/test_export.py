@@ -291,10 +291,10 @@ def test_what_cannot_be_saved_is_named_before_a_training(tiny_gpt2: GPT2LMHeadMo
     with pytest.raises(UserError, match=r"generation_config\.json.*temperature"):
         check_savable(tiny_gpt2, tokenizer)
     tiny_gpt2.generation_config.do_sample = True
-    tiny_gpt2.config.output_attentions = True
+    tiny_gpt2.config._output_attentions = True  # as a file may say it; the setter asks the implementation of attention
     with pytest.raises(UserError, match=r"config\.json.*output_attentions"):
         check_savable(tiny_gpt2, tokenizer, ["normfree"])
-    tiny_gpt2.config.output_attentions = False
+    tiny_gpt2.config._output_attentions = False
     tokenizer.init_kwargs["odd"] = object()
     with pytest.raises(UserError, match="tokenizer"):
         check_savable(tiny_gpt2, tokenizer)
