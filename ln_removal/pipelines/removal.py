@@ -30,7 +30,7 @@ from ln_removal.evaluation.loss import loss_by_windows
 from ln_removal.evaluation.scoring import ScoringInputs, ScoringOptions
 from ln_removal.export.write import DIRECTORIES, check_savable, save_model, write_exports
 from ln_removal.files.atomic import write_json_atomically
-from ln_removal.files.metrics_log import METRICS_FILE, WINDOWS, last_logged
+from ln_removal.files.metrics_log import METRICS_FILE, WINDOWS, last_logged, metrics_rows
 from ln_removal.files.run_directory import has_trained
 from ln_removal.models.layout import check_supported, is_disarmed
 from ln_removal.models.loading import load_model, load_tokenizer, tokenizer_fingerprint
@@ -295,7 +295,9 @@ def check_windows(session: Session, recipe: Recipe, data: TokenDataset) -> None:
         found = found or loss_by_windows(model, data.split(split), context=context, precision=precision)
     if found is None:
         return
-    session.tracker.log(WINDOWS, 0, asdict(found))
+    metrics = session.state_directory.with_name(METRICS_FILE)
+    if not any(row["kind"] == WINDOWS for row in metrics_rows(metrics)):  # killed before its first checkpoint
+        session.tracker.log(WINDOWS, 0, asdict(found))
     surplus, other = found.stream - found.document, "document"
     if recipe.data.windows == "document":
         surplus, other = -surplus, "stream"
