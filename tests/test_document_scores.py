@@ -146,13 +146,20 @@ def test_both_kinds_of_windows_are_compared_on_the_same_targets(
     ],
 )
 def test_a_clearly_worse_choice_is_said_before_training(
-    windows: str, document: float, stream: float, error: float, warns: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    windows: str,
+    document: float,
+    stream: float,
+    error: float,
+    warns: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     said: list[str] = []
     logged: list[tuple[Any, ...]] = []
     session = SimpleNamespace(
         accelerator=SimpleNamespace(is_main_process=True),
         resume=False,
+        state_directory=tmp_path / "state",
         objective=SimpleNamespace(model=None),
         tracker=SimpleNamespace(say=said.append, log=lambda *row: logged.append(row)),
     )
@@ -161,6 +168,9 @@ def test_a_clearly_worse_choice_is_said_before_training(
     recipe = load_recipe("tiny", {"data.windows": windows})
     removal.check_windows(session, recipe, SimpleNamespace(split=lambda name: name))  # type: ignore[arg-type]
     assert [kind for kind, *_ in logged] == ["windows"] and logged[0][2]["stream"] == stream
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "windows", "step": 0}\n')  # killed before its first checkpoint
+    removal.check_windows(session, recipe, SimpleNamespace(split=lambda name: name))  # type: ignore[arg-type]
+    assert len(logged) == 1
     assert bool(said) == warns
     if warns:
         other = "document" if windows == "stream" else "stream"
