@@ -228,9 +228,9 @@ class FreezableNorm(nn.Module):
         variance = variance + self.eps
         if self.training:
             self._observe(variance, classes)
-        centred = (wide - mean) * self.weight
+        centred, log_variance = (wide - mean) * self.weight, variance.log()
         return tuple(
-            torch.addcmul(self.bias, centred, self._scale(r, variance.log(), classes)).to(x.dtype)
+            torch.addcmul(self.bias, centred, self._scale(r, log_variance, classes)).to(x.dtype)
             for r in range(self.readers)
         )
 
