@@ -99,7 +99,7 @@ def objective_of(family: str, dtype: torch.dtype, terms: str) -> tuple[Objective
         model,
         eot_token_id=EOT,
         auxiliary=auxiliary,
-        distillation=None if terms == "plain" else Distillation(teacher, 0.4),
+        distillation=None if terms == "plain" else Distillation(teacher, 0.4, 0.3),
     )
     return objective, sites
 
@@ -213,7 +213,7 @@ def test_nothing_depends_on_what_the_padding_holds(auxiliary: Auxiliary, again: 
         teacher = as_teacher(copy.deepcopy(model), "float32")
         sites = with_partial_mix(model)
         objective = Objective(
-            model, eot_token_id=EOT, auxiliary=auxiliary, distillation=Distillation(teacher, 0.4)
+            model, eot_token_id=EOT, auxiliary=auxiliary, distillation=Distillation(teacher, 0.4, 0.3)
         ).train()
         if again:
             checkpoint_activations(model)

@@ -204,7 +204,7 @@ def test_a_pass_that_ran_out_of_memory_leaves_nothing(
     sites = install(tiny_gpt2, eot_token_id=EOT)
     auxiliary = Auxiliary(0.1, "constants", sites="all")
     objective = Objective(
-        tiny_gpt2, eot_token_id=EOT, auxiliary=auxiliary, distillation=Distillation(teacher, 0.5)
+        tiny_gpt2, eot_token_id=EOT, auxiliary=auxiliary, distillation=Distillation(teacher, 0.5, 0.3)
     ).train()
     tiny_gpt2(token_ids)
     sites.update_running(0.9)
@@ -240,7 +240,7 @@ def test_a_model_taught_by_its_own_copy(tiny_gpt2: GPT2LMHeadModel, token_ids: T
     teacher = as_teacher(copy.deepcopy(tiny_gpt2), "float32")
     plain = Objective(copy.deepcopy(tiny_gpt2), eot_token_id=EOT)(token_ids)
     sites = install(tiny_gpt2, eot_token_id=EOT)
-    objective = Objective(tiny_gpt2, eot_token_id=EOT, distillation=Distillation(teacher, share=0.4)).train()
+    objective = Objective(tiny_gpt2, eot_token_id=EOT, distillation=Distillation(teacher, 0.4, 0.3)).train()
     loss = objective(token_ids)
     assert loss.total.item() == pytest.approx(plain.total.item(), rel=1e-5), "it is not behind its teacher yet"
     assert loss.cross_entropy.item() == pytest.approx(plain.cross_entropy.item(), rel=1e-5)
@@ -259,14 +259,16 @@ def test_a_teacher_of_another_shape_is_refused(tiny_gpt2: GPT2LMHeadModel) -> No
     config = copy.deepcopy(tiny_gpt2.config)
     config.n_layer += 1
     with pytest.raises(UserError, match="n_layer"):
-        Objective(tiny_gpt2, eot_token_id=EOT, distillation=Distillation(type(tiny_gpt2)(config), share=0.5))
+        Objective(tiny_gpt2, eot_token_id=EOT, distillation=Distillation(type(tiny_gpt2)(config), 0.5, 0.3))
 
 
 def test_what_the_model_does_by_itself_is_not_part_of_the_loss(tiny_gpt2: GPT2LMHeadModel, token_ids: Tensor) -> None:
     teacher = as_teacher(copy.deepcopy(tiny_gpt2), "float32")
     install(tiny_gpt2, eot_token_id=EOT)
     auxiliary = Auxiliary(0.1, sites="all")
-    objective = Objective(tiny_gpt2, eot_token_id=EOT, auxiliary=auxiliary, distillation=Distillation(teacher, 0.5))
+    objective = Objective(
+        tiny_gpt2, eot_token_id=EOT, auxiliary=auxiliary, distillation=Distillation(teacher, 0.5, 0.3)
+    )
     expected = objective(token_ids).total
     for model in (tiny_gpt2, teacher):  # an evaluation, with batches of another shape
         model(token_ids[:1, :5])

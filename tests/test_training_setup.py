@@ -21,7 +21,7 @@ def test_the_probe_leaves_nothing_and_gives_a_teacher_no_moments(monkeypatch: py
     model = tiny_model()
     teacher = as_teacher(copy.deepcopy(model), "float32")
     sites = install(model, eot_token_id=EOT)
-    auxiliary, distillation = Auxiliary(0.1, sites="all"), Distillation(teacher, 0.5)
+    auxiliary, distillation = Auxiliary(0.1, sites="all"), Distillation(teacher, 0.5, 0.3)
     objective = Objective(model, eot_token_id=EOT, auxiliary=auxiliary, distillation=distillation)
     recipe = load_recipe("tiny", {"data.context": CONTEXT, "training.precision": "float32"})
     accelerator = setup.build_accelerator("cpu")

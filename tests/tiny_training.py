@@ -162,7 +162,7 @@ class TinyRun:
             auxiliary=Auxiliary(spec.auxiliary_weight, spec.auxiliary_target, spec.auxiliary_sites)
             if removal
             else None,
-            distillation=Distillation(teacher, spec.distillation) if removal else None,
+            distillation=Distillation(teacher, spec.distillation, spec.distillation_lag) if removal else None,
         )
 
     @property

@@ -170,7 +170,7 @@ def main() -> None:
         model.to(accelerator.device),
         eot_token_id=shape.eot_token_id,
         auxiliary=None if teacher is None else Auxiliary(0.1, "constants", "all"),
-        distillation=None if teacher is None else Distillation(teacher, 1.0),
+        distillation=None if teacher is None else Distillation(teacher, 1.0, 0.3),
     )
     kind: type[Sampler] = DocumentSampler if documents else WindowSampler
     sampler = kind(

@@ -70,7 +70,7 @@ def measure(device: str, precision: Any, layers: int, width: int) -> dict[str, A
             model,
             eot_token_id=0,
             auxiliary=Auxiliary(0.1, "constants", "all"),
-            distillation=Distillation(teacher, 0.5),
+            distillation=Distillation(teacher, 0.5, 0.3),
         )
         if device == "cuda":
             objective.compile(dynamic=False)

@@ -58,7 +58,7 @@ def linear_cross_entropy(
     share: float | Tensor = 0.0,
     trained: Tensor | None = None,
     length: int | None = None,
-    whole_lag: float = 0.3,
+    whole_lag: float = 0.0,
 ) -> LinearLoss:
     """Mean loss of predicting `targets` from `hidden @ head.weight.T + head.bias`, by the module's formula.
 
@@ -73,9 +73,10 @@ def linear_cross_entropy(
         trained: (N,), true for the positions that the mean is over; the others have no gradient. None takes all.
         length: positions of a sequence, which divides N: the teacher is heeded as far as the student is behind it in a sequence.
             A chunk that does not hold a whole number of sequences counts as one. None heeds it everywhere.
-        whole_lag: nats per token; how far behind the student has to be in a sequence for the whole share.
+        whole_lag: nats per token; how far behind the student has to be in a sequence for the whole share; above 0 with `length`.
     """
     assert (teacher_hidden is None) == (teacher_head is None), "a teacher has hidden states and a head"
+    assert length is None or teacher_head is None or whole_lag > 0, whole_lag
     assert isinstance(share, Tensor) or 0 <= share <= 1, share
     device = hidden.device.type
     if hidden.is_cuda:

@@ -70,7 +70,7 @@ class Distillation:
 
     teacher: PreTrainedModel
     share: float
-    whole_lag: float = 0.3
+    whole_lag: float
 
 
 def as_teacher(model: PreTrainedModel, precision: Precision) -> PreTrainedModel:
