@@ -143,6 +143,24 @@ def on_run(command: Callable[..., Found]) -> Callable[..., None]:
     return run_command
 
 
+def named(option: str, given: str, choices: Sequence[str], *, alone: Sequence[str] = ()) -> list[str]:
+    """The names that an option gives, with commas between them.
+
+    Args:
+        choices: names that may stand together.
+        alone: names that may only stand by themselves.
+
+    Raises:
+        UserError: there is no such name, or none is given.
+    """
+    asked = [name.strip() for name in given.split(",") if name.strip()]
+    unknown = [name for name in asked if name not in (*choices, *alone)]
+    if unknown or not asked or (len(asked) > 1 and set(alone) & set(asked)):
+        others = "".join(f", or {name}" for name in alone)
+        raise UserError(f"{option} {given}: choose from {', '.join(choices)}, with commas between them{others}")
+    return asked
+
+
 def draw(charts: Mapping[str, Callable[[], Figure]], directory: Path) -> list[Path]:
     """Draw each chart and write it as PNG and PDF under its name."""
     from ln_removal.report import plots

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ln_removal.cli.analysis import BosOption, DocumentsOption, Found, LengthOption, Request, on_run
-from ln_removal.errors import UserError
+from ln_removal.cli.analysis import BosOption, DocumentsOption, Found, LengthOption, Request, named, on_run
 
 if TYPE_CHECKING:
     from ln_removal.interpret.attribution import Direction
@@ -122,8 +121,5 @@ def _directions(direction: str) -> list[Direction]:
     """
     from ln_removal.interpret.attribution import DIRECTIONS
 
-    asked = [name.strip() for name in direction.split(",") if name.strip()]
-    unknown = [name for name in asked if name not in DIRECTIONS]
-    if unknown or not asked:
-        raise UserError(f"--direction {direction}: choose from {', '.join(DIRECTIONS)}, with commas between them")
+    asked = named("--direction", direction, DIRECTIONS)
     return [name for name in DIRECTIONS if name in asked]

@@ -6,8 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ln_removal.cli.analysis import BosOption, DocumentsOption, Found, LengthOption, Request, on_run
-from ln_removal.errors import UserError
+from ln_removal.cli.analysis import BosOption, DocumentsOption, Found, LengthOption, Request, named, on_run
 
 CopiesOption = Annotated[int, typer.Option(min=1, help="How many sequences of random tokens are given twice.")]
 AblatedOption = Annotated[
@@ -156,10 +155,7 @@ def behaviour(
     from ln_removal.interpret.tasks import TASKS
     from ln_removal.report.behaviour import behaviour_charts, behaviour_tables
 
-    asked = [name.strip() for name in task.split(",") if name.strip()]
-    unknown = [name for name in asked if name not in ("all", "none", *TASKS)]
-    if unknown or not asked or (len(asked) > 1 and {"all", "none"} & set(asked)):
-        raise UserError(f"--task {task}: choose from {', '.join(TASKS)}, with commas between them, or all, or none")
+    asked = named("--task", task, list(TASKS), alone=("all", "none"))
     models = request.load()
     chosen = None if asked == ["all"] else [] if asked == ["none"] else list(dict.fromkeys(asked))
     pairs = both_ways(models, chosen, count=task_prompts, seed=request.seed)

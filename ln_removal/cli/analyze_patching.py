@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ln_removal.cli.analysis import BosOption, Found, Request, on_run
+from ln_removal.cli.analysis import BosOption, Found, Request, named, on_run
 from ln_removal.errors import UserError
 
 if TYPE_CHECKING:
@@ -60,10 +60,7 @@ def patching(
     from ln_removal.interpret.patching import METHODS, patching_of_run
     from ln_removal.report.patching import patching_charts, patching_tables
 
-    asked = [name.strip() for name in method.split(",") if name.strip()]
-    unknown = [name for name in asked if name not in (*METHODS, "exact")]
-    if unknown or not asked:
-        raise UserError(f"--method {method}: choose from {', '.join(METHODS)}, exact, with commas between them")
+    asked = named("--method", method, (*METHODS, "exact"))
     chosen = [name for name in METHODS if name in asked]
     check_task(task)
     models = request.load()
