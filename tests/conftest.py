@@ -115,6 +115,22 @@ def tiny_gpt2() -> GPT2LMHeadModel:
 
 
 @pytest.fixture
+def with_norms(tiny_gpt2: GPT2LMHeadModel) -> GPT2LMHeadModel:
+    """tiny_gpt2 in float64."""
+    return tiny_gpt2.double()
+
+
+@pytest.fixture
+def ln_free(tiny_gpt2: GPT2LMHeadModel) -> GPT2LMHeadModel:
+    """tiny_gpt2 with constant scales in place of its norms, folded, in float64."""
+    from disarmed_model import disarm
+
+    from ln_removal import from_disarmed
+
+    return from_disarmed(disarm(tiny_gpt2)).double()
+
+
+@pytest.fixture
 def token_ids() -> torch.Tensor:
     """(4, 24) tokens with end-of-text in the middle of rows, and at position 0 of the second row."""
     ids = torch.randint(0, EOT, (4, 24), generator=torch.Generator().manual_seed(1))

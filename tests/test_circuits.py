@@ -18,16 +18,6 @@ from ln_removal.interpret import folded_weights, score_terms, token_table, weigh
 from ln_removal.interpret.circuits import COMPOSITIONS, ScoreTerms
 
 
-@pytest.fixture
-def with_norms(tiny_gpt2: GPT2LMHeadModel) -> GPT2LMHeadModel:
-    return tiny_gpt2.double()
-
-
-@pytest.fixture
-def ln_free(tiny_gpt2: GPT2LMHeadModel) -> GPT2LMHeadModel:
-    return from_disarmed(disarm(tiny_gpt2)).double()
-
-
 class TestScoresBySourcePair:
     @pytest.mark.parametrize("fixture", ["with_norms", "ln_free"])
     @pytest.mark.parametrize("layer", [0, 1, 2])

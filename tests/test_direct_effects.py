@@ -5,28 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from disarmed_model import disarm
 from scipy.stats import spearmanr
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.tools.analysis import direct_logit_attribution
 from transformers import GPT2LMHeadModel
 
-from ln_removal import from_disarmed, to_bridge
+from ln_removal import to_bridge
 from ln_removal.interpret import components, direct_effects
 from ln_removal.interpret.attribution import DIRECTIONS, DirectEffects, Direction, Kind
 
 KINDS: tuple[Kind, ...] = ("head", "mlp")
-
-
-@pytest.fixture
-def with_norms(tiny_gpt2: GPT2LMHeadModel) -> GPT2LMHeadModel:
-    return tiny_gpt2.double()
-
-
-@pytest.fixture
-def ln_free(tiny_gpt2: GPT2LMHeadModel) -> GPT2LMHeadModel:
-    return from_disarmed(disarm(tiny_gpt2)).double()
 
 
 class TestError:

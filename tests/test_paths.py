@@ -20,16 +20,6 @@ from ln_removal.interpret import expand, path_sums
 from ln_removal.interpret.paths import GROUPS, named_paths
 
 
-@pytest.fixture
-def with_norms(tiny_gpt2: GPT2LMHeadModel) -> GPT2LMHeadModel:
-    return tiny_gpt2.double()
-
-
-@pytest.fixture
-def ln_free(tiny_gpt2: GPT2LMHeadModel) -> GPT2LMHeadModel:
-    return from_disarmed(disarm(tiny_gpt2)).double()
-
-
 class TestSum:
     @pytest.mark.parametrize("fixture", ["with_norms", "ln_free"])
     def test_to_the_logits(self, request: pytest.FixtureRequest, token_ids: Tensor, fixture: str) -> None:
