@@ -29,12 +29,13 @@ from ln_removal.config.recipe import Recipe, load_recipe
 from ln_removal.data.tokens import TokenDataset
 from ln_removal.evaluation.loss import cross_entropy
 from ln_removal.export.write import save_model
+from ln_removal.models.attention import fused_attention
 from ln_removal.models.loading import load_model
 from ln_removal.training.loop import train
 from ln_removal.training.loss import Objective, StepLoss
 from ln_removal.training.metrics import Tracker
 from ln_removal.training.session import Session, sampler_of
-from ln_removal.training.setup import build_accelerator, causal_attention, compile_if_worthwhile
+from ln_removal.training.setup import build_accelerator, compile_if_worthwhile
 
 WEIGHT = 0.1
 
@@ -89,7 +90,7 @@ def build(recipe: Recipe, data: TokenDataset, out: Path, *, ratio: float) -> dic
     report: dict[str, Any] = {"before": loss() | {"ratios": ratios(model, held_out)}}
     objective = MassiveObjective(model, eot_token_id=data.eot_token_id, ratio=ratio)
     halves = [("pulled", recipe.training.steps // 2, 1.0), ("free", recipe.training.steps, 0.0)]
-    with causal_attention(model):
+    with fused_attention(model):
         compile_if_worthwhile(objective, recipe.training.compile, tokens=recipe.tokens, device=accelerator.device)
         for name, steps, pull in halves:
             objective.pull.fill_(pull)

@@ -17,9 +17,9 @@ from shapes import SHAPES
 from torch.profiler import ProfilerActivity, profile
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from ln_removal.models.attention import fused_attention
 from ln_removal.norms.surgery import install
 from ln_removal.training.loss import Objective
-from ln_removal.training.setup import causal_attention
 
 GROUPS = {
     "attention": ("flash_attention", "scaled_dot_product"),
@@ -69,7 +69,7 @@ def main() -> None:
 
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if options.device == "cuda" else [])
     with ExitStack() as stack:
-        stack.enter_context(causal_attention(model))
+        stack.enter_context(fused_attention(model))
         for _ in range(3):
             step()
         with profile(activities=activities) as recorded:

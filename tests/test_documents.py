@@ -16,10 +16,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForC
 from ln_removal.data.documents import DocumentSampler
 from ln_removal.data.tokens import Shard, TokenIndex, TokenSplit
 from ln_removal.models.attention import (
-    document_attention,
     document_inputs,
     explicit_attention,
     explicit_causal_attention,
+    fused_causal_attention,
     head_entropy,
 )
 from ln_removal.norms.surgery import NormSites, install
@@ -111,9 +111,7 @@ def attend(objective: Objective, *, explicit: bool) -> Any:
     for each in (objective.model, objective.teacher):
         if each is None:
             continue
-        stack.enter_context(
-            explicit_attention(each) if explicit else training_attention(each, context=1000, documents=True)
-        )
+        stack.enter_context(explicit_attention(each) if explicit else training_attention(each, context=1000))
     return stack
 
 
@@ -265,8 +263,8 @@ def test_flex_attention_computes_what_explicit_attention_does(flex_on_cpu: None)
     results = []
     for function, given_mask in (
         (explicit_causal_attention, mask),
-        (document_attention, mask),
-        (document_attention, blocks),
+        (fused_causal_attention, mask),
+        (fused_causal_attention, blocks),
     ):
         q, k, v = (torch.randn(2, 2, length, 16, generator=torch.Generator().manual_seed(i)) for i in range(3))
         for tensor in (q, k, v):

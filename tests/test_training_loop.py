@@ -347,7 +347,7 @@ def test_the_attention_is_given_back(tmp_path: Path) -> None:
     inside: list[str] = []
     run.objective.register_forward_pre_hook(lambda *_: inside.append(run.model.config._attn_implementation))
     run.train()
-    assert set(inside) == {"ln_removal_causal"}
+    assert set(inside) == {"ln_removal_fused"}
     assert run.model.config._attn_implementation == "sdpa"
     padded = torch.tensor([[1, 1, 1, 0]])
     tokens = torch.arange(4)[None]
@@ -358,12 +358,12 @@ def test_the_attention_is_given_back(tmp_path: Path) -> None:
 
 
 def test_causal_attention_is_what_transformers_computes(tmp_path: Path) -> None:
-    from ln_removal.training.setup import causal_attention
+    from ln_removal.models.attention import fused_attention
 
     model = tiny_model().eval()
     tokens = torch.randint(0, 63, (3, 16), generator=torch.Generator().manual_seed(0))
     expected = model(tokens).logits
-    with causal_attention(model):
+    with fused_attention(model):
         found = model(tokens).logits
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 

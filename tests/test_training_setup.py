@@ -11,7 +11,7 @@ from tiny_training import CONTEXT, EOT, tiny_model
 
 from ln_removal.config.recipe import load_recipe
 from ln_removal.data.stress_text import stress_sequences
-from ln_removal.models.attention import EXPLICIT_ATTENTION, EntropyRegulariser
+from ln_removal.models.attention import EXPLICIT_ATTENTION, FUSED_ATTENTION, EntropyRegulariser
 from ln_removal.norms.surgery import install
 from ln_removal.training import session, setup
 from ln_removal.training.loss import Auxiliary, Distillation, EntropyPenalty, Objective, as_teacher
@@ -68,7 +68,7 @@ def test_short_sequences_on_a_cpu_get_explicit_attention(context: int, explicit:
     model = tiny_model()
     before = model.config._attn_implementation
     with setup.training_attention(model, context=context):
-        assert model.config._attn_implementation == (EXPLICIT_ATTENTION if explicit else setup.CAUSAL_ATTENTION)
+        assert model.config._attn_implementation == (EXPLICIT_ATTENTION if explicit else FUSED_ATTENTION)
     with setup.training_attention(model, context=context, shown=True):
         assert model.config._attn_implementation == EXPLICIT_ATTENTION
     assert model.config._attn_implementation == before

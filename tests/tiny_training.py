@@ -22,6 +22,7 @@ from ln_removal.config.recipe import ScheduleSpec, TrainingSpec
 from ln_removal.data.sampler import WindowSampler
 from ln_removal.data.tokens import Shard, TokenDataset, TokenIndex, write_index
 from ln_removal.files.atomic import checksum
+from ln_removal.models.attention import fused_attention
 from ln_removal.norms.schedule import RemovalSchedule, expand
 from ln_removal.norms.surgery import NormSites, install
 from ln_removal.training.divergence import WaitingSchedule
@@ -30,7 +31,7 @@ from ln_removal.training.loss import Auxiliary, Distillation, Objective, StepLos
 from ln_removal.training.metrics import Tracker
 from ln_removal.training.probe import Probe
 from ln_removal.training.session import Removal, Session
-from ln_removal.training.setup import build_accelerator, causal_attention
+from ln_removal.training.setup import build_accelerator
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
@@ -193,8 +194,8 @@ class TinyRun:
             enabled=accelerator.is_main_process,
         )
         teacher = self.objective.teacher
-        theirs = contextlib.nullcontext() if teacher is None else causal_attention(teacher)
-        with causal_attention(self.model), theirs, tracker:
+        theirs = contextlib.nullcontext() if teacher is None else fused_attention(teacher)
+        with fused_attention(self.model), theirs, tracker:
             session = Session(
                 self.objective,
                 sampler,

@@ -182,7 +182,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory, ExitStack() as attention:
         for each in (model, teacher):
             if each is not None:
-                attention.enter_context(training_attention(each, context=shape.context, documents=documents))
+                attention.enter_context(training_attention(each, context=shape.context))
         micro_batch = choose_micro_batch(recipe, objective, accelerator)
         compile_if_worthwhile(objective, spec.compile, tokens=recipe.tokens, device=accelerator.device)
         try:

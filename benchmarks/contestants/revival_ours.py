@@ -16,12 +16,13 @@ from shapes import Shape, random_tokens
 from ln_removal.config.recipe import ArchitectureSpec, DataSpec, Recipe, TrainingSpec
 from ln_removal.data.sampler import WindowSampler
 from ln_removal.data.tokens import TokenDataset
+from ln_removal.models.attention import fused_attention
 from ln_removal.models.norm_choice import build_model
 from ln_removal.training.loop import train
 from ln_removal.training.loss import Objective
 from ln_removal.training.probe import Probe
 from ln_removal.training.session import Session
-from ln_removal.training.setup import build_accelerator, causal_attention, choose_micro_batch, compile_if_worthwhile
+from ln_removal.training.setup import build_accelerator, choose_micro_batch, compile_if_worthwhile
 
 
 def main() -> None:
@@ -77,7 +78,7 @@ def main() -> None:
         rows = random_tokens(shape, looked_at * shape.context, seed=1).astype("int64")
         rows_of_probe = torch.from_numpy(rows).view(looked_at, shape.context)
         probe = Probe(rows_of_probe, every=1, steps=NEVER, precision=spec.precision)
-    with causal_attention(model), tempfile.TemporaryDirectory() as directory:
+    with fused_attention(model), tempfile.TemporaryDirectory() as directory:
         micro_batch = choose_micro_batch(recipe, objective, accelerator)
         compile_if_worthwhile(objective, spec.compile, tokens=recipe.tokens, device=accelerator.device)
         try:

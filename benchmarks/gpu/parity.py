@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from ln_removal.models.attention import fused_attention
 from ln_removal.models.precision import autocast
 from ln_removal.norms.surgery import install
 from ln_removal.training.loss import Auxiliary, Distillation, Objective, as_teacher
-from ln_removal.training.setup import causal_attention
 
 STEPS = 3
 
@@ -59,7 +59,7 @@ def measure(device: str, precision: Any, layers: int, width: int) -> dict[str, A
     sites = install(model, eot_token_id=0)
     model.to(device).train()
     tokens = tokens.to(device)
-    with causal_attention(model), causal_attention(teacher):
+    with fused_attention(model), fused_attention(teacher):
         model(tokens[:, :-1])
         sites.update_running(0.9)
         for name in sites.mixes():

@@ -1,7 +1,7 @@
 """Attention that training gives a model in place of its own, and attention entropy: measured, recorded, penalised.
 
 Documents that share a row do not see one another: `document_inputs` makes what a model needs for that, once for a forward
-pass, and `document_attention` and `explicit_causal_attention` heed it.
+pass, and `fused_causal_attention` and `explicit_causal_attention` heed it.
 
     E(l, h) = mean over batch and queries of - sum over keys of p log p                                          (nats)
 
@@ -25,6 +25,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from transformers.integrations.flex_attention import compile_friendly_flex_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from ln_removal.models.blocked_attention import blocked_attention
 from ln_removal.models.layout import attention_of, blocks_of
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 R = TypeVar("R")
 
 EXPLICIT_ATTENTION = "ln_removal_explicit"
-DOCUMENT_ATTENTION = "ln_removal_documents"
+FUSED_ATTENTION = "ln_removal_fused"
 
 NARROWEST_FLEX_HEAD = 16
 """Width of a head below which flex_attention has no kernel on CUDA."""
@@ -142,7 +143,7 @@ def document_inputs(model: PreTrainedModel, document_starts: Tensor) -> dict[str
     transformers passes those that it does not know on to the attention function. Nothing here waits for the device.
 
     Args:
-        model: has `document_attention` or `explicit_attention`.
+        model: has `fused_attention` or `explicit_attention`.
         document_starts: (B, T + 1), as in `sampler.Batch`: of the inputs and of the last target.
 
     Returns:
@@ -173,7 +174,7 @@ def document_inputs(model: PreTrainedModel, document_starts: Tensor) -> dict[str
     }
 
 
-def document_attention(
+def fused_causal_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -184,30 +185,42 @@ def document_attention(
     document_mask: Tensor | BlockMask | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Fused attention within documents: an attention function for transformers' AttentionInterface.
+    """Causal attention that never holds all probabilities: an attention function for transformers' AttentionInterface.
 
-    flex_attention if the mask is a BlockMask, else PyTorch's scaled_dot_product_attention. Without a document mask it is
-    causal.
+    With a BlockMask it is flex_attention, in a compiled bfloat16 step on a CPU `blocked_attention`, else PyTorch's
+    scaled_dot_product_attention.
 
     Args:
         query, key, value: (B, H, T, K).
         attention_mask: not looked at.
         scaling: of the scores, 1 / sqrt(K) by default.
-        document_mask: of `document_inputs`.
+        document_mask: of `document_inputs`, for rows that hold several documents.
 
     Returns:
         The heads' outputs (B, T, H, K), and None in place of probabilities.
     """
-    if not isinstance(document_mask, BlockMask):
-        output: Tensor = sdpa_attention_forward(module, query, key, value, document_mask, dropout, scaling)[0]
-        return output, None
-    # Outside a compiled step flex_attention has to be compiled by itself, or it would hold all scores; a CPU, for tests, may.
-    kernel = compile_friendly_flex_attention if query.is_cuda else flex_attention
-    # Autocast does not reach it.
-    query, key = query.to(value.dtype), key.to(value.dtype)
-    heads = kernel(query, key, value, block_mask=document_mask, scale=scaling)
-    assert isinstance(heads, Tensor)
-    return heads.transpose(1, 2).contiguous(), None
+    if isinstance(document_mask, BlockMask):
+        # Outside a compiled step flex_attention has to be compiled by itself, or it would hold all scores; a CPU, for tests, may.
+        kernel = compile_friendly_flex_attention if query.is_cuda else flex_attention
+        # Autocast does not reach it.
+        query, key = query.to(value.dtype), key.to(value.dtype)
+        heads = kernel(query, key, value, block_mask=document_mask, scale=scaling)
+        assert isinstance(heads, Tensor)
+        return heads.transpose(1, 2).contiguous(), None
+    if value.device.type == "cpu" and value.dtype == torch.bfloat16 and dropout == 0 and torch.compiler.is_compiling():
+        heads = blocked_attention(query.to(value.dtype), key.to(value.dtype), value, scaling, document_mask)
+        return heads.transpose(1, 2), None
+    output: Tensor = sdpa_attention_forward(module, query, key, value, document_mask, dropout, scaling)[0]
+    return output, None
+
+
+def fused_attention(model: PreTrainedModel) -> AbstractContextManager[None]:
+    """Give `model` the fastest attention, for batches without padding or whose documents are marked; afterwards what it had.
+
+    Without this, transformers looks for packed sequences in the position ids of each batch. In eager mode that waits for the
+    device, and in a compiled step it makes a (B, T, T) mask, which flash attention does not accept.
+    """
+    return attention_without_mask(model, FUSED_ATTENTION, fused_causal_attention)
 
 
 def explicit_attention(model: PreTrainedModel) -> AbstractContextManager[None]:

@@ -194,10 +194,9 @@ def _attention(objective: Objective, spec: DataSpec) -> Iterator[None]:
     with ExitStack() as stack:
         # The entropy penalty looks at the probabilities.
         shown = objective.entropy is not None
-        context, documents = spec.context, spec.windows == "document"
-        stack.enter_context(training_attention(objective.model, context=context, shown=shown, documents=documents))
+        stack.enter_context(training_attention(objective.model, context=spec.context, shown=shown))
         if objective.teacher is not None:
-            stack.enter_context(training_attention(objective.teacher, context=context, documents=documents))
+            stack.enter_context(training_attention(objective.teacher, context=spec.context))
         yield
 
 

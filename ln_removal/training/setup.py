@@ -9,15 +9,9 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ln_removal.errors import UserError
-from ln_removal.models.attention import (
-    DOCUMENT_ATTENTION,
-    attention_without_mask,
-    document_attention,
-    explicit_attention,
-)
+from ln_removal.models.attention import explicit_attention, fused_attention
 from ln_removal.models.precision import autocast
 from ln_removal.norms.freezable import FreezableNorm
 
@@ -34,8 +28,6 @@ COMPILE_FROM_TOKENS = 400_000
 
 RANKS_WAIT = timedelta(hours=3)
 """How long a rank waits for another. The main process prepares a corpus and scores models while the others wait."""
-
-CAUSAL_ATTENTION = "ln_removal_causal"
 
 EXPLICIT_UP_TO_CONTEXT = 128
 """On a CPU, a compiled step of six layers of width 192 takes 0.72 of the time with explicit attention at T = 128, and 1.12 of it at
@@ -70,31 +62,17 @@ def build_accelerator(device: str) -> Accelerator:
     return accelerator
 
 
-def causal_attention(model: PreTrainedModel) -> AbstractContextManager[None]:
-    """Give `model` attention that is causal by definition, for batches without padding or packing.
-
-    Without this, transformers looks for packed sequences in the position ids of each batch. In eager mode that waits for the
-    device, and in a compiled step it makes a (B, T, T) mask, which flash attention does not accept.
-    """
-    return attention_without_mask(model, CAUSAL_ATTENTION, sdpa_attention_forward)  # without a mask SDPA is causal
-
-
-def training_attention(
-    model: PreTrainedModel, *, context: int, shown: bool = False, documents: bool = False
-) -> AbstractContextManager[None]:
+def training_attention(model: PreTrainedModel, *, context: int, shown: bool = False) -> AbstractContextManager[None]:
     """The fastest attention for full windows or for rows of documents, or one that returns its probabilities.
 
     Args:
         context: T. On a CPU and with few positions the probabilities fit into the caches; computing them explicitly is then
             faster than PyTorch's fused kernel (measured: docs/LOG.md).
         shown: the loss needs the probabilities.
-        documents: rows hold several documents, which do not see one another (`attention.document_inputs`).
     """
     if shown or (model.device.type == "cpu" and context <= EXPLICIT_UP_TO_CONTEXT):
         return explicit_attention(model)
-    if documents:
-        return attention_without_mask(model, DOCUMENT_ATTENTION, document_attention)
-    return causal_attention(model)
+    return fused_attention(model)
 
 
 def choose_micro_batch(recipe: Recipe, objective: Objective, accelerator: Accelerator) -> int:
