@@ -170,7 +170,7 @@ class TestAnswers:
     ) -> None:
         """At the last position of prompts of several lengths, in their order."""
         rows = [tuple(row[:length].tolist()) for row, length in zip(token_ids, (9, 12, 9, 7), strict=True)]
-        task = Task("mine", "", tuple(Prompt(row, 5 + row[0], 1) for row in rows), False, None)
+        task = Task("mine", "", tuple(Prompt(row, 10 + row[1] % 80, 1) for row in rows), False, None)
         for model in (with_norms, ln_free):
             bridge = to_bridge(model)
             found = answer_effects(bridge, task)
@@ -180,7 +180,7 @@ class TestAnswers:
                 logits = bridge.ln_final(stream) @ bridge.W_U
                 for part, label in enumerate(parts.labels):
                     moved = logits - bridge.ln_final(stream - parts.written[part, 0, -1]) @ bridge.W_U
-                    expected = float(moved[one.answer] - moved[one.wrong])
+                    expected = (moved[one.answer] - moved[one.wrong]).item()
                     assert found.ablation[found.labels.index(label), number, 0] == pytest.approx(expected, abs=1e-10)
         bias = np.array([float(bridge.b_U[one.answer] - bridge.b_U[one.wrong]) for one in task.prompts])
         summed = found.attribution.sum(axis=(0, 2)) + bias
