@@ -33,15 +33,16 @@ assert config.layer_norm_epsilon > 1e10, f"{stock} is not the stock form of an L
 site = f"transformer.h.{config.n_layer - 1}"
 
 # A small autoencoder, trained for a few steps on some of Python's own library. Take more text and tokens for a real one.
+context = min(64, config.n_positions)
 texts = [inspect.getsource(module) for module in (argparse, ast, dataclasses, difflib, doctest, inspect)]
 training = LanguageModelSAERunnerConfig(
     sae=StandardTrainingSAEConfig(d_in=config.n_embd, d_sae=4 * config.n_embd, l1_coefficient=0.1),
     model_name=stock,
     model_class_name="AutoModelForCausalLM",
     hook_name=site,
-    context_size=min(64, config.n_positions),
+    context_size=context,
     training_tokens=64 * 512,
-    train_batch_size_tokens=512,
+    train_batch_size_tokens=8 * context,
     store_batch_size_prompts=8,
     n_batches_in_buffer=8,
     prepend_bos=False,

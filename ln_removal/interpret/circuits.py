@@ -335,7 +335,7 @@ def _first_mlp(bridge: TransformerBridge) -> Tensor:
     def keep(found: Tensor, hook: Any) -> None:
         written.append(found[:, 0].double())
 
-    hooks = [("hook_pos_embed", at_mean_position), ("blocks.0.hook_mlp_out", keep)]
+    hooks: list[Any] = [("hook_pos_embed", at_mean_position), ("blocks.0.hook_mlp_out", keep)]
     for tokens in torch.arange(bridge.cfg.d_vocab, device=bridge.W_pos.device).unsqueeze(1).split(TOKENS_AT_ONCE):
         bridge.run_with_hooks(tokens, fwd_hooks=hooks, stop_at_layer=1)
     return torch.cat(written)
