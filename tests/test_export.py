@@ -19,7 +19,7 @@ import ln_removal
 from ln_removal import NormFreeGPT2Config, NormFreeGPT2LMHeadModel, UserError, from_disarmed
 from ln_removal.export.stock import EPSILON, to_stock
 from ln_removal.export.verify import TOLERANCE, ExportError, logits_error, norm_modules, verify_export
-from ln_removal.export.write import check_savable
+from ln_removal.export.write import check_savable, save_model
 from ln_removal.models.loading import load_tokenizer
 from ln_removal.models.normfree_gpt2 import from_folded
 from ln_removal.norms.surgery import NormSites, fold, install
