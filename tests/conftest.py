@@ -20,6 +20,12 @@ EOT = 100
 """End-of-text token of the tiny_gpt2 fixture: the last of its 101 tokens."""
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The interpreters of tools that cannot be installed beside this package; without them their tests are skipped."""
+    for tool in ("saelens", "circuit-tracer"):
+        parser.addoption(f"--{tool}-python", metavar="PATH", help=f"the python of an environment with {tool}")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _ctrl_c_counts() -> Iterator[None]:
     """Background jobs start with SIGINT ignored, and so would every process that the tests start."""

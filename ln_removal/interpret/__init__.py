@@ -36,7 +36,7 @@ _MODULES = {
     "edge_effects": "ln_removal.interpret.patching",
     "estimated_effects": "ln_removal.interpret.patching",
     "expand": "ln_removal.interpret.paths",
-    "folded_weights": "ln_removal.interpret.circuits",
+    "folded_weights": "ln_removal.interpret.reading",
     "head_scores": "ln_removal.interpret.heads",
     "head_scores_of_run": "ln_removal.interpret.heads",
     "layer_predictions": "ln_removal.interpret.lens",
