@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import signal
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,14 @@ if TYPE_CHECKING:
 
 EOT = 100
 """End-of-text token of the tiny_gpt2 fixture: the last of its 101 tokens."""
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Notebooks come first, then files by their number of slow tests: workers that share the files end at about the same time."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    tests = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path.suffix == ".py", -slow[item.path], -tests[item.path], item.path))
 
 
 @pytest.fixture(scope="session", autouse=True)
