@@ -226,9 +226,7 @@ class Commands:
         return self._start([environment(**world, RANK=rank, LOCAL_RANK=rank) for rank in ranks], name, *arguments)
 
     def _start(self, environments: list[dict[str, str]], name: str, *arguments: str) -> list[Command]:
-        for command in self._started:
-            command.send(signal.SIGKILL)
-            command.wait()
+        self.stop()
         request = {"name": name, "arguments": arguments, "cwd": str(self._place), "output": os.devnull}
         found = []
         for variables in environments:
@@ -236,6 +234,12 @@ class Commands:
             found.append(self._forks.fork(request | {"environment": variables, "errors": str(errors)}, errors))
             self._started.append(found[-1])
         return found
+
+    def stop(self) -> None:
+        """Kill what still runs."""
+        for command in self._started:
+            command.send(signal.SIGKILL)
+            command.wait()
 
     def run(self, name: str, *arguments: str, code: int = 0) -> str:
         """Run it to its end and return what it printed on standard error."""
@@ -256,9 +260,11 @@ class Commands:
 def commands(errors: Path) -> Iterator[Commands]:
     """A process that forks commands; their standard error goes to files in `errors`."""
     forks = Forks("commands")
+    started = Commands(forks, errors)
     try:
-        yield Commands(forks, errors)
+        yield started
     finally:
+        started.stop()
         forks.close()
 
 
@@ -272,7 +278,7 @@ def _serve(imports: str, control: socket.socket) -> None:
     for module in modules:
         importlib.import_module(module)
     if imports == "code":
-        assert not {"ln_removal", "huggingface_hub", "transformers", "datasets", "accelerate"} & set(sys.modules)
+        assert not {"ln_removal", "wrapt", "huggingface_hub", "transformers", "datasets"} & set(sys.modules)
     while handles := socket.recv_fds(control, 1, 1)[1]:
         if os.fork() == 0:
             try:

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-import torch
 from command_line import Commands, commands
-from small_model import write_world
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # what is heavy is imported by the fixtures: the process that only hands out tests waits for nothing
+    import torch
     from transformers import GPT2LMHeadModel
 
 EOT = 100
@@ -43,6 +42,8 @@ def _one_thread() -> Iterator[None]:
 
     For the whole session: what a module's fixture trains and what its tests train must agree to the last bit.
     """
+    import torch
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -59,6 +60,8 @@ def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `write_world` writes, made once for all tests, which leave it as it is."""
+    from small_model import write_world
+
     return write_world(tmp_path_factory.mktemp("world"))
 
 
@@ -94,6 +97,7 @@ def tiny_gpt2() -> GPT2LMHeadModel:
 
     Norm weights, norm biases and all other biases are random too, so that a fold which forgets one of them shows.
     """
+    import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
@@ -142,6 +146,8 @@ def ln_free(tiny_gpt2: GPT2LMHeadModel) -> GPT2LMHeadModel:
 @pytest.fixture
 def token_ids() -> torch.Tensor:
     """(4, 24) tokens with end-of-text in the middle of rows, and at position 0 of the second row."""
+    import torch
+
     ids = torch.randint(0, EOT, (4, 24), generator=torch.Generator().manual_seed(1))
     ids[0, 7] = ids[1, 0] = ids[2, 23] = ids[2, 5] = EOT
     return ids
