@@ -111,6 +111,21 @@ def test_batches_and_chunks_change_nothing(
     assert result.percentile_99_9 == pytest.approx(whole.percentile_99_9, abs=1e-5)
 
 
+def test_scoring_computes_gelu_in_one_kernel_and_leaves_the_model_as_it_was(tiny_gpt2: GPT2LMHeadModel) -> None:
+    ids = torch.arange(12)[None]
+    before = {name: id(module) for name, module in tiny_gpt2.named_modules()}
+    plain = tiny_gpt2.double()
+    with torch.no_grad():
+        log_probs = plain.eval()(ids[:, :-1]).logits[0].log_softmax(-1)
+    plain.train()
+    with loss_module.scoring(plain, torch.device("cpu"), "float32"):
+        losses = loss_module.position_losses(plain, ids[:, :-1], ids[0, 1:])
+        assert not any("NewGELU" in type(module).__name__ for module in plain.modules())
+    assert losses.tolist() == pytest.approx((-log_probs.gather(1, ids[0, 1:, None])[:, 0]).tolist(), abs=1e-12)
+    assert {name: id(module) for name, module in plain.named_modules()} == before
+    assert all(module.training for module in plain.modules())
+
+
 def test_memory_error_halves_the_batch(tiny_gpt2: GPT2LMHeadModel, tmp_path: Path) -> None:
     split = make_split(tmp_path, [200])
     expected = cross_entropy(tiny_gpt2, split, context=CONTEXT).cross_entropy
