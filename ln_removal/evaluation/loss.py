@@ -38,8 +38,8 @@ CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 28}
 CHUNK_POSITIONS = 256
 """Positions in such a chunk, at least. Each chunk reads the unembedding, which is larger than the caches for a large vocabulary."""
 
-BATCH_TOKENS = {"cpu": 1 << 12, "cuda": 1 << 16}
-"""Tokens in one forward pass when the batch size is "auto"."""
+BATCH_TOKENS = {"cpu": 1 << 11, "cuda": 1 << 16}
+"""Tokens in one forward pass when the batch size is "auto": few on a CPU, so that the activations stay in its caches."""
 
 
 WINDOW_CHECK_TOKENS = 16_384
