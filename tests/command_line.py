@@ -1,6 +1,7 @@
 """The commands, started three ways: in this process, forked from a process that has everything imported, or afresh.
 
 A forked command is what runs for a user, from the entry point to the exit code, without the seconds that its imports take.
+Python code can be forked, too, from a process that has imported neither ours nor anything that reads settings of the Hub.
 """
 
 from __future__ import annotations
@@ -12,16 +13,20 @@ import pkgutil
 import select
 import shlex
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 import tomllib
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import IO
+from types import ModuleType
+from typing import IO, Any, NoReturn
 
 from click.testing import Result
 from typer.testing import CliRunner
@@ -34,6 +39,12 @@ SCRIPTS: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text(enco
 IMPORTED = """
 accelerate transformers transformers.models.gpt2.modeling_gpt2 transformers.models.gpt2.tokenization_gpt2
 transformers.integrations.sdpa_attention torch.optim
+""".split()
+
+# What the libraries of the Hub import that takes long and reads none of their settings.
+BELOW_THE_HUB = """
+torch torch._dynamo torch.distributed.tensor torch.optim torch.export scipy.optimize scipy.stats regex jinja2 httpx pydantic
+typer yaml filelock tqdm requests
 """.split()
 
 
@@ -80,6 +91,39 @@ def run_code(code: str, *arguments: str) -> str:
     return ended.stdout.strip()
 
 
+def fork_code(
+    code: str, *arguments: str, cwd: Path, environment: Mapping[str, str], timeout: float = 600
+) -> subprocess.CompletedProcess[str]:
+    """Run `code` in a forked process that has imported no package of ours and none that reads settings of the Hub."""
+    with tempfile.TemporaryDirectory() as place:
+        output, errors = Path(place, "output"), Path(place, "errors")
+        forked = _below_the_hub().fork(
+            {
+                "name": "-c",
+                "code": code,
+                "arguments": arguments,
+                "cwd": str(cwd),
+                "environment": dict(environment),
+                "output": str(output),
+                "errors": str(errors),
+            },
+            errors,
+        )
+        try:
+            ended = forked.wait(timeout)
+        finally:
+            forked.send(signal.SIGKILL)
+        said = [path.read_text(encoding="utf-8", errors="replace") for path in (output, errors)]
+    return subprocess.CompletedProcess(["python", "-c", code, *arguments], ended, *said)
+
+
+def forked_code(code: str, *arguments: str) -> str:
+    """The same for code that has to end well; returns what it printed."""
+    ended = fork_code(code, *arguments, cwd=Path.cwd(), environment=environment())
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout.strip()
+
+
 @dataclass
 class Command:
     """A forked command; `pid` is that of the process to send signals to."""
@@ -90,18 +134,23 @@ class Command:
     _code: int | None = None
 
     def send(self, number: int) -> None:
-        """Send a signal, unless `wait` has returned: from the next command on the pid may be another process's."""
+        """Send a signal, unless `wait` has returned: from then on the pid may be another process's."""
         if self._code is None:
-            os.kill(self.pid, number)  # one that has ended is a zombie until the next command starts
+            os.kill(self.pid, number)  # one that has ended is a zombie until `wait` returns
 
     def ended(self) -> bool:
-        return self._code is not None or bool(select.select([self._answers], [], [], 0)[0])
+        return self._code is not None or self._answered(0)
 
-    def wait(self) -> int:
+    def wait(self, seconds: float | None = None) -> int:
         """The exit code, or the negative number of the signal that killed it."""
         if self._code is None:
+            assert self._answered(seconds), f"it has not ended in {seconds} seconds: {self.said()}"
             self._code = int(self._answers.readline())
+            self._answers.close()
         return self._code
+
+    def _answered(self, seconds: float | None) -> bool:
+        return bool(select.select([self._answers], [], [], seconds)[0])
 
     def wait_until(self, happened: Callable[[], bool], seconds: float = 120) -> Command:
         """Wait for something that it does."""
@@ -117,37 +166,92 @@ class Command:
         return self.errors.read_text(encoding="utf-8", errors="replace")
 
 
-class Commands:
-    """Starts forked commands, one at a time. One that still runs when the next is started is killed."""
+class Forks:
+    """A process that forks others, as many at a time as it is asked to; it ends with this one, or when it is closed."""
 
-    def __init__(self, process: subprocess.Popen[bytes], errors: Path) -> None:
-        self._process = process
+    def __init__(self, imports: str) -> None:
+        """`imports` is "commands" or "code"."""
+        self._control, theirs = socket.socketpair()
+        with theirs:
+            handle = theirs.fileno()
+            started = [sys.executable, __file__, imports, str(handle)]
+            self._process = subprocess.Popen(started, pass_fds=[handle], stdin=subprocess.DEVNULL, env=environment())
+
+    def fork(self, request: Mapping[str, Any], errors: Path) -> Command:
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            socket.send_fds(self._control, [b"."], [theirs.fileno()])
+            conversation = ours.makefile("rwb", buffering=0)  # what is buffered, select does not see
+        conversation.write(json.dumps(request).encode() + b"\n")
+        return Command(int(conversation.readline()), errors, conversation)
+
+    def close(self) -> None:
+        self._control.close()
+        self._process.kill()
+        self._process.wait()
+
+
+@cache
+def _below_the_hub() -> Forks:
+    return Forks("code")
+
+
+class Commands:
+    """Starts forked commands. Those that still run when the next ones are started are killed."""
+
+    def __init__(self, forks: Forks, errors: Path) -> None:
+        self._forks = forks
         self._errors = errors
         self._place = errors
-        self._last: list[Command] = []
+        self._started: list[Command] = []
 
     def at(self, place: Path) -> Commands:
         """The same, with another working directory."""
-        moved = Commands(self._process, self._errors)
-        moved._place, moved._last = place, self._last
+        moved = Commands(self._forks, self._errors)
+        moved._place, moved._started = place, self._started
         return moved
 
     def start(self, name: str, *arguments: str) -> Command:
-        """Start `name`, such as "ln-remove"."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        if self._last and self._last[-1]._code is None:
-            self._last[-1].send(signal.SIGKILL)
-            self._last[-1].wait()
-        errors = self._errors / f"errors-{len(self._last)}.txt"
-        request = {"name": name, "arguments": arguments, "errors": str(errors), "cwd": str(self._place)}
-        self._process.stdin.write(json.dumps(request).encode() + b"\n")
-        self._last.append(Command(int(self._process.stdout.readline()), errors, self._process.stdout))
-        return self._last[-1]
+        """Start `name`, such as "ln-remove", or MODULE:FUNCTION."""
+        return self._start([environment()], name, *arguments)[0]
+
+    def start_ranks(self, count: int, name: str, *arguments: str) -> list[Command]:
+        """Start it on `count` processes that train together, by rank."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        world |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(count))
+        ranks = [str(rank) for rank in range(count)]
+        return self._start([environment(**world, RANK=rank, LOCAL_RANK=rank) for rank in ranks], name, *arguments)
+
+    def _start(self, environments: list[dict[str, str]], name: str, *arguments: str) -> list[Command]:
+        self.stop()
+        request = {"name": name, "arguments": arguments, "cwd": str(self._place), "output": os.devnull}
+        found = []
+        for variables in environments:
+            errors = self._errors / f"errors-{len(self._started)}.txt"
+            found.append(self._forks.fork(request | {"environment": variables, "errors": str(errors)}, errors))
+            self._started.append(found[-1])
+        return found
+
+    def stop(self) -> None:
+        """Kill what still runs."""
+        for command in self._started:
+            command.send(signal.SIGKILL)
+            command.wait()
 
     def run(self, name: str, *arguments: str, code: int = 0) -> str:
         """Run it to its end and return what it printed on standard error."""
-        command = self.start(name, *arguments)
-        found = command.wait()
+        return self._ended(self.start(name, *arguments), name, code)
+
+    def run_ranks(self, count: int, name: str, *arguments: str) -> list[str]:
+        """The same on `count` processes that train together; what each rank printed."""
+        return [self._ended(rank, name, 0) for rank in self.start_ranks(count, name, *arguments)]
+
+    @staticmethod
+    def _ended(command: Command, name: str, code: int) -> str:
+        found = command.wait(600)
         assert found == code, f"{name} ended with {found}, not {code}: {command.said()}"
         return command.said()
 
@@ -155,49 +259,74 @@ class Commands:
 @contextmanager
 def commands(errors: Path) -> Iterator[Commands]:
     """A process that forks commands; their standard error goes to files in `errors`."""
-    # Unbuffered, so that `Command.ended` sees an answer that nobody has read.
-    process = subprocess.Popen(
-        [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, env=environment()
-    )
+    forks = Forks("commands")
+    started = Commands(forks, errors)
     try:
-        yield Commands(process, errors)
+        yield started
     finally:
-        process.kill()
-        process.communicate()
+        started.stop()
+        forks.close()
 
 
-def _serve() -> None:
-    import ln_removal
+def _serve(imports: str, control: socket.socket) -> None:
+    if imports == "commands":
+        import ln_removal
 
-    ours = [module.name for module in pkgutil.walk_packages(ln_removal.__path__, "ln_removal.")]
-    for module in [*IMPORTED, *ours]:
+        modules = [*IMPORTED, *(each.name for each in pkgutil.walk_packages(ln_removal.__path__, "ln_removal."))]
+    else:
+        modules = BELOW_THE_HUB
+    for module in modules:
         importlib.import_module(module)
-    child = 0
-    for line in sys.stdin:
-        if child:
-            os.waitpid(child, 0)  # only now may its pid be given to another process
-        request = json.loads(line)
-        child = os.fork()
-        if child == 0:
-            _become(request)
-        print(child, flush=True)
-        ended = os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
-        assert ended is not None
-        print(ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status, flush=True)
+    if imports == "code":
+        assert not {"ln_removal", "wrapt", "huggingface_hub", "transformers", "datasets"} & set(sys.modules)
+    while handles := socket.recv_fds(control, 1, 1)[1]:
+        if os.fork() == 0:
+            try:
+                control.close()
+                _look_after(socket.socket(fileno=handles[0]))
+            finally:
+                os._exit(0)
+        os.close(handles[0])
+        while os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG):
+            pass
 
 
-def _become(request: dict[str, str]) -> None:
-    """Be the command, in a child that never comes back."""
+def _look_after(caller: socket.socket) -> None:
+    """Fork one process and tell its caller how it ends."""
+    conversation = caller.makefile("rwb", buffering=0)
+    request = json.loads(conversation.readline())
+    child = os.fork()
+    if child == 0:
+        conversation.close()
+        caller.close()
+        _become(request)
+    conversation.write(b"%d\n" % child)
+    ended = os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+    assert ended is not None
+    conversation.write(b"%d\n" % (ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status))
+    conversation.read(1)  # nothing comes: the caller has heard the end, and the pid may be given to another process
+    os.waitpid(child, 0)
+
+
+def _become(request: dict[str, Any]) -> NoReturn:
+    """Be the command or the code, in a child that never comes back."""
     code = 1
     try:
-        errors = os.open(request["errors"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        nothing = os.open(os.devnull, os.O_RDWR)
-        for source, target in ((nothing, 0), (nothing, 1), (errors, 2)):
-            os.dup2(source, target)
+        for place, target in ((os.devnull, 0), (request["output"], 1), (request["errors"], 2)):
+            opened = os.open(place, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+            os.dup2(opened, target)
+            os.close(opened)
         os.chdir(request["cwd"])
+        os.environ.clear()
+        os.environ.update(request["environment"])
         sys.argv = [request["name"], *request["arguments"]]
-        module, _, function = SCRIPTS[request["name"]].partition(":")
-        getattr(importlib.import_module(module), function)()
+        if "code" in request:
+            sys.path[0] = ""
+            sys.modules["__main__"] = main = ModuleType("__main__")
+            exec(compile(request["code"], "<string>", "exec"), main.__dict__)
+        else:
+            module, _, function = SCRIPTS.get(request["name"], request["name"]).partition(":")
+            getattr(importlib.import_module(module), function)()
         code = 0
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1 if error.code else 0
@@ -210,4 +339,4 @@ def _become(request: dict[str, str]) -> None:
 
 
 if __name__ == "__main__":
-    _serve()
+    _serve(sys.argv[1], socket.socket(fileno=int(sys.argv[2])))

@@ -4,20 +4,34 @@ from __future__ import annotations
 
 import shutil
 import signal
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-import torch
 from command_line import Commands, commands
-from small_model import write_world
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # what is heavy is imported by the fixtures: the process that only hands out tests waits for nothing
+    import torch
     from transformers import GPT2LMHeadModel
 
 EOT = 100
 """End-of-text token of the tiny_gpt2 fixture: the last of its 101 tokens."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The interpreters of tools that cannot be installed beside this package; without them their tests are skipped."""
+    for tool in ("saelens", "circuit-tracer"):
+        parser.addoption(f"--{tool}-python", metavar="PATH", help=f"the python of an environment with {tool}")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Notebooks come first, then files by their number of slow tests: workers that share the files end at about the same time."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    tests = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path.suffix == ".py", -slow[item.path], -tests[item.path], item.path))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -34,6 +48,8 @@ def _one_thread() -> Iterator[None]:
 
     For the whole session: what a module's fixture trains and what its tests train must agree to the last bit.
     """
+    import torch
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -50,6 +66,8 @@ def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `write_world` writes, made once for all tests, which leave it as it is."""
+    from small_model import write_world
+
     return write_world(tmp_path_factory.mktemp("world"))
 
 
@@ -85,6 +103,7 @@ def tiny_gpt2() -> GPT2LMHeadModel:
 
     Norm weights, norm biases and all other biases are random too, so that a fold which forgets one of them shows.
     """
+    import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
@@ -133,6 +152,8 @@ def ln_free(tiny_gpt2: GPT2LMHeadModel) -> GPT2LMHeadModel:
 @pytest.fixture
 def token_ids() -> torch.Tensor:
     """(4, 24) tokens with end-of-text in the middle of rows, and at position 0 of the second row."""
+    import torch
+
     ids = torch.randint(0, EOT, (4, 24), generator=torch.Generator().manual_seed(1))
     ids[0, 7] = ids[1, 0] = ids[2, 23] = ids[2, 5] = EOT
     return ids

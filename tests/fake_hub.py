@@ -2,7 +2,7 @@
 with fake_hub_uploads.py, what publishing a model uses.
 
 The real clients (huggingface_hub, transformers, datasets) are pointed at it with HF_ENDPOINT, which they read when they
-are imported; so whatever uses it runs in a process of its own (`run_client`).
+are imported; so whatever uses it runs in a process of its own that imports them (`run_client`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import os
 import re
 import socket
 import subprocess
-import sys
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -22,9 +21,8 @@ from types import TracebackType
 from typing import Any, Self
 from urllib.parse import unquote, urlsplit
 
+from command_line import ROOT, fork_code
 from fake_hub_uploads import Account, Refused, Uploads
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass
@@ -314,10 +312,8 @@ class _Handler(BaseHTTPRequestHandler):
 def run_client(
     code: str, endpoint: str, home: Path, *, timeout: float = 240, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run Python code in a fresh process whose Hub is `endpoint` and whose Hub cache lies under `home`."""
+    """Run Python code in a process of its own whose Hub is `endpoint` and whose Hub cache lies under `home`."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING", "TRANSFORMERS_"))}
     clean |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_TELEMETRY": "1"}
     clean |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "NO_PROXY": "127.0.0.1", **environment}
-    return subprocess.run(
-        [sys.executable, "-c", code], check=False, env=clean, capture_output=True, text=True, timeout=timeout, cwd=home
-    )
+    return fork_code(code, cwd=home, environment=clean, timeout=timeout)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import run_code
+from command_line import forked_code
 from disarmed_model import disarm, faithful
 from small_model import Adapter, write_tokenizer
 from torch import Tensor
@@ -331,4 +331,4 @@ class TestBoot:
             f"{first}\nimport sys\nbridge = TransformerBridge.boot_transformers(sys.argv[1], device='cpu')\n"
             "print(bridge.cfg.architecture, bridge.cfg.normalization_type)"
         )
-        assert run_code(code, str(directory)).splitlines()[-1] == "NormFreeGPT2LMHeadModel None"
+        assert forked_code(code, str(directory)).splitlines()[-1] == "NormFreeGPT2LMHeadModel None"

@@ -86,6 +86,24 @@ class TestAgainstTransformerLens:
                 expected = float(values.real.sum() / values.abs().sum())
                 assert score[layer, head] == pytest.approx(expected, abs=1e-6)
 
+    @pytest.mark.parametrize("fixture", ["with_norms", "ln_free"])
+    def test_copying_with_the_first_mlp(self, request: pytest.FixtureRequest, fixture: str) -> None:
+        """The tokens' vectors are what the first block of the model itself writes with its MLP for a token on its own."""
+        model = request.getfixturevalue(fixture)
+        written: list[Tensor] = []
+        handle = model.transformer.h[0].mlp.register_forward_hook(lambda *given: written.append(given[-1][:, 0]))
+        with torch.no_grad():
+            model.transformer.h[0]((model.transformer.wte.weight + model.transformer.wpe.weight.mean(0))[:, None])
+        handle.remove()
+        bridge = to_bridge(model)
+        found, weights = weight_circuits(bridge), folded_weights(bridge)
+        assert np.isnan(found.mlp_copying[0]).all() and np.isfinite(found.mlp_copying[1:]).all()
+        for layer, head in ((1, 0), (2, 3)):
+            values = torch.linalg.eigvals(written[0] @ weights.OV.AB[layer, head] @ weights.W_U)
+            expected = float(values.real.sum() / values.abs().sum())
+            assert found.mlp_copying[layer, head] == pytest.approx(expected, abs=1e-6)
+            assert abs(expected - found.copying[layer, head]) > 1e-3
+
 
 def copier(sign: float) -> NormFreeGPT2LMHeadModel:
     """An attention-only model of two layers: L1H0 looks for its own token and copies it (or, with -1, suppresses it)."""
@@ -147,6 +165,8 @@ def test_command(here: Path) -> None:
     found = json.loads(Path("new/found/circuits.json").read_text())
     for one in found["models"].values():
         assert np.max(one["pattern_error"]) < 1e-10
+        assert one["copying_score_with_first_mlp"][0] == [None, None]
+        assert all(-1 <= score <= 1 for score in one["copying_score_with_first_mlp"][1])
         assert np.shape(one["copying_score"]) == (2, 2) and np.shape(one["composition_score"]["K"]) == (2, 2, 2, 2)
     assert found["head"] in said and len(found["models"]["control"]["raised_tokens"]) == 8
     assert "L1H1" in refused("ln-analyze circuits run --head L1H2 --documents 1 --length 8 --out new/found")

@@ -12,8 +12,9 @@ from transformer_lens.tools.analysis import direct_logit_attribution
 from transformers import GPT2LMHeadModel
 
 from ln_removal import to_bridge
-from ln_removal.interpret import components, direct_effects
+from ln_removal.interpret import answer_effects, components, direct_effects, logit_differences
 from ln_removal.interpret.attribution import DIRECTIONS, DirectEffects, Direction, Kind
+from ln_removal.interpret.tasks import Prompt, Task
 
 KINDS: tuple[Kind, ...] = ("head", "mlp")
 
@@ -161,6 +162,30 @@ class TestAgainstBruteForce:
             after = bridge.run_with_hooks(token_ids, fwd_hooks=[("blocks.2.attn.hook_z", zero)])
         change = (before - after)[:, :-1].gather(-1, token_ids[:, 1:, None])[..., 0]
         np.testing.assert_allclose(found.attribution[found.labels.index("L2H3")], change.numpy(), atol=1e-10)
+
+
+class TestAnswers:
+    def test_they_are_those_of_the_direction_between_two_answers(
+        self, with_norms: GPT2LMHeadModel, ln_free: GPT2LMHeadModel, token_ids: Tensor
+    ) -> None:
+        """At the last position of prompts of several lengths, in their order."""
+        rows = [tuple(row[:length].tolist()) for row, length in zip(token_ids, (9, 12, 9, 7), strict=True)]
+        task = Task("mine", "", tuple(Prompt(row, 10 + row[1] % 80, 1) for row in rows), False, None)
+        for model in (with_norms, ln_free):
+            bridge = to_bridge(model)
+            found = answer_effects(bridge, task)
+            for number, one in enumerate(task.prompts):
+                parts = components(bridge, torch.tensor([one.clean]))
+                stream = parts.residual[0, -1]
+                logits = bridge.ln_final(stream) @ bridge.W_U
+                for part, label in enumerate(parts.labels):
+                    moved = logits - bridge.ln_final(stream - parts.written[part, 0, -1]) @ bridge.W_U
+                    expected = (moved[one.answer] - moved[one.wrong]).item()
+                    assert found.ablation[found.labels.index(label), number, 0] == pytest.approx(expected, abs=1e-10)
+        bias = np.array([float(bridge.b_U[one.answer] - bridge.b_U[one.wrong]) for one in task.prompts])
+        summed = found.attribution.sum(axis=(0, 2)) + bias
+        np.testing.assert_allclose(summed, logit_differences(bridge, task)[0], atol=1e-10)
+        np.testing.assert_allclose(found.attribution, found.ablation, atol=1e-10)
 
 
 class TestComponents:

@@ -100,6 +100,7 @@ def test_batches_and_chunks_change_nothing(
 ) -> None:
     split = make_split(tmp_path, [150, 33])
     whole = cross_entropy(tiny_gpt2, split, context=CONTEXT)
+    monkeypatch.setattr(loss_module, "CHUNK_POSITIONS", 1)
     monkeypatch.setitem(loss_module.CHUNK_ELEMENTS, "cpu", 5 * VOCABULARY)
     seen: list[int] = []
     tiny_gpt2.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.shape[:-1].numel()))
@@ -108,6 +109,21 @@ def test_batches_and_chunks_change_nothing(
     assert sum(seen) == result.tokens
     assert result.cross_entropy == pytest.approx(whole.cross_entropy, abs=1e-6)
     assert result.percentile_99_9 == pytest.approx(whole.percentile_99_9, abs=1e-5)
+
+
+def test_scoring_computes_gelu_in_one_kernel_and_leaves_the_model_as_it_was(tiny_gpt2: GPT2LMHeadModel) -> None:
+    ids = torch.arange(12)[None]
+    before = {name: id(module) for name, module in tiny_gpt2.named_modules()}
+    plain = tiny_gpt2.double()
+    with torch.no_grad():
+        log_probs = plain.eval()(ids[:, :-1]).logits[0].log_softmax(-1)
+    plain.train()
+    with loss_module.scoring(plain, torch.device("cpu"), "float32"):
+        losses = loss_module.position_losses(plain, ids[:, :-1], ids[0, 1:])
+        assert not any("NewGELU" in type(module).__name__ for module in plain.modules())
+    assert losses.tolist() == pytest.approx((-log_probs.gather(1, ids[0, 1:, None])[:, 0]).tolist(), abs=1e-12)
+    assert {name: id(module) for name, module in plain.named_modules()} == before
+    assert all(module.training for module in plain.modules())
 
 
 def test_memory_error_halves_the_batch(tiny_gpt2: GPT2LMHeadModel, tmp_path: Path) -> None:

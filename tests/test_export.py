@@ -19,7 +19,7 @@ import ln_removal
 from ln_removal import NormFreeGPT2Config, NormFreeGPT2LMHeadModel, UserError, from_disarmed
 from ln_removal.export.stock import EPSILON, to_stock
 from ln_removal.export.verify import TOLERANCE, ExportError, logits_error, norm_modules, verify_export
-from ln_removal.export.write import check_savable
+from ln_removal.export.write import check_savable, save_model
 from ln_removal.models.loading import load_tokenizer
 from ln_removal.models.normfree_gpt2 import from_folded
 from ln_removal.norms.surgery import NormSites, fold, install
@@ -163,6 +163,7 @@ class TestStock:
         config = json.loads((tmp_path / "config.json").read_text())
         assert config["model_type"] == "gpt2" and config["architectures"] == ["GPT2LMHeadModel"]
         assert config["layer_norm_epsilon"] == EPSILON and config["tie_word_embeddings"] is False
+        assert config["n_ctx"] == config["n_positions"]  # HookedTransformer reads it
         loaded, report = GPT2LMHeadModel.from_pretrained(tmp_path, output_loading_info=True)
         assert type(loaded) is GPT2LMHeadModel
         assert not report["missing_keys"] and not report["unexpected_keys"]
@@ -281,6 +282,17 @@ class TestVerify:
     def test_one_short_text_is_enough(self, pair: Pair) -> None:
         frozen, folded = pair
         assert verify_export(frozen, folded, torch.tensor([[1, 2, EOT]])).affine_error < 1e-5
+
+
+def test_the_tokenizer_has_a_name_that_transformers_4_knows(tiny_gpt2: GPT2LMHeadModel, tmp_path: Path) -> None:
+    write_tokenizer(tmp_path / "given")
+    tokenizer = load_tokenizer(str(tmp_path / "given"))
+    save_model(tiny_gpt2, tokenizer, tmp_path / "saved")
+    config = json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    again, text = load_tokenizer(str(tmp_path / "saved")), "def function_1(value):\n    return 1\n"
+    assert type(again) is type(tokenizer) and again(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert again.eos_token_id == tokenizer.eos_token_id and again.bos_token_id == tokenizer.bos_token_id
 
 
 def test_what_cannot_be_saved_is_named_before_a_training(tiny_gpt2: GPT2LMHeadModel, tmp_path: Path) -> None:

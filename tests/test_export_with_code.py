@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ast
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from command_line import environment, fork_code
 from disarmed_model import disarm
 from safetensors.torch import load_file, save_file
 from small_model import write_model
@@ -69,17 +69,7 @@ else:
 
 def run_without_us(code: str, home: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """Run code where ln_removal cannot be imported, with a cache of its own for the code that transformers copies."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "PYTHON"))}
-    environment |= {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-I", "-c", BLOCKED + code, *map(str, arguments)],
-        env=environment,
-        cwd=home,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    return fork_code(BLOCKED + code, *map(str, arguments), cwd=home, environment=environment(HF_HOME=str(home)))
 
 
 def test_loads_with_trust_remote_code_in_a_process_without_us(source: Path, exported: Path, tmp_path: Path) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
+import signal
 import time
 from itertools import islice
 from pathlib import Path
@@ -14,10 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from command_line import done, environment, refused
+from command_line import Commands, done, refused
 from scipy.stats import chisquare
 from small_model import REMOVE, tiny_neox, write_model
 
+from ln_removal.cli.prepare import main
 from ln_removal.data import generated
 from ln_removal.data import prepare as prepare_module
 from ln_removal.data.corpora import TokenDocument
@@ -154,22 +154,18 @@ def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 PREPARE = "ln-prepare generated --tokenizer {} --max-tokens 6000 --validation-share 0.1 --out {}"
 
-KILLED = """
-import sys, time
-from ln_removal.cli.prepare import main
-from ln_removal.data import generated, prepare
 
-prepare.BATCH_DOCUMENTS, prepare.SECONDS_BETWEEN_CHECKPOINTS = 8, 0
-write = generated.write_documents
+def write_slowly() -> None:
+    """`ln-prepare` in a process of its own: it writes progress after every batch, and waits before each."""
+    prepare_module.BATCH_DOCUMENTS, prepare_module.SECONDS_BETWEEN_CHECKPOINTS = 8, 0
+    write = generated.write_documents
 
-def slowly(*args, **options):
-    time.sleep(1)
-    return write(*args, **options)
+    def slowly(*args: Any, **options: Any) -> Any:
+        time.sleep(1)
+        return write(*args, **options)
 
-generated.write_documents = slowly
-sys.argv = {argv!r}
-main()
-"""
+    generated.write_documents = slowly
+    main()
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -182,17 +178,13 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.usefixtures("small_batches")
-def test_a_killed_preparation_goes_on_to_the_same_corpus(writer: Path, tmp_path: Path) -> None:
+def test_a_killed_preparation_goes_on_to_the_same_corpus(writer: Path, tmp_path: Path, forked: Commands) -> None:
     done(PREPARE.format(writer, tmp_path / "whole"))
     killed = tmp_path / "killed"
     command = PREPARE.format(writer, killed)
-    worker = subprocess.Popen([sys.executable, "-c", KILLED.format(argv=command.split())], env=environment())
-    deadline = time.monotonic() + 120
-    while not (killed / "progress.json").exists():
-        assert worker.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    worker.kill()
-    worker.wait()
+    worker = forked.start("test_generated:write_slowly", *command.split()[1:])
+    worker.wait_until(lambda: (killed / "progress.json").exists()).send(signal.SIGKILL)
+    assert worker.wait() == -signal.SIGKILL
     consumed = json.loads((killed / "progress.json").read_text())["consumed"]
     assert consumed > 0 and not (killed / "index.json").exists()
     done(command)

@@ -18,7 +18,14 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from ln_removal.errors import UserError
 from ln_removal.evaluation.choices import Prompt, batches, ending_log_probs, pack
-from ln_removal.evaluation.hellaswag import PROTOCOLS, ChoiceResult, Protocol, evaluate_choices, texts_of
+from ln_removal.evaluation.hellaswag import (
+    PROTOCOLS,
+    ChoiceResult,
+    Protocol,
+    choice_prompts,
+    evaluate_choices,
+    texts_of,
+)
 from ln_removal.evaluation.questions import Question, load_questions, write_jsonl
 
 TEXTS = [
@@ -215,6 +222,16 @@ def test_code_compares_whole_texts(tokenizer: PreTrainedTokenizerFast) -> None:
         sizes = [len(ending.encode()) for ending in q.endings]
         assert score.normalised == pytest.approx(np.array(score.log_probs) / sizes)
         assert score.choice_norm == int(np.argmax(score.normalised))
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_questions_that_were_tokenised_before_score_the_same(
+    tokenizer: PreTrainedTokenizerFast, protocol: Protocol
+) -> None:
+    model = make_model(tokenizer)
+    prompts = choice_prompts(tokenizer, CODE, protocol)
+    expected = evaluate_choices(model, tokenizer, CODE, protocol=protocol)
+    assert evaluate_choices(model, tokenizer, CODE, protocol=protocol, prompts=prompts) == expected
 
 
 def test_code_keeps_the_natural_tokens(tokenizer: PreTrainedTokenizerFast) -> None:

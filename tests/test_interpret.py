@@ -13,7 +13,7 @@ from disarmed_model import disarm
 from transformers import GPT2LMHeadModel
 
 from ln_removal import UserError, from_disarmed
-from ln_removal.interpret import load
+from ln_removal.interpret import load, load_untrained
 from ln_removal.models.loading import load_model
 
 
@@ -57,6 +57,18 @@ class TestLoad:
         for (_, one), (_, other) in zip(plain.items(), processed.items(), strict=True):
             assert (one(ids) - other(ids)).abs().max() > 1e-3, "centred logits"
             torch.testing.assert_close(one(ids).log_softmax(-1), other(ids).log_softmax(-1), rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.slow
+    def test_before_there_is_a_run(self, tmp_path: Path) -> None:
+        """The embedded model with norms and with constants, and held-out documents for both."""
+        models = load_untrained(tmp_path / "tokens", dtype=torch.float64)
+        assert [role for role, _ in models.items()] == ["original", "ln_free"] and models.tokenizer is not None
+        assert models.original is not None and models.original.cfg.normalization_type == "LN"
+        assert models.ln_free is not None and models.ln_free.cfg.normalization_type is None
+        documents = models.documents(4, length=32, prepend_bos=False)
+        one, other = (bridge(documents.inputs(bridge)) for _, bridge in models.items())
+        assert one.dtype == other.dtype == torch.float64 and other.isfinite().all()
+        assert models.documents(4, length=32, prepend_bos=True).tokens[0, 0] == models.tokenizer.eos_token_id
 
     def test_what_is_no_run(self, here: Path) -> None:
         for name in ("nowhere", "model"):

@@ -8,7 +8,6 @@ import os
 import pty
 import shlex
 import signal
-import socket
 import struct
 import subprocess
 import sys
@@ -421,35 +420,14 @@ def test_a_signal_that_comes_while_the_ranks_wait_for_each_other_counts_the_next
 
 @pytest.mark.slow
 def test_two_ranks_stop_at_the_same_step(place: Path, forked: Commands) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     out = place / "ranks"
-    world = environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
-    many = ["--steps", "400"]
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", code_of("ln-remove"), *arguments(out.name, *many)],
-            cwd=place,
-            env={**world, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        metrics = out / "metrics.jsonl"
-        deadline = time.monotonic() + 120
-        while not (metrics.exists() and b'"train"' in metrics.read_bytes()) and time.monotonic() < deadline:
-            assert all(rank.poll() is None for rank in ranks), [rank.communicate()[1] for rank in ranks]
-            time.sleep(0.01)
-        ranks[1].send_signal(signal.SIGINT)  # the other one hears of it at the next log step
-        said = [rank.communicate(timeout=120)[1] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [130, 130], said
+    ranks = forked.start_ranks(2, "ln-remove", *arguments(out.name, "--steps", "400"))
+    metrics = out / "metrics.jsonl"
+    ranks[0].wait_until(lambda: metrics.exists() and b'"train"' in metrics.read_bytes())
+    ranks[1].send(signal.SIGINT)  # the other one hears of it at the next log step
+    codes = [rank.wait(120) for rank in ranks]
+    said = [rank.said() for rank in ranks]
+    assert codes == [130, 130], said
     (saved,) = (out / "state").glob("step-*")
     step = int(saved.name.removeprefix("step-"))
     assert step % 10 == 0

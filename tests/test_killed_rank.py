@@ -1,4 +1,7 @@
-"""Two processes under torchrun train one model and one of them goes: torchrun ends the other, and the run goes on later."""
+"""Two processes train one model and one of them goes: torchrun ends the other, and the run goes on later.
+
+torchrun runs where it has something to end; elsewhere the two are forked as ranks.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import Commands, environment
 from safetensors.torch import load_file
 from small_model import write_corpus, write_model
 
@@ -35,18 +39,20 @@ ENDS_WITHIN = 60.0
 pytestmark = pytest.mark.slow
 
 
-def start(directory: Path, out: str, count: int, *options: str) -> subprocess.Popen[str]:
-    """`ln-remove` on `count` processes under torchrun; what they print goes into a file beside the run."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-    arguments = ["--model", "model", "--recipe", "tiny", "--steps", str(STEPS), "--tokens", "tokens", "--device", "cpu"]
-    arguments += ["--questions", "none", "--out", out, *options]
-    for key, value in SETTINGS.items():
-        arguments += ["--set", f"{key}={value}"]
+def arguments(out: str, *options: str) -> list[str]:
+    given = ["--model", "model", "--recipe", "tiny", "--steps", str(STEPS), "--tokens", "tokens", "--device", "cpu"]
+    given += ["--questions", "none", "--out", out, *options]
+    return given + [part for key, value in SETTINGS.items() for part in ("--set", f"{key}={value}")]
+
+
+def start(directory: Path, out: str) -> subprocess.Popen[str]:
+    """`ln-remove` on two processes under torchrun; what they print goes into a file beside the run."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     with (directory / f"{out}.log").open("w") as log:
         return subprocess.Popen(
-            [*launch, "-m", "ln_removal.cli.remove", *arguments],
+            [*launch, "-m", "ln_removal.cli.remove", *arguments(out)],
             cwd=directory,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+            env=environment(),
             stdout=subprocess.DEVNULL,
             stderr=log,
             text=True,
@@ -55,10 +61,6 @@ def start(directory: Path, out: str, count: int, *options: str) -> subprocess.Po
 
 def said(directory: Path, out: str) -> str:
     return (directory / f"{out}.log").read_text()
-
-
-def finish(directory: Path, out: str, launcher: subprocess.Popen[str]) -> None:
-    assert launcher.wait(300) == 0, said(directory, out)
 
 
 def ranks_of(launcher: subprocess.Popen[str]) -> dict[int, int]:
@@ -89,15 +91,14 @@ def steps(directory: Path) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(tmp_path_factory: pytest.TempPathFactory, forked: Commands) -> Path:
     """A model, its tokens, and a run of two processes that nothing happened to."""
     directory = tmp_path_factory.mktemp("ranks")
     write_model(directory / "model")
     write_corpus(directory / "texts")
-    prepare = "from ln_removal.cli.prepare import main; main()"
-    arguments = ["texts", "--tokenizer", "model", "--out", "tokens"]
-    subprocess.run([sys.executable, "-c", prepare, *arguments], cwd=directory, check=True, capture_output=True)
-    finish(directory, "whole", start(directory, "whole", 2))
+    moved = forked.at(directory)
+    moved.run("ln-prepare", "texts", "--tokenizer", "model", "--out", "tokens")
+    moved.run_ranks(2, "ln-remove", *arguments("whole"))
     return directory
 
 
@@ -114,10 +115,10 @@ def launched() -> Iterator[list[subprocess.Popen[str]]]:
 
 @pytest.mark.parametrize("killed", [0, 1])
 def test_the_other_rank_ends_and_the_run_goes_on(
-    place: Path, launched: list[subprocess.Popen[str]], killed: int
+    place: Path, forked: Commands, launched: list[subprocess.Popen[str]], killed: int
 ) -> None:
     out = f"killed-{killed}"
-    launcher = start(place, out, 2)
+    launcher = start(place, out)
     launched.append(launcher)
     wait_for_checkpoint(place, out, launcher)
     ranks = ranks_of(launcher)
@@ -127,8 +128,8 @@ def test_the_other_rank_ends_and_the_run_goes_on(
     assert not Path(f"/proc/{ranks[1 - killed]}").exists()
     assert steps(place / out)[-1] < STEPS - 1, "it was killed while it trained"
     shutil.copytree(place / out, place / f"{out}-alone", symlinks=True)
-    finish(place, out, start(place, out, 2, "--resume"))
-    finish(place, f"{out}-alone", start(place, f"{out}-alone", 1, "--resume"))
+    forked.at(place).run_ranks(2, "ln-remove", *arguments(out, "--resume"))
+    forked.at(place).run("ln-remove", *arguments(f"{out}-alone", "--resume"))
     expected = weights(place / "whole")
     for name, tensor in weights(place / out).items():
         assert torch.equal(tensor, expected[name]), name
@@ -138,15 +139,16 @@ def test_the_other_rank_ends_and_the_run_goes_on(
 
 
 def test_a_mistake_that_one_process_finds_ends_all(place: Path, launched: list[subprocess.Popen[str]]) -> None:
-    launched.append(start(place, "whole", 2))  # it is there already, which only the main process looks for
-    assert launched[0].wait(ENDS_WITHIN) != 0
+    launched.append(start(place, "whole"))  # it is there already, which only the main process looks for
+    assert launched[0].wait(300) != 0
     assert said(place, "whole").count("error: whole already holds a run") == 1
 
 
-def test_two_that_diverge_go_back_together(place: Path, launched: list[subprocess.Popen[str]]) -> None:
-    launched.append(start(place, "diverged", 2, "--set", "training.learning_rate=1e30"))
-    assert launched[0].wait(120) != 0
-    words = said(place, "diverged")
+def test_two_that_diverge_go_back_together(place: Path, forked: Commands) -> None:
+    options = ("--set", "training.learning_rate=1e30")
+    ranks = forked.at(place).start_ranks(2, "ln-remove", *arguments("diverged", *options))
+    assert [rank.wait(120) for rank in ranks] == [2, 2]
+    words = ranks[0].said()
     assert "not finite for 3 steps in a row" in words and "--resume and --set training.learning_rate=5e+29" in words
     rows = list(map(json.loads, (place / "diverged" / "metrics.jsonl").read_text().splitlines()))
     assert [row["kind"] for row in rows] == ["windows", "rollback"] and rows[1]["step"] == 0

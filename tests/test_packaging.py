@@ -118,7 +118,7 @@ def test_removal_from_the_wheel(installed: Path, tmp_path: Path) -> None:
     where = run(installed / "python", "-c", "import ln_removal; print(ln_removal.__file__)", cwd=tmp_path)
     assert not Path(where).is_relative_to(ROOT)
     # The embedded model and its recipe are found; there is little text to read, to train on and to score.
-    few = ("data.max_bytes=300000", "data.validation_tokens=2048", "training.evaluation_tokens=2048")
+    few = ("data.context=64", "data.max_bytes=100000", "data.validation_tokens=2048", "training.evaluation_tokens=2048")
     sets = [part for each in (*few, "training.tokens_per_step=1024") for part in ("--set", each)]
     given = ("--model", "tiny", "--steps", "4", "--out", "x", "--json", "--questions", "none", *sets)
     results = json.loads(run(installed / "ln-remove", *given, cwd=tmp_path))

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import done, refused
+from command_line import Commands, done, refused
 from filelock import FileLock
 from small_model import REMOVE, write_corpus
 from tokenizers import Tokenizer
@@ -323,43 +322,31 @@ def ahead_of(given: list[int], ahead: list[int]) -> Callable[[PrepareProgress], 
     return look
 
 
-KILLED = """
-import sys, time
-sys.path[:0] = [{tests!r}, {root!r}]
-import test_prepare as here
-from pathlib import Path
-from tokenizers import Tokenizer
+def prepare_and_hang() -> None:
+    """In a process of its own, with TOKENIZER OUT: it stops at document 55 and waits to be killed."""
+    prepare_module.BATCH_DOCUMENTS = BATCH
 
-here.prepare_module.BATCH_DOCUMENTS = here.BATCH
+    def wait(number: int) -> None:
+        if number == 55:
+            time.sleep(600)
 
-def wait(number):
-    if number == 55:
-        time.sleep(600)
-
-tokenizer = here.PlainTokenizer(Tokenizer.from_file({tokenizer!r}))
-here.run(here.ListCorpus(here.documents(), before=wait), tokenizer, Path({out!r}), shard_tokens=150, checkpoint_tokens=300)
-"""
+    corpus = ListCorpus(documents(), before=wait)
+    tokenizer = PlainTokenizer(Tokenizer.from_file(sys.argv[1]))
+    run(corpus, tokenizer, Path(sys.argv[2]), shard_tokens=150, checkpoint_tokens=300)
 
 
-def test_a_killed_preparation_resumes_to_the_same_bytes(tmp_path: Path, tokenizer: Any) -> None:
+def test_a_killed_preparation_resumes_to_the_same_bytes(tmp_path: Path, tokenizer: Any, forked: Commands) -> None:
     options = {"shard_tokens": 150, "checkpoint_tokens": 300}
     whole = run(ListCorpus(documents()), tokenizer, tmp_path / "whole", **options)
     tokenizer.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
     out = tmp_path / "killed"
-    tests = Path(__file__).parent
-    script = KILLED.format(
-        tests=str(tests), root=str(tests.parent), tokenizer=str(tmp_path / "tokenizer.json"), out=str(out)
-    )
-    worker = subprocess.Popen([sys.executable, "-c", script])
+    worker = forked.start("test_prepare:prepare_and_hang", str(tmp_path / "tokenizer.json"), str(out))
 
     def consumed() -> int:
         progress = out / "progress.json"
         return int(json.loads(progress.read_text())["consumed"]) if progress.exists() else 0
 
-    deadline = time.monotonic() + 120
-    while consumed() < 30 and worker.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    worker.send_signal(signal.SIGKILL)
+    worker.wait_until(lambda: consumed() >= 30).send(signal.SIGKILL)
     assert worker.wait() == -signal.SIGKILL
     assert consumed() >= 30
     assert not (out / "index.json").exists()

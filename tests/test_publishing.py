@@ -316,8 +316,9 @@ import json, sys, types
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import huggingface_hub.utils._http as http
 from command_line import invoke
-from ln_removal.pipelines import publishing
-publishing.WAITS = (0.01,)
+from ln_removal.export import hub
+assert hub.WAITS
+hub.WAITS = (0.01,)
 http.time = types.SimpleNamespace(sleep=lambda seconds: None)
 for line in {lines!r}:
     ended = invoke(line)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import typer
-from command_line import environment
+from command_line import environment, fork_code
 from finished_run import make_run
 from typer.testing import CliRunner
 
@@ -213,9 +213,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def fresh(place: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """Run a command in `place`, in a process that has imported nothing of ours."""
-    return subprocess.run(words, cwd=place, env=environment(), capture_output=True, text=True, timeout=300, check=False)
+def fresh(place: Path, code: str) -> subprocess.CompletedProcess[str]:
+    """Run Python code in `place`, in a process that has imported nothing of ours."""
+    return fork_code(code, cwd=place, environment=environment())
 
 
 SHOWN_MODELS = [block for block in blocks("python", "README.md") if '"checkpoints/gpt2/model"' in block]
@@ -226,7 +226,7 @@ SHOWN_MODELS = [block for block in blocks("python", "README.md") if '"checkpoint
 def test_models_load_in_a_fresh_process_as_shown(place: Path, block: str) -> None:
     if "nnsight" in block:
         pytest.importorskip("nnsight")
-    ended = fresh(place, sys.executable, "-c", block)
+    ended = fresh(place, block)
     assert ended.returncode == 0, ended.stderr
 
 
@@ -246,7 +246,7 @@ AutoConfig.from_pretrained(name, **given)
 ids = AutoTokenizer.from_pretrained(name, **given)("def f(x):", return_tensors="pt").input_ids
 print(AutoModelForCausalLM.from_pretrained(name, **given)(ids).logits.isfinite().all().item(), "ln_removal" in sys.modules)
 """
-    ended = fresh(place, sys.executable, "-c", code)
+    ended = fresh(place, code)
     assert ended.stdout.split() == ["True", "False"], ended.stderr
     if importlib.util.find_spec("lm_eval"):
         (place / "question.jsonl").write_text('{"q": "def f(x):", "a": [" return", " x"], "gold": 0}\n')
@@ -257,5 +257,6 @@ print(AutoModelForCausalLM.from_pretrained(name, **given)(ids).logits.isfinite()
             "metric_list: [{metric: acc}]\n"
         )
         offline = ["--include_path", "tasks", "--device", "cpu"]  # a task of that name which needs no network
-        ended = fresh(place, sys.executable, "-m", *words, *offline)
+        command = [sys.executable, "-m", *words, *offline]
+        ended = subprocess.run(command, cwd=place, env=environment(), capture_output=True, text=True, timeout=300)
         assert ended.returncode == 0 and "hellaswag" in ended.stdout, ended.stderr

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from command_line import run_code
+from command_line import forked_code, run_code
 
 from ln_removal.models.normfree_gpt2 import NormFreeGPT2Config, NormFreeGPT2LMHeadModel
 
@@ -49,7 +49,7 @@ FIRST_LINES = {
 @pytest.mark.slow
 @pytest.mark.parametrize("order", FIRST_LINES)
 def test_auto_classes_load_a_saved_model_in_every_order(saved: Path, order: str) -> None:
-    found = run_code(FIRST_LINES[order] + LOAD, str(saved))
+    found = forked_code(FIRST_LINES[order] + LOAD, str(saved))
     assert found == f"{NormFreeGPT2LMHeadModel.__module__} NormFreeGPT2LMHeadModel"
 
 
@@ -60,7 +60,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 for config in (AutoConfig.from_pretrained(sys.argv[1]), GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=50257)):
     print(type(config).__name__, type(AutoModelForCausalLM.from_config(config)).__name__)
 """
-    assert run_code(code, str(saved)).splitlines() == [
+    assert forked_code(code, str(saved)).splitlines() == [
         "NormFreeGPT2Config NormFreeGPT2LMHeadModel",
         "GPT2Config GPT2LMHeadModel",
     ]

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from command_line import run_code
+from command_line import forked_code
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -173,7 +173,7 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})
 print(type(model).__name__, float(model(torch.tensor({ids.tolist()})).logits.double().sum()))
 """
-    name, total = run_code(code).split()
+    name, total = forked_code(code).split()
     assert name == "RevivalGPTNeoXForCausalLM"
     with torch.no_grad():
         assert float(total) == pytest.approx(float(model(ids).logits.double().sum()), rel=1e-5)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo
+from command_line import Commands
 from numpy.typing import NDArray
 from reference_gpt2 import Array, Reference, SiteSetting
 from small_model import Adapter
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.multiprocessing.spawn import spawn
 from transformers import GPT2LMHeadModel, GPT2Model
 
 from ln_removal.errors import UserError
@@ -451,10 +453,11 @@ def test_average_over_ranks_alone_does_nothing(tiny_gpt2: GPT2LMHeadModel, token
     assert sites.running_stds() == before
 
 
-def _rank(rank: int, folder: str) -> None:
-    """One of two ranks: different text on each; end-of-text tokens only on rank 1."""
+def one_of_two_ranks() -> None:
+    """A process of its own: different text on each rank; end-of-text tokens only on rank 1."""
     from transformers import GPT2Config
 
+    rank, folder = int(os.environ["RANK"]), sys.argv[1]
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     torch.manual_seed(0)
@@ -499,8 +502,8 @@ def _rank(rank: int, folder: str) -> None:
 
 
 @pytest.mark.slow
-def test_average_over_two_ranks(tmp_path: Path) -> None:
-    spawn(_rank, args=(str(tmp_path),), nprocs=2)
+def test_average_over_two_ranks(tmp_path: Path, forked: Commands) -> None:
+    forked.run_ranks(2, "test_surgery:one_of_two_ranks", str(tmp_path))
     results = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
     single = torch.load(tmp_path / "single.pt", weights_only=True)
     for pooled, _, _ in results:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from command_line import ROOT
+from disarmed_model import disarm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from ln_removal import UserError, to_bridge
@@ -169,6 +172,38 @@ class TestForGPT2:
                 assert effects[0, first, 0] == pytest.approx(gap, abs=1e-12), (
                     "the whole difference comes from that token"
                 )
+
+    def test_the_notebook_on_a_stand_in(self, english_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+        """Its cells, with a random GPT-2 and the same with constant scales in the place of a run of the real one."""
+        import matplotlib.pyplot as plt
+
+        from ln_removal import from_disarmed
+
+        plt.switch_backend("agg")
+        config = GPT2Config(
+            vocab_size=len(english_tokenizer), n_positions=128, n_embd=16, n_layer=2, n_head=2, initializer_range=0.2
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = GPT2LMHeadModel(config).eval()
+        model.save_pretrained(tmp_path)
+        english_tokenizer.save_pretrained(tmp_path)
+        run = {"original": tmp_path, "ln_free": from_disarmed(disarm(model)).double()}
+        names: dict[str, Any] = {}
+        cells = json.loads((ROOT / "notebooks" / "ioi.ipynb").read_text(encoding="utf-8"))["cells"]
+        with torch.enable_grad():  # a cell switches it off
+            for cell in cells:
+                assert not cell.get("outputs"), "they would be those of another model"
+                if "parameters" in cell["metadata"].get("tags", ()):
+                    assert {"run", "prompts", "patched", "device"} == set(
+                        re.findall(r"^(\w+) =", "".join(cell["source"]), re.M)
+                    )
+                    names |= {"run": run, "prompts": 6, "patched": 2, "device": "cpu"}
+                elif cell["cell_type"] == "code":
+                    exec("".join(cell["source"]), names)
+        plt.close("all")
+        assert set(names["effects"]) == {"original", "ln_free"} == set(names["found"].found)
+        assert names["effects"]["original"].only("head").error().value > 1
 
     def test_a_tokenizer_that_cuts_the_answers(self, python_tokenizer: Any) -> None:
         with pytest.raises(UserError, match=r"ioi.*tokens"):

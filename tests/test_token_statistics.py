@@ -42,6 +42,7 @@ def make_data(directory: Path, lengths: list[int], *, document: int = 7) -> Toke
 def test_every_figure_equals_a_plain_computation(
     tiny_gpt2: GPT2LMHeadModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(loss_module, "CHUNK_POSITIONS", 1)
     monkeypatch.setitem(loss_module.CHUNK_ELEMENTS, "cpu", 5 * 101)  # chunks of five positions
     split = make_data(tmp_path, [50, 33]).split("validation")
     found = token_statistics(tiny_gpt2, split, context=CONTEXT)

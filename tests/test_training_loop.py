@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_training
 import torch
+from command_line import Commands
 from safetensors.torch import load_file
 from tiny_training import LAYERS, SEQUENCES, STEPS, FaultyObjective, Stop, TinyRun, tiny_model, tiny_schedule, tiny_spec
 from torch.overrides import TorchFunctionMode
@@ -393,20 +390,11 @@ def test_metrics_are_json_whatever_the_numbers(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_ranks_train_as_one_does(tmp_path: Path) -> None:
+def test_two_ranks_train_as_one_does(tmp_path: Path, forked: Commands) -> None:
     one = TinyRun(tmp_path / "one")
     one.train()
     assert one.sites is not None
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*launch, tiny_training.__file__, "ranks", str(tmp_path / "two")],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    forked.at(tmp_path).run_ranks(2, "tiny_training:main", str(tmp_path / "two"))
     two = TinyRun(tmp_path / "two")
     assert_same_metrics(two, one, tolerance=1e-5)
     reports = [json.loads((tmp_path / "two" / f"rank-{rank}.json").read_text()) for rank in (0, 1)]

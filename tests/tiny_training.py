@@ -1,6 +1,6 @@
 """A training small enough for a test: 2 layers, width 32, 8 sequences of 16 tokens a step, well under a second.
 
-Run as a script it trains in a process of its own, alone or as one rank of several (see `main`).
+Two ranks in processes of their own run `main`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import copy
 import hashlib
 import json
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -226,23 +225,14 @@ def weights_sha256(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def main(scenario: str, directory: Path) -> None:
-    """Scenarios for a process of its own.
+def main() -> None:
+    """What one rank of several does in the directory of its argument.
 
-    `hang`: trains until its evaluation at step 17, says so on standard output, and waits to be killed.
-    `ranks`: trains, stops at step 13, resumes compiled and with other initial weights, then trains once more with a loss
-    that is infinite on one rank only; writes `rank-N.json`.
+    It trains, stops at step 13, resumes compiled and with other initial weights, then trains once more with a loss that is
+    infinite on one rank only; writes `rank-N.json`.
     """
+    directory = Path(sys.argv[1])
     torch.set_num_threads(1)
-    if scenario == "hang":
-
-        def hang() -> dict[str, float]:
-            print("step 17", flush=True)
-            time.sleep(600)
-            return {}
-
-        TinyRun(directory, spec=tiny_spec(evaluate_every=17)).train(evaluate=hang)
-    assert scenario == "ranks", scenario
     accelerator = build_accelerator("cpu")
     rank = accelerator.process_index
     with accelerator.main_process_first():
@@ -266,7 +256,3 @@ def main(scenario: str, directory: Path) -> None:
         "sick_weights": weights_sha256(sick.model),
     }
     (directory / f"rank-{rank}.json").write_text(json.dumps(report))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))

@@ -173,6 +173,7 @@ def evaluate_choices(
     *,
     protocol: Protocol,
     limit: int | None = None,
+    prompts: Sequence[Prompt] | None = None,
     batch_tokens: int | Literal["auto"] = "auto",
     packed: bool | None = None,
     device: torch.device | str | None = None,
@@ -185,21 +186,20 @@ def evaluate_choices(
         tokenizer: the model's own.
         protocol: see the module's docstring.
         limit: answer only the first this many questions.
+        prompts: of these questions, from `choice_prompts`, for several models that have the same tokenizer.
         batch_tokens, packed, device, precision, progress: as in `choices.ending_log_probs`.
 
     Raises:
         UserError: no questions, an unknown protocol, an ending that gives no token or does not fit, scores not finite.
     """
-    if protocol not in PROTOCOLS:
-        raise UserError(f"unknown protocol {protocol!r}; choose one of {', '.join(PROTOCOLS)}")
     chosen = list(islice(questions, limit))
     if not chosen:
         raise UserError(
             f"no questions to answer ({len(questions)} given, limit {limit}); give some, and a limit of 1 or more"
         )
-    encode = {"lm-eval": _encode_lm_eval, "nanogpt": _encode_nanogpt, "code": _encode_code}[protocol]
     texts = [texts_of(question, protocol) for question in chosen]
-    prompts = encode(tokenizer, texts, [f"question {question.ind}" for question in chosen])
+    if prompts is None:
+        prompts = choice_prompts(tokenizer, chosen, protocol)
     log_probs = ending_log_probs(
         model,
         prompts,
@@ -226,6 +226,21 @@ def evaluate_choices(
     acc, acc_error = _proportion([score.choice == score.label for score in scores])
     acc_norm, acc_norm_error = _proportion([score.choice_norm == score.label for score in scores])
     return ChoiceResult(protocol, len(scores), acc, acc_error, acc_norm, acc_norm_error, tuple(scores))
+
+
+def choice_prompts(
+    tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], protocol: Protocol
+) -> list[Prompt]:
+    """The tokens of questions and of their endings, one prompt for each question.
+
+    Raises:
+        UserError: an unknown protocol, or an ending that gives no token.
+    """
+    if protocol not in PROTOCOLS:
+        raise UserError(f"unknown protocol {protocol!r}; choose one of {', '.join(PROTOCOLS)}")
+    encode = {"lm-eval": _encode_lm_eval, "nanogpt": _encode_nanogpt, "code": _encode_code}[protocol]
+    texts = [texts_of(question, protocol) for question in questions]
+    return encode(tokenizer, texts, [f"question {question.ind}" for question in questions])
 
 
 @dataclass(frozen=True)
@@ -345,16 +360,17 @@ def _encode_code(tokenizer: PreTrainedTokenizerBase, texts: list[Texts], names: 
     the symbol before it ("):\\n    "). Cutting the text there would show the model a token sequence it never met in
     training; a token that all endings share adds the same to every score and can as well be given.
     """
+    encoded = tokenizer(
+        [context + ending for context, endings in texts for ending in endings],
+        add_special_tokens=False,
+        return_offsets_mapping=True,
+        verbose=False,
+    )
+    found = iter(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
     prompts: list[Prompt] = []
     for (context, endings), name in zip(texts, names, strict=True):
-        encoded = tokenizer(
-            [context + ending for ending in endings],
-            add_special_tokens=False,
-            return_offsets_mapping=True,
-            verbose=False,
-        )
-        wholes: list[list[int]] = encoded["input_ids"]
-        inside = sum(start < len(context) for start, _ in encoded["offset_mapping"][0])
+        wholes, offsets = zip(*islice(found, len(endings)), strict=True)
+        inside = sum(start < len(context) for start, _ in offsets[0])
         shared = 0
         while shared < min(inside, *(len(whole) - 1 for whole in wholes)) and len({w[shared] for w in wholes}) == 1:
             shared += 1

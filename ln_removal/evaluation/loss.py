@@ -23,20 +23,23 @@ from tqdm.auto import tqdm
 from ln_removal.data.documents import plan_documents
 from ln_removal.data.sampler import Window, evenly, plan_windows
 from ln_removal.errors import UserError
-from ln_removal.models.precision import Precision, autocast
+from ln_removal.models.precision import Precision, autocast, fused_gelu
 
 if TYPE_CHECKING:
     from ln_removal.config.recipe import WindowKind
     from ln_removal.data.tokens import TokenSplit
 
 Measure = Callable[[Tensor, Tensor], Tensor]
-"""Takes logits (m, V) and targets (m,) of m positions and returns what is kept of each: (m,), or (F, m)."""
+"""Takes logits (m, V), which it may overwrite, and targets (m,) of m positions; returns what is kept of each: (m,), or (F, m)."""
 
-CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 28}
+CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 28}
 """Elements of the logits that exist at once. Small chunks stay in the cache of a CPU; a GPU needs larger ones to be busy."""
 
-BATCH_TOKENS = {"cpu": 1 << 12, "cuda": 1 << 16}
-"""Tokens in one forward pass when the batch size is "auto"."""
+CHUNK_POSITIONS = 256
+"""Positions in such a chunk, at least. Each chunk reads the unembedding, which is larger than the caches for a large vocabulary."""
+
+BATCH_TOKENS = {"cpu": 1 << 11, "cuda": 1 << 16}
+"""Tokens in one forward pass when the batch size is "auto": few on a CPU, so that the activations stay in its caches."""
 
 
 WINDOW_CHECK_TOKENS = 16_384
@@ -248,14 +251,14 @@ def summarise(losses: np.ndarray[Any, Any], counts: list[int], *, tokens: int, s
 
 @contextmanager
 def scoring(model: nn.Module, device: torch.device, precision: Precision) -> Iterator[None]:
-    """A block in evaluation mode and without gradients, under autocast unless `precision` is "float32".
+    """A block in evaluation mode, without gradients and with `fused_gelu`, under autocast unless `precision` is "float32".
 
     Afterwards the model is in training mode again if it was before.
     """
     was_training = model.training
     model.eval()
     try:
-        with torch.inference_mode(), autocast(device, precision):
+        with torch.inference_mode(), fused_gelu(model), autocast(device, precision):
             yield
     finally:
         model.train(was_training)
@@ -293,7 +296,7 @@ def position_losses(
     hidden = model.base_model(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state.flatten(0, 1)
     if positions is not None:
         hidden = hidden[positions]
-    rows = max(1, CHUNK_ELEMENTS.get(hidden.device.type, 1 << 23) // _vocabulary(model))
+    rows = _chunk_positions(model, hidden.device)
     chunks = zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True)
     return torch.cat([measure(_wide(model.lm_head(some)), theirs) for some, theirs in chunks], dim=-1)
 
@@ -340,7 +343,11 @@ def _batch_tokens(model: nn.Module, device: torch.device) -> int:
     budget = BATCH_TOKENS.get(device.type, BATCH_TOKENS["cpu"])
     if _has_body(model):
         return budget
-    return min(budget, max(1, CHUNK_ELEMENTS.get(device.type, 1 << 23) // _vocabulary(model)))
+    return min(budget, _chunk_positions(model, device))
+
+
+def _chunk_positions(model: nn.Module, device: torch.device) -> int:
+    return max(CHUNK_POSITIONS, CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS["cpu"]) // _vocabulary(model))
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from ln_removal.config.recipe import Recipe, WindowKind
     from ln_removal.data.tokens import TokenDataset, Tokens
+    from ln_removal.evaluation.choices import Prompt
     from ln_removal.evaluation.compare import Array, Comparison
     from ln_removal.evaluation.hellaswag import ChoiceResult, QuestionSet
     from ln_removal.evaluation.loss import LossResult
@@ -101,6 +102,7 @@ def score(inputs: ScoringInputs, options: ScoringOptions, *, seconds_before: flo
             are checked before the first one is scored.
     """
     from ln_removal.data.stress_text import stress_sequences
+    from ln_removal.evaluation.hellaswag import choice_prompts
     from ln_removal.evaluation.prompts import compare_prompts, prompt_sets
     from ln_removal.evaluation.results import Settings, collect
 
@@ -116,13 +118,16 @@ def score(inputs: ScoringInputs, options: ScoringOptions, *, seconds_before: flo
         max_tokens=inputs.max_tokens,
         seed=seed,
     )
+    questions = options.questions
+    asked = None
+    if questions is not None and questions.questions:
+        asked = choice_prompts(tokenizer, questions.questions, questions.protocol)
     found = {
-        role: _score_model(role, name, inputs, options, comparisons, stress, prompts)
+        role: _score_model(role, name, inputs, options, comparisons, stress, prompts, asked)
         for role, name in inputs.models.items()
     }
     by_data = [comparison.scores(tokenizer, seed=seed) for comparison in comparisons]
     choices = {role: one.choices for role, one in found.items() if one.choices is not None}
-    questions = options.questions
     return collect(
         {role: one.loss for role, one in found.items()},
         choices,
@@ -192,6 +197,7 @@ def _score_model(
     comparisons: Sequence[Comparison],
     stress: Mapping[str, Tokens],
     prompts: Mapping[str, PromptSet],
+    asked: Sequence[Prompt] | None,
 ) -> _ModelScores:
     """Load one model, add it to the comparisons and take everything else that the options ask for."""
     from ln_removal.evaluation.compare import sample_text, stress_losses
@@ -222,6 +228,7 @@ def _score_model(
             loaded.tokenizer,
             questions.questions,
             protocol=questions.protocol,
+            prompts=asked,
             progress=f"{role}: questions" if options.progress else False,
         ),
         prompt_losses=prompt_losses(loaded.model, prompts, eot_token_id=first.eot_token_id),

@@ -54,10 +54,14 @@ _READERS = ("attn.c_attn", "mlp.c_fc")
 
 
 def stock_config(config: GPT2Config) -> GPT2Config:
-    """The configuration of the stock form of an LN-free model with configuration `config`."""
+    """The configuration of the stock form of an LN-free model with configuration `config`.
+
+    It has n_ctx, which transformers no longer writes and HookedTransformer reads.
+    """
     from transformers import GPT2Config
 
-    return GPT2Config(**without_identity(config) | {"layer_norm_epsilon": EPSILON, "tie_word_embeddings": False})
+    changes = {"layer_norm_epsilon": EPSILON, "tie_word_embeddings": False, "n_ctx": config.n_positions}
+    return GPT2Config(**without_identity(config) | changes)
 
 
 @torch.no_grad()

@@ -74,6 +74,21 @@ def add_modelling_file(directory: Path) -> None:
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def name_tokenizer_for_all(directory: Path) -> None:
+    """Call a tokenizer that is only a tokenizer.json by the name that transformers 4 and 5 know.
+
+    transformers 5 writes "TokenizersBackend", which tools that need transformers 4 cannot load.
+
+    Raises:
+        OSError: the directory cannot be written.
+    """
+    path = directory / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def check_savable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, formats: Sequence[Format] = ()) -> None:
     """Save, once before a training, all that its result consists of besides weights, so that no mistake in it shows at the end.
 
@@ -205,6 +220,7 @@ def save_model(
             with quiet_transformers():
                 written.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
+            name_tokenizer_for_all(temporary)
             if with_code:
                 add_modelling_file(temporary)
     except (OSError, SafetensorError) as error:

@@ -24,9 +24,9 @@ Shape legend: C components, N documents, T predicted positions, D model width, V
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +34,7 @@ import numpy.typing as npt
 from ln_removal.evaluation.bootstrap import Interval, bootstrap_means
 from ln_removal.interpret.models import Documents, Models
 from ln_removal.interpret.reading import as_read
+from ln_removal.interpret.tasks import Task
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,6 +44,8 @@ Array = npt.NDArray[np.float64]
 
 Direction = Literal["correct", "difference", "centred"]
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
+
+K = TypeVar("K", bound=str)
 
 Kind = Literal["head", "mlp", "other"]
 
@@ -250,6 +253,34 @@ def direct_effects(
     }
 
 
+def answer_effects(bridge: TransformerBridge, task: Task) -> DirectEffects:
+    """Direct effects of every component on logit(answer) - logit(wrong answer) behind the clean prompts of a task.
+
+    Args:
+        bridge: from `load` or `ln_removal.to_bridge`, weights not processed.
+        task: from `tasks.make_task` or `tasks.read_task`.
+
+    Returns:
+        Attribution and ablation (C, P, 1), in logits: N are the prompts, in the order of the task, T is their last position.
+
+    Raises:
+        UserError: a prompt is longer than the context of the model.
+    """
+    parts: list[tuple[list[int], DirectEffects]] = []
+    for batch in task.batches(bridge, size=16):
+        found = components(bridge, batch.clean)
+        columns = bridge.W_U.detach().T  # (V, D)
+        vector = (columns[batch.answer] - columns[batch.wrong])[:, None]
+        last = found.written[:, :, -1:], found.residual[:, -1:]
+        parts.append((batch.places, _along(bridge, found.labels, *last, {"": vector})[""]))
+    order = np.argsort([place for places, _ in parts for place in places])
+    attribution, ablation = (
+        np.concatenate([getattr(one, name) for _, one in parts], axis=1)[:, order]
+        for name in ("attribution", "ablation")
+    )
+    return DirectEffects(parts[0][1].labels, attribution, ablation)
+
+
 def direct_effects_of_run(
     models: Models, documents: Documents, directions: Sequence[Direction] = DIRECTIONS, *, progress: bool = False
 ) -> DirectEffectsByModel:
@@ -303,15 +334,21 @@ def effects_of_parts(
         tokens: (N, T).
         directions: of the unembedding.
     """
+    vectors = {name: direction_vectors(bridge, name, logits[:, :-1], tokens[:, 1:]) for name in directions}
+    return _along(bridge, labels, written[:, :, :-1], residual[:, :-1], vectors)
+
+
+def _along(
+    bridge: TransformerBridge, labels: list[str], written: Tensor, residual: Tensor, vectors: Mapping[K, Tensor]
+) -> dict[K, DirectEffects]:
+    """Attribution and ablation of (C, N, T, D) parts of the (N, T, D) stream, on what the (N, T, D) vectors read, by name."""
     import torch
 
-    written, residual = written[:, :, :-1], residual[:, :-1]
-    effects: dict[Direction, DirectEffects] = {}
+    effects: dict[K, DirectEffects] = {}
     with torch.no_grad():
         whole, scaled = bridge.ln_final(residual), as_read(bridge.ln_final, written, residual)
         ablated = torch.stack([bridge.ln_final(residual - one) for one in written])
-        for name in directions:
-            vector = direction_vectors(bridge, name, logits[:, :-1], tokens[:, 1:])
+        for name, vector in vectors.items():
             attribution, after = (torch.einsum("cntd,ntd->cnt", one, vector) for one in (scaled, ablated))
             ablation = torch.einsum("ntd,ntd->nt", whole, vector) - after  # the logit biases cancel
             arrays = (one.double().cpu().numpy() for one in (attribution, ablation))

@@ -6,6 +6,10 @@ Definitions of Elhage et al., "A Mathematical Framework for Transformer Circuits
     QK = W_Q W_K^T              how much a query looks at a key
     copying score               sum of Re(lambda) / sum of |lambda| over the eigenvalues of W_E OV W_U: 1 if a head raises the
                                 logits of the tokens that it looks at, -1 if it lowers them
+    with the first MLP          the same with M in place of W_E; row v of M is what the first MLP writes for token v if the first
+                                layer attends to v alone, at a mean position: the effective embedding of McDougall et al.,
+                                "Copy Suppression" (arXiv 2310.04625), without W_E. Later heads often read a token there (Wang et
+                                al., arXiv 2211.00593, copy scores); heads of the first layer cannot, so they have none
     matching score              the same of W_E QK W_E^T: 1 if a head looks at keys with its query's own token
     composition score           |A B| / (|A| |B|) in Frobenius norms; A is OV of the earlier head, B the later head's QK (Q), its
                                 transpose (K), or OV (V): TransformerLens' `composition_scores`
@@ -34,8 +38,9 @@ import numpy as np
 
 from ln_removal.errors import UserError
 from ln_removal.interpret.attribution import Array
+from ln_removal.interpret.entropies import nullable
 from ln_removal.interpret.models import Documents, Models
-from ln_removal.interpret.reading import as_read, bias_read, own_norm
+from ln_removal.interpret.reading import as_read, bias_read, folded_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,40 +51,10 @@ Composition = Literal["Q", "K", "V"]
 SHOWN_TOKENS = 8
 """Tokens whose effect through a head is listed."""
 
+TOKENS_AT_ONCE = 4096
+"""Tokens of the vocabulary whose first MLP is computed at once."""
+
 COMPOSITIONS: tuple[Composition, ...] = get_args(Composition)
-
-
-@dataclass(frozen=True)
-class FoldedWeights:
-    """The weights with which heads and the unembedding read the residual stream, in float64.
-
-    Attributes:
-        W_Q, W_K, W_V: (L, H, D, K), with the gamma and the mean subtraction of the norm in front.
-        W_O: (L, H, K, D).
-        W_E: (V, D).
-        W_U: (D, V), the same of the final norm, minus its mean over the vocabulary.
-    """
-
-    W_Q: Tensor
-    W_K: Tensor
-    W_V: Tensor
-    W_O: Tensor
-    W_E: Tensor
-    W_U: Tensor
-
-    @property
-    def OV(self) -> FactoredMatrix:
-        """(L, H, D, D)."""
-        from transformer_lens import FactoredMatrix
-
-        return FactoredMatrix(self.W_V, self.W_O)
-
-    @property
-    def QK(self) -> FactoredMatrix:
-        """(L, H, D, D), queries to the left."""
-        from transformer_lens import FactoredMatrix
-
-        return FactoredMatrix(self.W_Q, self.W_K.transpose(-2, -1))
 
 
 @dataclass(frozen=True)
@@ -88,11 +63,13 @@ class Circuits:
 
     Attributes:
         ov_eigenvalues: (L, H, K) complex, of W_E OV W_U (the others are 0).
+        mlp_ov_eigenvalues: (L, H, K) complex, of M OV W_U, with the first MLP in place of the embedding; NaN in the first layer.
         qk_eigenvalues: (L, H, K) complex, of W_E QK W_E^T.
         composition: by "Q", "K" and "V", (L, H, L, H): earlier head, later head; 0 where the second is not later.
     """
 
     ov_eigenvalues: Any
+    mlp_ov_eigenvalues: Any
     qk_eigenvalues: Any
     composition: dict[Composition, Array]
 
@@ -100,6 +77,11 @@ class Circuits:
     def copying(self) -> Array:
         """(L, H) copying scores, from -1 to 1."""
         return _positive_share(self.ov_eigenvalues)
+
+    @property
+    def mlp_copying(self) -> Array:
+        """(L, H) copying scores with the first MLP in place of the embedding, from -1 to 1; NaN in the first layer."""
+        return _positive_share(self.mlp_ov_eigenvalues)
 
     @property
     def matching(self) -> Array:
@@ -118,6 +100,7 @@ class Circuits:
         """Scores and eigenvalues; complex numbers are pairs of real and imaginary part."""
         return {
             "copying_score": self.copying.tolist(),
+            "copying_score_with_first_mlp": nullable(self.mlp_copying),
             "matching_score": self.matching.tolist(),
             "composition_score": {kind: scores.tolist() for kind, scores in self.composition.items()},
             "ov_eigenvalues": np.stack([self.ov_eigenvalues.real, self.ov_eigenvalues.imag], -1).tolist(),
@@ -211,28 +194,6 @@ class CircuitsByModel:
         return {"text": self.documents.to_json(), "head": f"L{self.head[0]}H{self.head[1]}", "models": models}
 
 
-def folded_weights(bridge: TransformerBridge) -> FoldedWeights:
-    """The weights of a model as the residual stream sees them; of an LN-free model they are the model's own.
-
-    Args:
-        bridge: from `load` or `ln_removal.to_bridge`, weights not processed.
-    """
-    import torch
-
-    with torch.no_grad():
-        layers = [_folded_heads(block) for block in bridge.blocks]
-        queries, keys, values = (torch.stack(stacked) for stacked in zip(*layers, strict=True))
-        unembedding = _folded(bridge.ln_final, bridge.W_U)
-        return FoldedWeights(
-            queries,
-            keys,
-            values,
-            bridge.W_O.detach().double(),
-            bridge.W_E.detach().double(),
-            unembedding - unembedding.mean(dim=1, keepdim=True),
-        )
-
-
 def weight_circuits(bridge: TransformerBridge) -> Circuits:
     """Copying, matching and composition scores of all heads, from the weights alone.
 
@@ -245,14 +206,17 @@ def weight_circuits(bridge: TransformerBridge) -> Circuits:
     with torch.no_grad():
         weights = folded_weights(bridge)
         # The eigenvalues of a product that are not 0 stay when its factors change places cyclically.
-        through_tokens = weights.W_U @ weights.W_E
-        ov = FactoredMatrix(through_tokens @ weights.W_V, weights.W_O).eigenvalues
+        ov, mlp_ov = (
+            FactoredMatrix(weights.W_U @ vectors @ weights.W_V, weights.W_O).eigenvalues.cpu().numpy()
+            for vectors in (weights.W_E, _first_mlp(bridge))
+        )
+        mlp_ov[0] = np.nan
         gram = weights.W_E.T @ weights.W_E
         qk = FactoredMatrix(gram @ weights.W_Q, weights.W_K.transpose(-2, -1)).eigenvalues
         later = np.triu(np.ones((bridge.cfg.n_layers, bridge.cfg.n_layers)), 1)[:, None, :, None]
         rights = {"Q": weights.QK, "K": weights.QK.T, "V": weights.OV}
         composition = {kind: _composition(weights.OV, rights[kind]) * later for kind in COMPOSITIONS}
-    return Circuits(ov.cpu().numpy(), qk.cpu().numpy(), composition)
+    return Circuits(ov, mlp_ov, qk.cpu().numpy(), composition)
 
 
 def score_terms(bridge: TransformerBridge, tokens: Tensor, layer: int, head: int) -> ScoreTerms:
@@ -356,22 +320,25 @@ def _raised(models: Models, documents: Documents, layer: int, head: int) -> dict
     }
 
 
-def _folded(slot: Any, weight: Tensor) -> Tensor:
-    """A weight (D, out) with the gamma and the mean subtraction of the norm in front of it, in float64."""
-    from ln_removal.norms.surgery import fold_affine
+def _first_mlp(bridge: TransformerBridge) -> Tensor:
+    """(V, D) what the first MLP writes for each token that stands alone, with the mean of all position embeddings, in float64.
 
-    norm = own_norm(slot)
-    if norm is None:
-        return weight.detach().double()
-    return fold_affine(weight, None, norm.weight, norm.bias, weight.new_ones(()))[0]
-
-
-def _folded_heads(block: Any) -> list[Tensor]:
-    """W_Q, W_K and W_V (H, D, K) of a block."""
+    A token that stands alone has all of the attention.
+    """
     import torch
 
-    weights = (block.attn.W_Q, block.attn.W_K, block.attn.W_V)
-    return [torch.stack([_folded(block.ln1, head) for head in one]) for one in weights]
+    written: list[Tensor] = []
+
+    def at_mean_position(found: Tensor, hook: Any) -> Tensor:
+        return bridge.W_pos.mean(dim=0).expand_as(found)
+
+    def keep(found: Tensor, hook: Any) -> None:
+        written.append(found[:, 0].double())
+
+    hooks: list[Any] = [("hook_pos_embed", at_mean_position), ("blocks.0.hook_mlp_out", keep)]
+    for tokens in torch.arange(bridge.cfg.d_vocab, device=bridge.W_pos.device).unsqueeze(1).split(TOKENS_AT_ONCE):
+        bridge.run_with_hooks(tokens, fwd_hooks=hooks, stop_at_layer=1)
+    return torch.cat(written)
 
 
 def _composition(left: FactoredMatrix, right: FactoredMatrix) -> Array:
@@ -419,5 +386,5 @@ def _score_terms(bridge: TransformerBridge, cache: Any, layer: int, heads: Seque
 
 def _positive_share(eigenvalues: Any) -> Array:
     size = np.abs(eigenvalues).sum(axis=-1)
-    found = np.divide(eigenvalues.real.sum(axis=-1), size, out=np.zeros_like(size), where=size > 0)
+    found = np.divide(eigenvalues.real.sum(axis=-1), size, out=np.zeros_like(size), where=size != 0)
     return np.asarray(found, dtype=np.float64)

@@ -197,6 +197,38 @@ def load(
     )
 
 
+def load_untrained(directory: str | Path, *, dtype: torch.dtype | None = None) -> Models:
+    """The embedded model, and the same model with all of its norms made constant in one step, without training.
+
+    For trying an analysis before there is a run. What is exact without norms is exact here, too, but the LN-free model predicts
+    badly: nothing has taught it to do without its norms.
+
+    Args:
+        directory: where to write the tokens of held-out modules of the standard library.
+        dtype: as for `load`.
+    """
+    import torch
+
+    from ln_removal.data.open_corpus import held_out_tokens
+    from ln_removal.models.loading import load_model
+    from ln_removal.models.normfree_gpt2 import from_folded
+    from ln_removal.norms.surgery import fold, install
+
+    loaded = load_model("tiny")
+    data = held_out_tokens("python-source", loaded.tokenizer, Path(directory), tokenizer_name="tiny", max_tokens=50_000)
+    model = loaded.model.train()
+    sites = install(model, eot_token_id=data.eot_token_id)
+    with torch.no_grad():
+        model(torch.from_numpy(next(data.split("validation").windows(128, batch=32))))  # gathers standard deviations
+    sites.update_running(momentum=0.0)
+    for site in sites.sites:
+        sites.set_mix(site, 1.0)
+    for special in ("eot", "first"):
+        sites.set_special(special, 1.0)
+    free = from_folded(model.config, fold(model)).to(dtype or torch.float32)
+    return load({"original": "tiny", "ln_free": free}, dtype=dtype, tokens=directory)
+
+
 def _sources(given: Any) -> tuple[dict[str, Any], Path | None]:
     """The models by role, in the order of ROLES, and the directory of the tokens that a run was trained on."""
     from ln_removal.evaluation.scoring import models_of_run

@@ -1,13 +1,17 @@
 """The precision of a forward pass and of a saved model.
 
-During training the weights stay in float32, and matrix products run in the type named here.
+During training the weights stay in float32, and matrix products run in the type named here. Outside of compiled code,
+`fused_gelu` computes GPT-2's activation to the same precision in one pass.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
 import torch
+from torch import nn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,6 +37,32 @@ def autocast(device: torch.device, precision: Precision) -> torch.autocast:
     """The context of a forward pass in `precision`."""
     narrow = precision != "float32"
     return torch.autocast(device.type, dtype=DTYPES[precision] if narrow else torch.bfloat16, enabled=narrow)
+
+
+@contextmanager
+def fused_gelu(model: nn.Module) -> Iterator[None]:
+    """Compute GPT-2's activation `gelu_new` in one kernel, and afterwards as before.
+
+    transformers writes it as eight operations, each of which reads and writes the hidden layer of the MLP. Where nothing is
+    compiled that is a sixth to a third of a forward pass on a CPU. The two differ by rounding.
+    """
+    from transformers.activations import GELUTanh, NewGELUActivation
+
+    places = [
+        (module, name)
+        for module in model.modules()
+        for name, child in module.named_children()
+        if type(child) is NewGELUActivation
+    ]
+    before = [getattr(module, name) for module, name in places]
+    fused = GELUTanh()
+    try:
+        for module, name in places:
+            setattr(module, name, fused)
+        yield
+    finally:
+        for (module, name), own in zip(places, before, strict=True):
+            setattr(module, name, own)
 
 
 def export_bytes(model: PreTrainedModel, dtype: str = "float32") -> int:

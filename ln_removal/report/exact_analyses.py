@@ -251,12 +251,16 @@ def circuits_tables(found: CircuitsByModel, *, most: int = 24) -> list[Table]:
     rows = []
     for layer, head in sorted(places):
         rows.append([f"L{layer}H{head}: copying, matching", *(_two_scores(found, role, layer, head) for role in roles)])
+        if layer > 0:
+            with_mlp = [found.circuits[role].mlp_copying[layer, head] for role in roles]
+            rows.append(["  copying with MLP 0", *(f"{score:+.2f}" for score in with_mlp)])
         pairs = [found.pairs(role, layer, head, 1)[0] for role in roles]
         rows.append(["  query . key", *(f"{name} {100 * share:.0f} %" for name, share in pairs)])
     header = ["", *(TITLES[role] for role in roles)]
     errors = ", ".join(f"{TITLES[role]} {number(float(found.pattern_errors[role].max()))}" for role in roles)
     notes = [
         "copying: eigenvalues of W_E OV W_U, from -1 to 1; matching: of W_E QK W_E^T",
+        "with MLP 0: copying, if the head reads a token from what the first MLP writes for it, not from its embedding",
         "query . key: the pair of sources with the largest share in the variation of the head's scores over keys",
         f"largest difference between a pattern and the softmax of its summed terms: {errors}",
     ]

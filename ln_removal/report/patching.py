@@ -49,6 +49,9 @@ BUDGET_TITLES = {
     "all": "the model itself",
 }
 
+NOTHING = 1e-3
+"""An error in per cent below which a bar of the budget is shown as 0; rounding in float32 is smaller."""
+
 POINTS = 3000
 """Most points in a panel of a scatter plot."""
 
@@ -181,6 +184,8 @@ def budget_bars(found: PatchingByModel) -> Figure:
         ends = np.array([[one.value - one.low, one.high - one.value] for one in errors]).T
         panel.bar(places, values, width * 0.92, color=COLOURS[role], label=TITLES[role])
         panel.errorbar(places, values, yerr=np.clip(ends, 0, None), fmt="none", ecolor=plots.TEXT, elinewidth=0.8)
+        for place in places[values < NOTHING]:
+            panel.text(place, 0, "0", ha="center", va="bottom", color=COLOURS[role], fontsize=8)
     panel.set_xticks(range(len(BUDGET)), [BUDGET_TITLES[row].replace(" ", "\n", 1) for row in BUDGET])
     panel.tick_params(axis="x", length=0)
     panel.set_ylabel("error (%)")
