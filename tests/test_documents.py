@@ -22,6 +22,7 @@ from ln_removal.models.attention import (
     fused_causal_attention,
     head_entropy,
 )
+from ln_removal.models.blocked_attention import blocked_attention
 from ln_removal.norms.surgery import NormSites, install
 from ln_removal.training.loss import Auxiliary, Distillation, Objective, as_teacher
 from ln_removal.training.setup import checkpoint_activations, training_attention
@@ -246,8 +247,13 @@ def flex_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
 
 
-def test_flex_attention_computes_what_explicit_attention_does(flex_on_cpu: None) -> None:
-    """The mask of a GPU, here with PyTorch's reference implementation, over several blocks of 128 and a part of one."""
+def blocked_causal_attention(module: torch.nn.Module, *qkv: Any, scaling: float, document_mask: Tensor) -> Any:
+    """`blocked_attention` with the parameters of an attention function."""
+    return (blocked_attention(*qkv[:3], scaling, document_mask).transpose(1, 2),)
+
+
+def test_all_attentions_compute_what_explicit_attention_does(flex_on_cpu: None) -> None:
+    """With the masks of a CPU and of a GPU (here with PyTorch's reference implementation), over several blocks and a part of one."""
     length, module = 300, torch.nn.Module()
     generator = torch.Generator().manual_seed(0)
     begins = torch.rand(2, length + 1, generator=generator) < 0.02
@@ -265,6 +271,7 @@ def test_flex_attention_computes_what_explicit_attention_does(flex_on_cpu: None)
         (explicit_causal_attention, mask),
         (fused_causal_attention, mask),
         (fused_causal_attention, blocks),
+        (blocked_causal_attention, mask),
     ):
         q, k, v = (torch.randn(2, 2, length, 16, generator=torch.Generator().manual_seed(i)) for i in range(3))
         for tensor in (q, k, v):
@@ -273,8 +280,8 @@ def test_flex_attention_computes_what_explicit_attention_does(flex_on_cpu: None)
         weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(4))
         (output * weights).sum().backward()
         results.append((output, q.grad, k.grad, v.grad))
-    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(results[2], results[0], rtol=1e-5, atol=1e-5)
+    for found in results[1:]:
+        torch.testing.assert_close(found, results[0], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("blocks", "again"), [(False, False), (True, True)])

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 from tiny_training import CONTEXT, EOT, tiny_model
+from torch.profiler import ProfilerActivity, profile
 
 from ln_removal.config.recipe import load_recipe
 from ln_removal.data.stress_text import stress_sequences
 from ln_removal.models.attention import EXPLICIT_ATTENTION, FUSED_ATTENTION, EntropyRegulariser
+from ln_removal.models.blocked_attention import blocked_attention
 from ln_removal.norms.surgery import install
 from ln_removal.training import session, setup
 from ln_removal.training.loss import Auxiliary, Distillation, EntropyPenalty, Objective, as_teacher
@@ -72,6 +74,50 @@ def test_short_sequences_on_a_cpu_get_explicit_attention(context: int, explicit:
     with setup.training_attention(model, context=context, shown=True):
         assert model.config._attn_implementation == EXPLICIT_ATTENTION
     assert model.config._attn_implementation == before
+
+
+@pytest.mark.parametrize("length", [40, 256, 700, 2500])
+def test_attention_in_blocks_is_attention(length: int) -> None:
+    """float64, against PyTorch's own: values and gradients, for one block, several, and a part of one."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(1, 2, length, 8, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(3)
+    )
+    weights = torch.randn(1, 2, length, 8, generator=generator, dtype=torch.float64)
+    found = []
+    for heads in (
+        blocked_attention(query, key, value),
+        torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True),
+    ):
+        found.append((heads, *torch.autograd.grad((heads * weights).sum(), (query, key, value))))
+    # The rows are summed in float32.
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-5)
+
+
+def test_a_compiled_step_on_a_cpu_has_attention_in_blocks() -> None:
+    """In bfloat16 it is as close to float32 as PyTorch's fused kernel is, which an eager step has."""
+    model = tiny_model(positions=300)
+    tokens = torch.randint(0, EOT, (2, 301), generator=torch.Generator().manual_seed(0))
+    gradients, kernels = {}, {}
+    for name, precision, compiled in (("exact", False, False), ("fused", True, False), ("blocked", True, True)):
+        torch._dynamo.reset()
+        objective = Objective(model, eot_token_id=EOT)
+        objective.train()
+        if compiled:
+            objective.compile(dynamic=False, fullgraph=True, backend="aot_eager")
+        with setup.training_attention(model, context=300), profile(activities=[ProfilerActivity.CPU]) as recorded:
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision):
+                loss = objective(tokens).total
+            loss.backward()
+        kernels[name] = any("flash_attention" in event.key for event in recorded.key_averages())
+        gradients[name] = model.transformer.h[0].attn.c_attn.weight.grad.clone()
+        model.zero_grad()
+    assert kernels == {"exact": True, "fused": True, "blocked": False}
+
+    def error(name: str) -> float:
+        return float((gradients[name] - gradients["exact"]).norm() / gradients["exact"].norm())
+
+    assert error("blocked") < 1.5 * error("fused") < 0.1
 
 
 def test_the_entropy_penalty_goes_with_activations_that_are_computed_again() -> None:

@@ -41,13 +41,13 @@ LAYERS = 2
 STEPS = 24
 
 
-def tiny_model(seed: int = 0) -> GPT2LMHeadModel:
+def tiny_model(seed: int = 0, positions: int = CONTEXT) -> GPT2LMHeadModel:
     """Fresh, with GPT-2's own dropout of 0.1 in its configuration."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
         vocab_size=VOCABULARY,
-        n_positions=CONTEXT,
+        n_positions=positions,
         n_embd=32,
         n_layer=LAYERS,
         n_head=2,

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-NARROWEST_BLOCK = 128
+NARROWEST_BLOCK = 256
 """Queries in a block. Less work is wasted on keys that a query does not see if it is small, and products are faster if it is large."""
 
 MOST_BLOCKS = 8
@@ -68,9 +68,7 @@ class _BlockedAttention(torch.autograd.Function):
     """`blocked_attention` of (N, T, K)."""
 
     @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Tensor | None) -> Tensor:
         outputs, weights, totals = [], [], []
         for rows in _blocks(query.shape[1]):
             scores = (query[:, rows] @ key[:, : rows.stop].transpose(1, 2)).float() * scaling
