@@ -264,6 +264,8 @@ def find_device(kind: str) -> dict[str, Any]:
 def main() -> None:
     """Run a call and print the state of every part; status 1 if one has not ended well."""
     began = time.monotonic()
+    for number in (signal.SIGINT, signal.SIGTERM):  # a job in the background ignores Ctrl-C, and so would its parts
+        signal.signal(number, signal.default_int_handler)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("call", choices=list(LIMITS))
     parser.add_argument("out", type=Path, help="folder for results.json")
@@ -292,8 +294,9 @@ def main() -> None:
         call.results["parts"].pop(name, None)
         (work / f"{name}.json").unlink(missing_ok=True)
         shutil.rmtree(work / f"removals-{name}", ignore_errors=True)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    well = call.run()
+    well = False
+    with suppress(KeyboardInterrupt):
+        well = call.run()
     print("\n".join(f"{name:10} {state['state']:8} {state['why']}" for name, state in call.states.items()))
     print(f"{call.seconds:.0f} s of {call.limit:.0f}; {work / 'results.json'}")
     sys.exit(0 if well else 1)
