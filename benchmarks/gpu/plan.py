@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 HERE = Path("benchmarks/gpu")
@@ -76,7 +76,6 @@ def parts_of(call: str, scale: Scale, work: Path) -> list[Part]:
 def _speed(scale: Scale, work: Path) -> list[Part]:
     """Call 1: the same numbers as on a CPU, one graph over all freezes, and the speed of ours and of the peers."""
     peers = _throughput("peers", scale, work, "gpt2", 131_072, ("hf_trainer_compiled", *PEER_ARMS), samples=2)
-    tokens = _tokens(scale, work)
     return [
         Part(
             "parity",
@@ -100,7 +99,7 @@ def _speed(scale: Scale, work: Path) -> list[Part]:
         Part("peers", (*peers, "--peers", str(PEERS)), seconds=30, memory=50, after=("ours", "medium"), needs=(PEERS,)),
         Part("large", _size("large", scale, work, 32_768, micro_batch=8), seconds=60, memory=28),
         Part("xl", _size("xl", scale, work, 16_384, micro_batch=4), seconds=60, memory=38),
-        Part(tokens.name, tokens.command, tokens.seconds, after=("peers",), needs=tokens.needs, leaves=tokens.leaves),
+        replace(_tokens(scale, work), after=("peers",)),
         Part(
             "profile",
             (
