@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from pathlib import Path
@@ -12,11 +13,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
+from growth_estimate import ASSUMED, architecture, read, run_of, token_seconds
+from measuring import RESULTS, machine
 from removal_quality import show, stays_below, table
 from revival_parity import SIZES, disturb, our_model
 from revival_peer import peer_weights
 from revival_throughput import figures, ratio
 from soak import growth, thinned
+from train_throughput import _earlier_runs, _whole
 
 from ln_removal.evaluation.prompts import KINDS
 
@@ -84,6 +88,31 @@ def test_ratios_are_taken_round_by_round() -> None:
     found = figures(seconds)
     assert found["times_ours"]["peer_attentions"] == 2.0 and found["times_ours"]["ours"] == 1.0
     assert found["seconds_a_look"] == {"peer_reports": 1.0, "ours_observed": 0.5}
+
+
+def test_an_estimate_begins_at_what_was_measured() -> None:
+    measured = read(RESULTS / "train_throughput-nvidia-h200.json", RESULTS / "profile-gpt2-nvidia-h200.json")
+    assert 1 / token_seconds(architecture("gpt2"), measured) == pytest.approx(measured.tokens_per_second)
+    small, large = (token_seconds(architecture(size), measured) for size in ("gpt2", "gpt2-large"))
+    assert 774 / 124.4 > large / small > 36 * 1280 / (12 * 768), "between the growth of N and that of L D"
+    alone, eight = (run_of(gpus, 1e11, 50_000, 10**9) for gpus in (1, 8))
+    assert alone["efficiency"] == 1 and alone["compute_seconds"] == pytest.approx(8 * eight["compute_seconds"])
+    ring = 2 * 7 / 8 * 4e9 / 1e11  # each GPU sends 7/8 of the gradients twice
+    latency = 4e9 / ASSUMED["bucket_bytes"] * ASSUMED["seconds_per_bucket"]
+    assert eight["reduction_seconds"] == pytest.approx(ring + latency)
+
+
+def test_figures_of_another_machine_are_measured_again(tmp_path: Path) -> None:
+    here = machine("cpu")
+    entry = {"tokens_per_second": {"median": 1.0}}
+    run = {"contestants": {"ours": {**entry, "whole": True}, "hf_trainer": {**entry, "whole": False}}}
+    file = tmp_path / "throughput.json"
+    assert _earlier_runs(file, here) == [], "there is none yet"
+    file.write_text(json.dumps({"machine": here, "runs": [run]}))
+    assert _earlier_runs(file, here) == [run]
+    assert _whole(run, "ours") and not _whole(run, "hf_trainer") and not _whole(run, "gpt2_noln")
+    file.write_text(json.dumps({"machine": {**here, "gpu": "NVIDIA H200"}, "runs": [run]}))
+    assert _earlier_runs(file, here) == [] and _earlier_runs(file, None) == [run]
 
 
 def test_every_weight_goes_to_the_peer_once_and_its_other_biases_are_zero() -> None:

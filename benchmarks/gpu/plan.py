@@ -79,7 +79,10 @@ def _speed(scale: Scale, work: Path) -> list[Part]:
     return [
         Part(
             "parity",
-            (str(HERE / "parity.py"), *_device(scale), "--out", str(work / "parity.json")),
+            (
+                *(str(HERE / "parity.py"), *_device(scale), "--out", str(work / "parity.json")),
+                *(("--layers", "2", "--width", "64") if scale.tiny else ()),
+            ),
             seconds=20,
             memory=3,
         ),
