@@ -2,7 +2,8 @@
 
 Each contestant imports what it needs and waits until the parent says "warm". Then it trains in its own way and calls
 `Pace.steps_done` at step boundaries. After the warm-up it stops there until the parent says "go", so contestants that stay in
-memory take turns, sample by sample, and a change of the machine's speed hits them alike. Messages are JSON lines: the
+memory take turns, sample by sample, and a change of the machine's speed hits them alike. Where several parents share a device,
+a file is locked in each sample, and in each warm-up from the end of the first step on, which compiles. Messages are JSON lines: the
 contestant's standard output (its prints go to standard error) and its standard input.
 """
 
@@ -17,7 +18,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,9 @@ class Pace:
         self.settings: dict[str, Any] = json.loads(sys.argv[1])
         if sys.stdin.readline().strip() != "warm":
             raise SystemExit("not wanted any more")
+        self._turn = ExitStack()
+        if self.settings.get("turns"):
+            self._take_turn_after_first_step(Path(self.settings["turns"]))
         self._started = time.perf_counter()
         self._began: float | None = None
         self._steps = 0
@@ -56,6 +60,7 @@ class Pace:
             return
         _synchronise()
         now = time.perf_counter()
+        self._turn.close()
         if self._began is None:
             self._send({"event": "ready", "seconds": now - self._started, "details": self.details})
         else:
@@ -75,6 +80,15 @@ class Pace:
             reset_peak_memory()
         self._steps = 0
         self._began = time.perf_counter()
+
+    def _take_turn_after_first_step(self, path: Path) -> None:
+        from torch.optim.optimizer import register_optimizer_step_post_hook
+
+        def take_turn(*_: Any) -> None:
+            hook.remove()
+            self._turn.enter_context(locked(path))
+
+        hook = register_optimizer_step_post_hook(take_turn)
 
     def close(self) -> None:
         """Send the last report. Call once training has stopped."""
@@ -97,7 +111,7 @@ class Contestant:
         script: the Python file to run.
         settings: passed to it.
         environment: added to this process's.
-        turns: a file that is locked during a sample, so that the contestants of several parents on one device take turns.
+        turns: the file to lock.
         waits: for the word "warm"; one of version 0.3 and before does not.
     """
 
@@ -122,7 +136,7 @@ class Contestant:
         self._warming = not waits
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115  # closed with us
         self._process = subprocess.Popen(
-            [sys.executable, str(script), json.dumps(settings)],
+            [sys.executable, str(script), json.dumps(settings | ({"turns": str(turns)} if turns else {}))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

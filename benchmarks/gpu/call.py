@@ -188,7 +188,7 @@ class Call:
             known |= {"state": known.get("state", state)}
         else:
             log = self.work / f"{part.name}.log"
-            tail = log.read_text(errors="replace")[-3000:] if state in ("failed", "stopped") and log.exists() else ""
+            tail = log.read_text(errors="replace")[-1000 if state == "done" else -3000 :] if log.exists() else ""
             known.clear()
             known |= {"state": state, "why": why, "call": self.name, "seconds": round(seconds, 1), "log": tail}
             known["result"] = result
@@ -226,6 +226,8 @@ def environment() -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "true",
         "HF_HUB_OFFLINE": "1",
+        # Several programs compile at once.
+        "TORCHINDUCTOR_COMPILE_THREADS": str(max(1, (os.cpu_count() or 1) // 4)),
     }
 
 

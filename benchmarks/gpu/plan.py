@@ -75,7 +75,7 @@ def parts_of(call: str, scale: Scale, work: Path) -> list[Part]:
 
 def _speed(scale: Scale, work: Path) -> list[Part]:
     """Call 1: the same numbers as on a CPU, one graph over all freezes, and the speed of ours and of the peers."""
-    peers = _throughput("peers", scale, work, "gpt2", 131_072, ("hf_trainer_compiled", *PEER_ARMS), samples=2)
+    peers = _throughput("peers", scale, work, "gpt2", 131_072, ("hf_trainer_compiled", *PEER_ARMS), samples=3)
     return [
         Part(
             "parity",
@@ -99,7 +99,7 @@ def _speed(scale: Scale, work: Path) -> list[Part]:
             memory=50,  # 15, 16 and 16 GiB on an H200, and three contexts
         ),
         Part("medium", _size("medium", scale, work, 65_536, micro_batch=8), seconds=60, memory=14),
-        Part("peers", (*peers, "--peers", str(PEERS)), seconds=30, memory=50, after=("ours", "medium"), needs=(PEERS,)),
+        Part("peers", (*peers, "--peers", str(PEERS)), seconds=30, memory=50, after=("ours",), needs=(PEERS,)),
         Part("large", _size("large", scale, work, 32_768, micro_batch=8), seconds=60, memory=28),
         Part("xl", _size("xl", scale, work, 16_384, micro_batch=4), seconds=60, memory=38),
         replace(_tokens(scale, work), after=("peers",)),
@@ -216,7 +216,7 @@ def _tokens(scale: Scale, work: Path) -> Part:
 def _throughput(
     name: str, scale: Scale, work: Path, shape: str, tokens: int, who: tuple[str, ...], samples: int
 ) -> tuple[str, ...]:
-    few = ("--samples", str(samples), "--warmup-steps", "2", "--sample-steps", "3")
+    few = ("--samples", str(samples), "--warmup-steps", "3", "--sample-steps", "3")
     return (
         *("benchmarks/train_throughput.py", "--precision", "bfloat16", *_device(scale), "--resume"),
         *("--shape", "tiny" if scale.tiny else shape, "--tokens-per-step", str(2048 if scale.tiny else tokens)),
