@@ -137,8 +137,11 @@ class Call:
         self.running.append(Running(part, process, log, time.monotonic()))
 
     def _collect(self) -> None:
-        for running in [running for running in self.running if running.process.poll() is not None]:
-            self._end(running, "")
+        for running in list(self.running):
+            pid, status, usage = os.wait4(running.process.pid, os.WNOHANG)
+            if pid:
+                running.process.returncode = os.waitstatus_to_exitcode(status)
+                self._end(running, "", usage.ru_utime + usage.ru_stime)
 
     def _stop_all(self, why: str) -> None:
         """Ask all parts to stop, give them the rest of GRACE, and end their processes."""
@@ -157,7 +160,7 @@ class Call:
             if part.name not in self.states:
                 self._note(part, "skipped", why)
 
-    def _end(self, running: Running, stopped: str) -> None:
+    def _end(self, running: Running, stopped: str, processor: float = 0) -> None:
         self.running.remove(running)
         running.log.close()
         part, code = running.part, running.process.returncode
@@ -170,7 +173,8 @@ class Call:
         else:
             state = "failed"
             why = f"ended with {code}" if code else f"has not written {missing or f'{part.name}.json'}"
-        self._note(part, state, why, seconds=time.monotonic() - running.began, result=found)
+        spent = time.monotonic() - running.began
+        self._note(part, state, why, seconds=round(spent, 1), processor_seconds=round(processor, 1), result=found)
 
     def _result(self, part: Part) -> Any:
         """What the part has written, also if it is not all; None if it is no JSON."""
@@ -178,25 +182,19 @@ class Call:
             return json.loads((self.work / f"{part.name}.json").read_text())
         return None
 
-    def _note(
-        self, part: Part, state: str, why: str = "", *, say: str = "", seconds: float = 0, result: Any = None
-    ) -> None:
+    def _note(self, part: Part, state: str, why: str = "", *, say: str = "", **more: Any) -> None:
         """Keep the state of a part and write everything. A skipped part keeps what an earlier call has of it."""
         self.states[part.name] = {"state": state, "why": why}
         known = self.results["parts"].setdefault(part.name, {})
-        if say or (state == "skipped" and known):
-            known |= {"state": known.get("state", state)}
-        else:
+        if not say and (state != "skipped" or not known):
             log = self.work / f"{part.name}.log"
             tail = log.read_text(errors="replace")[-1000 if state == "done" else -3000 :] if log.exists() else ""
             known.clear()
-            known |= {"state": state, "why": why, "call": self.name, "seconds": round(seconds, 1), "log": tail}
-            known["result"] = result
+            known |= {"state": state, "why": why, "call": self.name, "log": tail, **more}
         call = self.results["calls"][-1]
         call |= {"seconds": round(self.seconds, 1), "parts": self.states}
-        self._say(
-            part, f"{state}{f' after {seconds:.0f} s' if seconds else ''}{': ' if why else ''}{why}{say and f', {say}'}"
-        )
+        took = f" after {more['seconds']:.0f} s" if "seconds" in more else ""
+        self._say(part, f"{state}{took}{': ' if why else ''}{why}{say and f', {say}'}")
         for folder in {self.work, self.out}:
             partial = folder / "results.json.part"
             partial.write_text(json.dumps(self.results, indent=1) + "\n")
