@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import sys
@@ -12,9 +13,11 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks" / "gpu"))
 
 from growth_estimate import ASSUMED, architecture, read, run_of, token_seconds
 from measuring import RESULTS, machine
+from removal import finished, identity, write_table
 from removal_quality import show, stays_below, table
 from revival_parity import SIZES, disturb, our_model
 from revival_peer import peer_weights
@@ -44,6 +47,37 @@ def test_tokens_count_only_when_everything_is_constant() -> None:
     assert stays_below(gentle, 2.75, 50) == 60, "at 20 and 40 LayerNorms were still there"
     assert stays_below(gentle, 2.75, 60) == 80, "the evaluation at 60 saw the mixes of step 59"
     assert stays_below(gentle, 2.6, 0) == math.inf
+
+
+def test_arms_of_another_model_or_length_are_run_again(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").touch()
+    arms = ["control-prompts", "gpt2", "gpt2-together", "paper-2-prompts"]
+    given = {"model": tmp_path / "model", "out": tmp_path, "steps": 120, "tokens_per_step": 1024, "arms": arms}
+    options = argparse.Namespace(**given, device="cpu", json=None)
+    run = {
+        "of": identity(options),
+        "evaluations": [(20, 3.0)],
+        "cross_entropy": 3.0,
+        "worst_training_loss": 4.0,
+        "odd_text": {"tabs": 5.0},
+        "tokens_per_second": 1.0,
+    }
+    runs = {
+        "control-prompts": run,
+        "gpt2": {**run, "cross_entropy": 3.25},
+        "gpt2-together": {"of": run["of"], "failed": "it diverged"},
+        "paper-2-prompts": {**run, "of": [60, *run["of"][1:]]},
+    }
+    for arm, result in runs.items():
+        (tmp_path / f"{arm}.json").write_text(json.dumps(result))
+    assert list(finished(options)) == arms[:3], "a divergence is a result"
+    write_table(options, {})
+    written = json.loads((tmp_path / "removal.json").read_text())
+    assert written["missing"] == ["paper-2-prompts"]
+    assert {row["arm"]: row["gap"][0] for row in written["table"]} == {"control-prompts": 0, "gpt2": 0.25}
+    options.steps = 200
+    assert not finished(options)
 
 
 def test_the_table_of_arms_shows_prompts_where_every_run_has_them() -> None:
