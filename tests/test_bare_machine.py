@@ -61,6 +61,9 @@ def test_a_call_again_runs_only_what_has_not_ended_well(tmp_path: Path) -> None:
     well, parts = call(tmp_path, made("a", tmp_path), fails)
     assert well and parts["a"]["result"] == {"runs": 1} and parts["b"]["result"] == {"runs": 2}
 
+    retried = made("e", tmp_path, "sys.exit('smaller' not in sys.argv)", retry=("smaller",))
+    assert call(tmp_path, retried)[1]["e"]["result"] == {"runs": 2}, "in the same call"
+
     broken = Part("c", ("-c", f"open({str(tmp_path / 'c.json')!r}, 'w').write('{{')"), 0)
     assert call(tmp_path, broken)[1]["c"]["why"] == "has not written c.json"
     (tmp_path / "weights").touch()

@@ -33,8 +33,6 @@ GRACE = 10.0
 MARGIN = 4.0
 """GiB of the GPU that stay free."""
 
-ENDED = ("done", "failed", "stopped", "skipped")
-
 
 @dataclass
 class Running:
@@ -71,6 +69,7 @@ class Call:
         self.gib = float(device["gib"])
         self.running: list[Running] = []
         self.states: dict[str, dict[str, Any]] = {}
+        self.retried: set[str] = set()
         self.results = earlier_results(work, device)
         call = {"call": name, "limit": limit, "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())}
         self.results["calls"].append(call)
@@ -102,9 +101,7 @@ class Call:
     def _start_what_can_start(self) -> None:
         """Start parts in their order, as far as memory and time reach; settle those that cannot run any more."""
         active = {running.part.name for running in self.running}
-        waited_for = {part.name for part in self.parts} - {
-            name for name, state in self.states.items() if state["state"] in ENDED
-        }
+        waited_for = {part.name for part in self.parts} - self.states.keys()
         for part in self.parts:
             if part.name in self.states or part.name in active:
                 continue
@@ -134,6 +131,8 @@ class Call:
         process = subprocess.Popen(
             command, stdout=output, stderr=log, stdin=subprocess.DEVNULL, env=environment(), start_new_session=True
         )
+        if output is not log:
+            output.close()
         self.running.append(Running(part, process, log, time.monotonic()))
 
     def _collect(self) -> None:
@@ -175,6 +174,9 @@ class Call:
             why = f"ended with {code}" if code else f"has not written {missing or f'{part.name}.json'}"
         spent = time.monotonic() - running.began
         self._note(part, state, why, seconds=round(spent, 1), processor_seconds=round(processor, 1), result=found)
+        if state == "failed" and part.retry and part.name not in self.retried:
+            self.retried.add(part.name)
+            del self.states[part.name]
 
     def _result(self, part: Part) -> Any:
         """What the part has written, also if it is not all; None if it is no JSON."""

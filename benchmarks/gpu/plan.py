@@ -28,7 +28,7 @@ class Part:
         leaves: files that a later part reads; without them it counts as not done.
         clears: what an earlier try may have left and this one must not find.
         prints_json: its standard output is its result. Otherwise it writes NAME.json itself.
-        retry: added to the command where an earlier try failed.
+        retry: added to the command where an earlier try failed; a part that has it is tried twice in a call.
     """
 
     name: str
