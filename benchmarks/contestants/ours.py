@@ -92,20 +92,12 @@ def stages(n_layer: int, half_at: int, all_at: int) -> RemovalSchedule:
     return RemovalSchedule((*freezes, *drops), n_layer, NEVER)
 
 
-def main() -> None:
-    """Settings: shape, precision, compile, tokens_per_step, half_at, all_at, folded, device, last_step.
-
-    Also: teacher (with the losses of recipes/gpt2.toml), windows ("document"), watch_syncs.
-    """
-    pace = Pace()
-    settings = pace.settings
-    watch = SyncWatch() if settings.get("watch_syncs") else None
-    shape = Shape(**settings["shape"])
-    documents = settings.get("windows") == "document"
-    recipe = Recipe(
+def recipe_of(settings: dict[str, Any], shape: Shape) -> Recipe:
+    """A pretraining recipe of this shape that never evaluates or saves."""
+    return Recipe(
         name="benchmark",
         model="random",
-        data=DataSpec(corpus="random", context=shape.context, windows="document" if documents else "stream"),
+        data=DataSpec(corpus="random", context=shape.context, windows=settings.get("windows", "stream")),
         architecture=ArchitectureSpec(
             n_layer=shape.n_layer,
             n_head=shape.n_head,
@@ -124,11 +116,23 @@ def main() -> None:
             checkpoint_every=NEVER,
         ),
     )
+
+
+def main() -> None:
+    """Settings: shape, precision, compile, tokens_per_step, half_at, all_at, folded, device, last_step.
+
+    Also: teacher (with the losses of recipes/gpt2.toml), windows ("document"), watch_syncs.
+    """
+    pace = Pace()
+    settings = pace.settings
+    watch = SyncWatch() if settings.get("watch_syncs") else None
+    shape = Shape(**settings["shape"])
+    documents = settings.get("windows") == "document"
+    recipe = recipe_of(settings, shape)
     torch.manual_seed(0)
     folded = settings.get("folded", False)
     model = NormFreeGPT2LMHeadModel(NormFreeGPT2Config(**shape.sizes)) if folded else _gpt2(shape)
     accelerator = build_accelerator(settings["device"])
-    data = TokenDataset.open(settings["tokens"])
     removal = None
     if not folded:
         schedule = stages(shape.n_layer, settings.get("half_at", NEVER - 1), settings.get("all_at", NEVER - 1))
@@ -144,13 +148,7 @@ def main() -> None:
         auxiliary=None if teacher is None else Auxiliary(0.1, "constants", "all"),
         distillation=None if teacher is None else Distillation(teacher, 1.0, 0.3),
     )
-    kind: type[Sampler] = DocumentSampler if documents else WindowSampler
-    sampler = kind(
-        data.split("train"),
-        context=shape.context,
-        sequences_per_step=spec.tokens_per_step // shape.context,
-        seed=0,
-    )
+    sampler = open_sampler(shape, TokenDataset.open(settings["tokens"]), spec, documents)
     with tempfile.TemporaryDirectory() as directory, ExitStack() as attention:
         for each in (model, teacher):
             if each is not None:
@@ -170,15 +168,29 @@ def main() -> None:
             )
             train(session)
         except Finished:
-            starts = sampler.document_starts(0, 0, sampler.windows_per_epoch)
-            # In a stream every token is a target.
-            share = 1.0 if starts is None else trained_targets(starts) / starts[:, 1:].size
-            pace.details = {"micro_batch": micro_batch, "graphs": compiled_graphs(), "trained_share": share}
+            pace.details = {
+                "micro_batch": micro_batch,
+                "graphs": compiled_graphs(),
+                "trained_share": trained_share(sampler),
+            }
             if watch is not None:
                 pace.details["synchronisations"] = dict(watch.places)
             pace.close()
         except torch.OutOfMemoryError:
             pace.out_of_memory()
+
+
+def trained_share(sampler: Sampler) -> float:
+    """The share of the positions whose loss counts; in a stream all do."""
+    starts = sampler.document_starts(0, 0, sampler.windows_per_epoch)
+    return 1.0 if starts is None else float(trained_targets(starts) / starts[:, 1:].size)
+
+
+def open_sampler(shape: Shape, data: TokenDataset, spec: TrainingSpec, documents: bool) -> Sampler:
+    """The sampler of the benchmark's tokens."""
+    kind: type[Sampler] = DocumentSampler if documents else WindowSampler
+    rows = spec.tokens_per_step // shape.context
+    return kind(data.split("train"), context=shape.context, sequences_per_step=rows, seed=0)
 
 
 def _gpt2(shape: Shape) -> Any:
