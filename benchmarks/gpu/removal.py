@@ -22,6 +22,8 @@ from measuring import cores, machine, write_result
 from removal_arms import ARMS, CONTROLS
 from removal_quality import BASE, recipe_of, run_arm, scores_on_prompts, show, table, without_infinity
 
+from ln_removal.errors import DivergedError
+
 CHOSEN = ("control-prompts", "paper-2-prompts", "gpt2", "gpt2-together", "gpt2-no-teacher")
 """The control, the published schedule, the recipe's method and two variants of it; all train on the same rows."""
 
@@ -33,7 +35,7 @@ def run_one(options: argparse.Namespace) -> None:
     work = place / f"work-{options.arm}"
     try:
         result = run_arm(recipe, options.tokens, work, control=options.arm in CONTROLS, device=options.device)
-    except ValueError as error:  # a run that diverged is a result
+    except DivergedError as error:  # a result, and no other error is
         result = {"failed": str(error)}
     partial = place / f"{options.arm}.json.part"
     partial.write_text(json.dumps(without_infinity({"of": identity(options), **result}), indent=1))
