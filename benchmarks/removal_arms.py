@@ -87,6 +87,8 @@ CONTROLS = {CONTROL: {}, "control-prompts": PROMPTS}
 """The controls, each with its changes to [data]. An arm is compared with the one that trained on the same tokens."""
 
 TEACHER = {"distillation": 1.0, "distillation_lag": 0.05}
+LAGGING = {**TEACHER, "distillation_lag": 0.3}
+"""For models that fine-tuning improves, as the recipes gpt2 and distilgpt2."""
 FADING = {**TEACHER, "distillation_end": 0.0}
 STD = {"auxiliary_weight": 0.1, "auxiliary_target": "constants", "auxiliary_sites": "all"}
 SHRINK = {"outlier_weight": 0.3, "std_statistic": "median"}
@@ -117,6 +119,12 @@ ARMS: dict[str, Arm] = {
         {**STD, **TEACHER, **SHRINK},
         PROMPTS,
     ),
+    "paper-2-prompts": Arm("paper-2 with the rows of our recipes", published("gpt2-fast"), {}, PROMPTS),
+    "gpt2": Arm("the method of recipe gpt2: layer by layer, lag 0.3", LAYER_BY_LAYER, {**STD, **LAGGING}, PROMPTS),
+    "gpt2-together": Arm(
+        "the same, all sites tapered together", together(taper=0.1, special=0.25), {**STD, **LAGGING}, PROMPTS
+    ),
+    "gpt2-no-teacher": Arm("the method of recipe gpt2 without a teacher", LAYER_BY_LAYER, STD, PROMPTS),
     "staged-plain": Arm("the same without rows that look like prompts", LAYER_BY_LAYER, {**STD, **TEACHER}),
 }
 

@@ -18,6 +18,7 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -49,39 +50,39 @@ PEER_FOLDERS = {
 
 
 def main() -> None:
-    """Measure every shape and precision asked for and add them to the device's result file."""
+    """Measure every shape and precision asked for; the device's result file is written after each contestant or round."""
     options = _parse()
-    device = options.device
-    label = device_label(device)
+    label = device_label(options.device)
     path = options.out or HERE / "results" / f"train_throughput-{label}.json"
-    runs = json.loads(path.read_text())["runs"] if path.exists() and not options.fresh else []
+    about = machine(options.device, options.threads)
+    runs = [] if options.fresh else _earlier_runs(path, about if options.resume else None)
+    failed = []
     for name in options.shape:
         for precision in options.precision:
-            run = measure(name, precision, options)
             before = [old for old in runs if (old["shape"], old["precision"]) == (name, precision)]
-            if before and before[0]["tokens_per_step"] == run["tokens_per_step"]:
-                run["contestants"] = before[0]["contestants"] | run["contestants"]
-            runs = [old for old in runs if old not in before] + [run]
+            others = [old for old in runs if old not in before]
+            run: dict[str, Any] = {}
+            for run in measure(name, precision, options, before[0] if before else {}):
+                runs = [*others, run]
+                write_result(f"train_throughput-{label}", {"machine": about, "runs": runs}, path)
             print(report(run), flush=True)
-            write_result(f"train_throughput-{label}", {"machine": machine(device, options.threads), "runs": runs}, path)
+            failed += [who for who in _chosen(options, precision, SHAPES[name]) if not _whole(run, who)]
+    if failed:
+        sys.exit(f"not measured: {', '.join(failed)}")
 
 
-def measure(name: str, precision: str, options: argparse.Namespace) -> dict[str, Any]:
-    """All contestants on one shape in one precision."""
+def measure(name: str, precision: str, options: argparse.Namespace, before: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """All contestants on one shape in one precision, as far as they are, after each contestant or round.
+
+    Figures of `before`, an earlier run of this kind, are kept; with --resume, what is whole there is not measured again.
+    """
     shape = SHAPES[name]
     cuda = options.device.startswith("cuda")
     tokens_per_step = options.tokens_per_step or (shape.tokens_per_step if cuda else 8 * shape.context)
-    chosen = [who for who in _available(options, precision, shape) if who in (options.only or WHAT)]
-    with tempfile.TemporaryDirectory() as directory:
-        tokens = Path(directory) / "tokens"
-        write_token_directory(shape, tokens, max(2**22, 4 * tokens_per_step))
-
-        def start(who: str, micro_batch: int) -> Contestant:
-            return _start(who, shape, precision, tokens_per_step, micro_batch, tokens, options)
-
-        one_by_one = cuda and not options.together
-        entries = (_one_by_one if one_by_one else _in_turns)(chosen, start, shape, options)
-    return {
+    earlier = before if before.get("tokens_per_step") == tokens_per_step else {}
+    chosen = [who for who in _chosen(options, precision, shape) if not (options.resume and _whole(earlier, who))]
+    one_by_one = cuda and not options.together
+    run = {
         "shape": name,
         "architecture": asdict(shape),
         "precision": precision,
@@ -89,10 +90,41 @@ def measure(name: str, precision: str, options: argparse.Namespace) -> dict[str,
         "order": "one after the other" if one_by_one else "in turns, sample by sample",
         "flops_per_token": _flops_per_token(shape),
         "peak_flops": _peak(precision, options.device),
-        "contestants": {
-            entry["name"]: _summary(entry, shape, precision, tokens_per_step, options) for entry in entries
-        },
+        "contestants": dict(earlier.get("contestants", {})),
     }
+    yield run
+    with tempfile.TemporaryDirectory() as directory:
+        tokens = Path(directory) / "tokens"
+        write_token_directory(shape, tokens, max(2**22, 4 * tokens_per_step))
+
+        def start(who: str, micro_batch: int) -> Contestant:
+            return _start(who, shape, precision, tokens_per_step, micro_batch, tokens, options)
+
+        for contestants in (_one_by_one if one_by_one else _in_turns)(chosen, start, shape, options):
+            for entry in map(_entry, contestants):
+                run["contestants"][entry["name"]] = _summary(entry, shape, precision, tokens_per_step, options)
+            yield run
+
+
+def _chosen(options: argparse.Namespace, precision: str, shape: Shape) -> list[str]:
+    return [who for who in _available(options, precision, shape) if who in (options.only or WHAT)]
+
+
+def _whole(run: dict[str, Any], who: str) -> bool:
+    """Whether a contestant has all its samples."""
+    entry = run.get("contestants", {}).get(who, {"error": "not measured"})
+    return "error" not in entry and entry.get("whole", True)
+
+
+def _earlier_runs(path: Path, about: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The runs of a result file; none where it is of another machine than `about`, or broken."""
+    try:
+        earlier = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return []
+    if about is not None and any(earlier["machine"].get(key) != about.get(key) for key in ("gpu", "cpu")):
+        return []
+    return list(earlier["runs"])
 
 
 def report(run: dict[str, Any]) -> str:
@@ -142,10 +174,12 @@ def _start(
     }
     if who in OURS:
         settings["teacher"] = who == "ours_teacher"
+        if who == "ours_teacher" and options.stages:  # a freeze falls on the first step of a sample
+            share = 10 * (options.samples // 3)
+            settings |= {"half_at": 10 + share, "all_at": 10 + 2 * share, "watch_syncs": True}
         settings |= {"windows": "document"} if who == "ours_documents" else {}
-        if options.together:
+        if options.together or options.micro_batch:
             settings["micro_batch"] = min(micro_batch, tokens_per_step // shape.context)
-        settings |= {"profile": str(options.profile)} if options.profile and who == "ours" else {}
     else:
         settings |= {"micro_batch": micro_batch, "weights": "float32", "dropout": 0.0}
     if who in PEER_FOLDERS:
@@ -162,48 +196,53 @@ def _start(
         "HF_HUB_OFFLINE": "1",
     }
     print(f"{who}: starting", file=sys.stderr, flush=True)
-    return Contestant(who, benchmarks / "contestants" / script, settings, environment)
+    waits = who != "ours_before" or "warm_up" in (benchmarks / "pacing.py").read_text()
+    return Contestant(who, benchmarks / "contestants" / script, settings, environment, options.turns, waits=waits)
 
 
-def _in_turns(names: list[str], start: Any, shape: Shape, options: argparse.Namespace) -> list[dict[str, Any]]:
+def _in_turns(names: list[str], start: Any, shape: Shape, options: argparse.Namespace) -> Iterator[list[Contestant]]:
     """Warm up one contestant after the other, or with --together all at once; then sample them in turns."""
     running: list[Contestant] = []
     try:
-        for name in names:
-            running.append(start(name, shape.peer_micro_batch))
-            if not options.together:
-                running[-1].wait_until_ready(options.limit)
-        for contestant in running if options.together else ():
+        running += [start(name, options.micro_batch or shape.peer_micro_batch) for name in names]
+        for contestant in running:
+            if options.together:
+                contestant.warm_up()
+        for contestant in running:
             contestant.wait_until_ready(options.limit)
         for _ in range(options.samples):
             for contestant in running:
                 if contestant.alive:
                     contestant.sample(options.limit)
+            yield running
     finally:
         for contestant in running:
             contestant.stop()
-    return [_entry(contestant) for contestant in running]
+    yield running
 
 
-def _one_by_one(names: list[str], start: Any, shape: Shape, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Each contestant with the GPU to itself; a micro-batch that does not fit is halved."""
-    entries = []
-    for name in names:
-        micro_batch = shape.peer_micro_batch
-        while True:
-            contestant: Contestant = start(name, micro_batch)
-            try:
+def _one_by_one(names: list[str], start: Any, shape: Shape, options: argparse.Namespace) -> Iterator[list[Contestant]]:
+    """Each contestant with the GPU to itself, while the next ones import; a micro-batch that does not fit is halved."""
+    largest = options.micro_batch or shape.peer_micro_batch
+    waiting: dict[str, Contestant] = {name: start(name, largest) for name in names}
+    try:
+        for name in names:
+            micro_batch = largest
+            while True:
+                contestant = waiting[name]
                 contestant.wait_until_ready(options.limit)
                 for _ in range(options.samples):
                     if contestant.alive:
                         contestant.sample(options.limit)
-            finally:
                 contestant.stop()
-            if not contestant.ran_out_of_memory or micro_batch == 1:
-                break
-            micro_batch //= 2
-        entries.append(_entry(contestant))
-    return entries
+                if not contestant.ran_out_of_memory or micro_batch == 1:
+                    break
+                micro_batch //= 2
+                waiting[name] = start(name, micro_batch)
+            yield [waiting.pop(name)]
+    finally:
+        for contestant in waiting.values():
+            contestant.stop()
 
 
 def _entry(contestant: Contestant) -> dict[str, Any]:
@@ -229,15 +268,19 @@ def _summary(
     speeds = [sample["steps"] * tokens_per_step / sample["seconds"] for sample in entry["samples"]]
     figures = spread(speeds)
     peak = _peak(precision, options.device)
+    last = entry["samples"][-1]
+    stages = {key: [sample[key] for sample in entry["samples"]] for key in ("stage", "graphs") if key in last}
     return {
         **what,
         "tokens_per_second": figures,
         "mfu": figures["median"] * _flops_per_token(shape) / peak if peak else None,
-        "peak_memory_bytes": entry["end"].get("peak_memory", 0),
+        "peak_memory_bytes": entry["end"].get("peak_memory", last.get("peak_memory", 0)),
         "peak_memory_is": "CUDA allocator" if options.device.startswith("cuda") else "resident set while sampling",
         "warmup_seconds": entry["warmup_seconds"],
         "steps_a_sample": entry["settings"]["sample_steps"],
         "seconds": [sample["seconds"] for sample in entry["samples"]],
+        "whole": len(speeds) >= options.samples,
+        "by_sample": stages,
         **{key: value for key, value in entry["end"].get("details", {}).items() if key != "loss"},
     }
 
@@ -298,8 +341,19 @@ def _parse() -> argparse.Namespace:
     parser.add_argument(
         "--together", action="store_true", help="warm all up at once and sample them in turns, on a GPU too"
     )
-    parser.add_argument("--profile", type=Path, help="profile ten more steps of `ours` and write the table there")
+    parser.add_argument(
+        "--micro-batch", type=int, help="sequences a pass; default: by shape (on a CPU ours chooses its own)"
+    )
+    parser.add_argument(
+        "--stages", action="store_true", help="`ours_teacher` freezes half, then all norms, and counts synchronisations"
+    )
+    parser.add_argument(
+        "--turns", type=Path, help="a file to lock in each sample, where several of this script run at once"
+    )
     parser.add_argument("--fresh", action="store_true", help="drop the runs that the result file already holds")
+    parser.add_argument(
+        "--resume", action="store_true", help="do not measure again what the result file has from this machine"
+    )
     parser.add_argument(
         "--out", type=Path, help="result file; default benchmarks/results/train_throughput-<device>.json"
     )

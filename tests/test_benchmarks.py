@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
 import sys
 from pathlib import Path
@@ -11,12 +13,17 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks" / "gpu"))
 
+from growth_estimate import ASSUMED, architecture, read, run_of, token_seconds
+from measuring import RESULTS, machine
+from removal import finished, identity, write_table
 from removal_quality import show, stays_below, table
 from revival_parity import SIZES, disturb, our_model
 from revival_peer import peer_weights
 from revival_throughput import figures, ratio
 from soak import growth, thinned
+from train_throughput import _earlier_runs, _whole
 
 from ln_removal.evaluation.prompts import KINDS
 
@@ -40,6 +47,37 @@ def test_tokens_count_only_when_everything_is_constant() -> None:
     assert stays_below(gentle, 2.75, 50) == 60, "at 20 and 40 LayerNorms were still there"
     assert stays_below(gentle, 2.75, 60) == 80, "the evaluation at 60 saw the mixes of step 59"
     assert stays_below(gentle, 2.6, 0) == math.inf
+
+
+def test_arms_of_another_model_or_length_are_run_again(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").touch()
+    arms = ["control-prompts", "gpt2", "gpt2-together", "paper-2-prompts"]
+    given = {"model": tmp_path / "model", "out": tmp_path, "steps": 120, "tokens_per_step": 1024, "arms": arms}
+    options = argparse.Namespace(**given, device="cpu", json=None)
+    run = {
+        "of": identity(options),
+        "evaluations": [(20, 3.0)],
+        "cross_entropy": 3.0,
+        "worst_training_loss": 4.0,
+        "odd_text": {"tabs": 5.0},
+        "tokens_per_second": 1.0,
+    }
+    runs = {
+        "control-prompts": run,
+        "gpt2": {**run, "cross_entropy": 3.25},
+        "gpt2-together": {"of": run["of"], "failed": "it diverged"},
+        "paper-2-prompts": {**run, "of": [60, *run["of"][1:]]},
+    }
+    for arm, result in runs.items():
+        (tmp_path / f"{arm}.json").write_text(json.dumps(result))
+    assert list(finished(options)) == arms[:3], "a divergence is a result"
+    write_table(options, {})
+    written = json.loads((tmp_path / "removal.json").read_text())
+    assert written["missing"] == ["paper-2-prompts"]
+    assert {row["arm"]: row["gap"][0] for row in written["table"]} == {"control-prompts": 0, "gpt2": 0.25}
+    options.steps = 200
+    assert not finished(options)
 
 
 def test_the_table_of_arms_shows_prompts_where_every_run_has_them() -> None:
@@ -84,6 +122,31 @@ def test_ratios_are_taken_round_by_round() -> None:
     found = figures(seconds)
     assert found["times_ours"]["peer_attentions"] == 2.0 and found["times_ours"]["ours"] == 1.0
     assert found["seconds_a_look"] == {"peer_reports": 1.0, "ours_observed": 0.5}
+
+
+def test_an_estimate_begins_at_what_was_measured() -> None:
+    measured = read(RESULTS / "train_throughput-nvidia-h200.json", RESULTS / "profile-gpt2-nvidia-h200.json")
+    assert 1 / token_seconds(architecture("gpt2"), measured) == pytest.approx(measured.tokens_per_second)
+    small, large = (token_seconds(architecture(size), measured) for size in ("gpt2", "gpt2-large"))
+    assert 774 / 124.4 > large / small > 36 * 1280 / (12 * 768), "between the growth of N and that of L D"
+    alone, eight = (run_of(gpus, 1e11, 50_000, 10**9) for gpus in (1, 8))
+    assert alone["efficiency"] == 1 and alone["compute_seconds"] == pytest.approx(8 * eight["compute_seconds"])
+    ring = 2 * 7 / 8 * 4e9 / 1e11  # each GPU sends 7/8 of the gradients twice
+    latency = 4e9 / ASSUMED["bucket_bytes"] * ASSUMED["seconds_per_bucket"]
+    assert eight["reduction_seconds"] == pytest.approx(ring + latency)
+
+
+def test_figures_of_another_machine_are_measured_again(tmp_path: Path) -> None:
+    here = machine("cpu")
+    entry = {"tokens_per_second": {"median": 1.0}}
+    run = {"contestants": {"ours": {**entry, "whole": True}, "hf_trainer": {**entry, "whole": False}}}
+    file = tmp_path / "throughput.json"
+    assert _earlier_runs(file, here) == [], "there is none yet"
+    file.write_text(json.dumps({"machine": here, "runs": [run]}))
+    assert _earlier_runs(file, here) == [run]
+    assert _whole(run, "ours") and not _whole(run, "hf_trainer") and not _whole(run, "gpt2_noln")
+    file.write_text(json.dumps({"machine": {**here, "gpu": "NVIDIA H200"}, "runs": [run]}))
+    assert _earlier_runs(file, here) == [] and _earlier_runs(file, None) == [run]
 
 
 def test_every_weight_goes_to_the_peer_once_and_its_other_biases_are_zero() -> None:

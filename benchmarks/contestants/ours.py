@@ -5,7 +5,6 @@ The loop reports after every LOG_EVERY (10) steps, which is where it first waits
 
 from __future__ import annotations
 
-import json
 import tempfile
 import traceback
 import warnings
@@ -35,17 +34,12 @@ NEVER = 10**6
 
 
 class PacedTracker:
-    """What `train` tells about its progress, turned into step boundaries.
+    """What `train` tells about its progress, turned into step boundaries."""
 
-    With `profile`, a path, the LOG_EVERY steps after the last sample run under torch.profiler, whose table is written there.
-    """
-
-    def __init__(self, pace: Pace, last_step: int, profile: str | None = None, watch: SyncWatch | None = None) -> None:
+    def __init__(self, pace: Pace, last_step: int, watch: SyncWatch | None = None) -> None:
         self._pace = pace
         self._watch = watch
         self._last_step = last_step
-        self._profile = profile
-        self._profiler: torch.profiler.profile | None = None
 
     def forget_after(self, step: int) -> None: ...
 
@@ -54,20 +48,11 @@ class PacedTracker:
     def say(self, line: str) -> None: ...
 
     def show(self, step: int, *, stage: str, loss: float, tokens_per_second: float, seconds_left: float) -> None:
-        if self._profiler is not None:
-            write_profile(self._profiler, Path(str(self._profile)))
-            raise Finished
         if self._watch is not None:  # not before: the first step compiles, and waits while it does
             self._watch.start()
             self._watch = None
         self._pace.details = {"stage": stage, "loss": loss, "graphs": compiled_graphs(), "after_step": step}
-        try:
-            self._pace.steps_done(LOG_EVERY)
-        except Finished:
-            if self._profile is None:
-                raise
-            self._profiler = torch.profiler.profile()
-            self._profiler.start()
+        self._pace.steps_done(LOG_EVERY)
         if step >= self._last_step:
             raise Finished
 
@@ -93,19 +78,6 @@ class SyncWatch:
             ] += 1
 
 
-def write_profile(profiler: torch.profiler.profile, path: Path) -> None:
-    """The costliest kernels of the profiled steps as text, and as JSON beside it (microseconds of the device in all)."""
-    torch.cuda.synchronize() if torch.cuda.is_available() else None
-    profiler.stop()
-    averages = profiler.key_averages()
-    by = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-    path.write_text(averages.table(sort_by=by, row_limit=60, max_name_column_width=90))
-    rows = sorted(averages, key=lambda row: -getattr(row, by))[:80]
-    path.with_suffix(".json").write_text(
-        json.dumps([{"name": row.key, "count": row.count, "microseconds": getattr(row, by)} for row in rows], indent=1)
-    )
-
-
 def compiled_graphs() -> int:
     """Graphs that torch.compile has made so far in this process; each recompilation adds one."""
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
@@ -120,20 +92,12 @@ def stages(n_layer: int, half_at: int, all_at: int) -> RemovalSchedule:
     return RemovalSchedule((*freezes, *drops), n_layer, NEVER)
 
 
-def main() -> None:
-    """Settings: shape, precision, compile, tokens_per_step, half_at, all_at, folded, device, last_step.
-
-    Also: teacher (with the losses of recipes/gpt2.toml), windows ("document"), profile (a path), watch_syncs.
-    """
-    pace = Pace()
-    settings = pace.settings
-    watch = SyncWatch() if settings.get("watch_syncs") else None
-    shape = Shape(**settings["shape"])
-    documents = settings.get("windows") == "document"
-    recipe = Recipe(
+def recipe_of(settings: dict[str, Any], shape: Shape) -> Recipe:
+    """A pretraining recipe of this shape that never evaluates or saves."""
+    return Recipe(
         name="benchmark",
         model="random",
-        data=DataSpec(corpus="random", context=shape.context, windows="document" if documents else "stream"),
+        data=DataSpec(corpus="random", context=shape.context, windows=settings.get("windows", "stream")),
         architecture=ArchitectureSpec(
             n_layer=shape.n_layer,
             n_head=shape.n_head,
@@ -152,11 +116,23 @@ def main() -> None:
             checkpoint_every=NEVER,
         ),
     )
+
+
+def main() -> None:
+    """Settings: shape, precision, compile, tokens_per_step, half_at, all_at, folded, device, last_step.
+
+    Also: teacher (with the losses of recipes/gpt2.toml), windows ("document"), watch_syncs.
+    """
+    pace = Pace()
+    settings = pace.settings
+    watch = SyncWatch() if settings.get("watch_syncs") else None
+    shape = Shape(**settings["shape"])
+    documents = settings.get("windows") == "document"
+    recipe = recipe_of(settings, shape)
     torch.manual_seed(0)
     folded = settings.get("folded", False)
     model = NormFreeGPT2LMHeadModel(NormFreeGPT2Config(**shape.sizes)) if folded else _gpt2(shape)
     accelerator = build_accelerator(settings["device"])
-    data = TokenDataset.open(settings["tokens"])
     removal = None
     if not folded:
         schedule = stages(shape.n_layer, settings.get("half_at", NEVER - 1), settings.get("all_at", NEVER - 1))
@@ -164,7 +140,7 @@ def main() -> None:
     spec = recipe.training
     teacher = None
     if settings.get("teacher"):  # which only a removal recipe has
-        spec = spec.model_copy(update={"distillation": 1.0, "distillation_end": 0.0})
+        spec = spec.model_copy(update={"distillation": 1.0})
         teacher = as_teacher(_gpt2(shape), spec.precision).to(accelerator.device)
     objective = Objective(
         model.to(accelerator.device),
@@ -172,13 +148,7 @@ def main() -> None:
         auxiliary=None if teacher is None else Auxiliary(0.1, "constants", "all"),
         distillation=None if teacher is None else Distillation(teacher, 1.0, 0.3),
     )
-    kind: type[Sampler] = DocumentSampler if documents else WindowSampler
-    sampler = kind(
-        data.split("train"),
-        context=shape.context,
-        sequences_per_step=spec.tokens_per_step // shape.context,
-        seed=0,
-    )
+    sampler = open_sampler(shape, TokenDataset.open(settings["tokens"]), spec, documents)
     with tempfile.TemporaryDirectory() as directory, ExitStack() as attention:
         for each in (model, teacher):
             if each is not None:
@@ -191,20 +161,36 @@ def main() -> None:
                 sampler,
                 spec,
                 accelerator=accelerator,
-                tracker=PacedTracker(pace, settings.get("last_step", NEVER), settings.get("profile"), watch),
+                tracker=PacedTracker(pace, settings.get("last_step", NEVER), watch),
                 state_directory=Path(directory),
                 micro_batch=micro_batch,
                 removal=removal,
             )
             train(session)
         except Finished:
-            starts = sampler.document_starts(0, 0, sampler.windows_per_epoch)
-            # In a stream every token is a target.
-            share = 1.0 if starts is None else trained_targets(starts) / starts[:, 1:].size
-            pace.details = {"micro_batch": micro_batch, "graphs": compiled_graphs(), "trained_share": share}
+            pace.details = {
+                "micro_batch": micro_batch,
+                "graphs": compiled_graphs(),
+                "trained_share": trained_share(sampler),
+            }
             if watch is not None:
                 pace.details["synchronisations"] = dict(watch.places)
             pace.close()
+        except torch.OutOfMemoryError:
+            pace.out_of_memory()
+
+
+def trained_share(sampler: Sampler) -> float:
+    """The share of the positions whose loss counts; in a stream all do."""
+    starts = sampler.document_starts(0, 0, sampler.windows_per_epoch)
+    return 1.0 if starts is None else float(trained_targets(starts) / starts[:, 1:].size)
+
+
+def open_sampler(shape: Shape, data: TokenDataset, spec: TrainingSpec, documents: bool) -> Sampler:
+    """The sampler of the benchmark's tokens."""
+    kind: type[Sampler] = DocumentSampler if documents else WindowSampler
+    rows = spec.tokens_per_step // shape.context
+    return kind(data.split("train"), context=shape.context, sequences_per_step=rows, seed=0)
 
 
 def _gpt2(shape: Shape) -> Any:
