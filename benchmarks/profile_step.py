@@ -55,7 +55,7 @@ def training_step(
     tokens = torch.randint(0, shape.vocab_size - 1, (sequences, shape.context + 1), device=device)
 
     def step() -> None:
-        with causal_attention(model):
+        with fused_attention(model):
             with torch.autocast(device, dtype=torch.bfloat16, enabled=autocast):
                 loss = objective(tokens).total
             loss.backward()
