@@ -12,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from ln_removal.config.recipe import load_recipe
 from ln_removal.data.stress_text import stress_sequences
+from ln_removal.errors import UserError
 from ln_removal.models.attention import EXPLICIT_ATTENTION, FUSED_ATTENTION, EntropyRegulariser
 from ln_removal.models.blocked_attention import blocked_attention
 from ln_removal.norms.surgery import install
@@ -118,6 +119,22 @@ def test_a_compiled_step_on_a_cpu_has_attention_in_blocks() -> None:
         return float((gradients[name] - gradients["exact"]).norm() / gradients["exact"].norm())
 
     assert error("blocked") < 1.5 * error("fused") < 0.1
+
+
+def test_a_fault_of_the_compiler_is_one_line() -> None:
+    def broken(graph: Any, inputs: Any) -> Any:
+        raise ImportError("/cache/kernel.so: file too short")
+
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda values: values + 1, backend=broken)
+    with (
+        pytest.raises(UserError, match=r"kernel\.so: file too short.*delete .*, or set training\.compile") as found,
+        setup.compiler_faults(),
+    ):
+        compiled(torch.ones(2))
+    assert "\n" not in str(found.value)
+    with pytest.raises(ValueError, match="mine"), setup.compiler_faults():
+        raise ValueError("mine")
 
 
 def test_the_entropy_penalty_goes_with_activations_that_are_computed_again() -> None:

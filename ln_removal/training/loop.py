@@ -29,6 +29,7 @@ from ln_removal.training.optimizers import (
     set_learning_rate,
     to_step,
 )
+from ln_removal.training.setup import compiler_faults
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -175,7 +176,7 @@ class _Training:
         for number, (inputs, weight) in enumerate(batches):
             synchronise = nullcontext() if number == len(batches) - 1 else accelerator.no_sync(self.model)
             there = [tensor.to(accelerator.device, non_blocking=True) for tensor in inputs]
-            with synchronise:
+            with synchronise, compiler_faults():
                 with autocast(accelerator.device, spec.precision):
                     loss = self.model(*there)
                 (loss.total * (weight * scale)).backward()

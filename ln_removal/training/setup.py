@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Literal
 
@@ -171,3 +172,25 @@ def compile_if_worthwhile(
         torch.compiler.reset()
         objective.compile(dynamic=False)
     return wanted
+
+
+@contextmanager
+def compiler_faults() -> Iterator[None]:
+    """A block in which a fault of PyTorch's compiler becomes a UserError.
+
+    A process that was killed while it compiled can leave half a library in the compiler's cache, on which every later run would fail.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+        inner = getattr(error, "inner_exception", error)
+        first = (str(inner).strip() or "no reason given").splitlines()[0]
+        reason = f"{type(inner).__name__}: {first[:300]}"
+        raise UserError(
+            f"PyTorch could not compile the training step ({reason}); a run that was killed while it compiled may have damaged the "
+            f"compiler's cache: delete {cache_dir()} and run again, or set training.compile = false"
+        ) from error
