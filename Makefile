@@ -45,7 +45,7 @@ demo: $(STAMP) ## Remove LayerNorm from the embedded model into checkpoints/demo
 	$(BIN)/ln-remove --model tiny --control --out checkpoints/demo
 
 test: lint ## Lint, types, all tests (slow ones too) and the notebooks
-	$(BIN)/pytest -m '' -n 2 --dist loadfile --no-loadscope-reorder --nbmake --nbmake-timeout=900 notebooks tests
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m '' -n 2 --dist loadfile --no-loadscope-reorder --nbmake --nbmake-timeout=900 notebooks tests
 
 test-fast: $(STAMP) ## Only the quick tests
 	$(BIN)/pytest
