@@ -385,6 +385,6 @@ def _score_terms(bridge: TransformerBridge, cache: Any, layer: int, heads: Seque
 
 
 def _positive_share(eigenvalues: Any) -> Array:
-    size = np.abs(eigenvalues).sum(axis=-1)
+    size = np.abs(eigenvalues).sum(axis=-1)  # NaN, where a head has no score, stays NaN
     found = np.divide(eigenvalues.real.sum(axis=-1), size, out=np.zeros_like(size), where=size != 0)
     return np.asarray(found, dtype=np.float64)

@@ -7,7 +7,7 @@ between two products. Blocks leave out most keys that a query does not see.
     s = q k^T / sqrt(K),  w = exp(s - max s),  t = sum_keys w,  o = w v / t
     dv = w^T (g / t),  ds = w (g v^T - sum_width(g o)) / t,  dq = ds k / sqrt(K),  dk = ds^T q / sqrt(K)
 
-The weights w are kept for the backward pass in bfloat16, about T^2 bytes for each head and layer.
+The weights w are kept for the backward pass: in bfloat16 1.1 to 2 T^2 bytes for each sequence, head and layer, fewer with more blocks.
 
 Shape legend: B batch, H heads, N = B * H, T positions, K width of a head.
 """
