@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from ln_removal.models.normfree_gpt2 import NormFreeGPT2LMHeadModel, from_folded
+from ln_removal.models.norm_free import from_folded
+from ln_removal.models.normfree_gpt2 import NormFreeGPT2LMHeadModel
 from ln_removal.norms.surgery import fold, install
 
 CHANNELS = (138, 378, 447)

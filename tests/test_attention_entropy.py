@@ -21,7 +21,7 @@ from ln_removal.models.attention import (
     largest_row_entropy,
     record_attention,
 )
-from ln_removal.models.layout import attention_of, blocks_of
+from ln_removal.models.families import attentions_of, blocks_of
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel, PreTrainedModel
@@ -143,7 +143,7 @@ def test_the_hooks_and_the_attention_are_gone_after_recording_even_after_an_erro
     assert tiny_gpt2.config._attn_implementation == before
     tiny_gpt2(token_ids)
     assert recorded == []
-    assert not any(attention_of(block)._forward_hooks for block in blocks_of(tiny_gpt2))
+    assert not any(attention._forward_hooks for attention in attentions_of(tiny_gpt2))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

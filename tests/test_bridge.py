@@ -17,7 +17,7 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 import ln_removal
 from ln_removal import NormFreeGPT2LMHeadModel, UserError, from_disarmed, to_bridge, to_stock
 from ln_removal.models.loading import load_model, load_tokenizer
-from ln_removal.models.normfree_gpt2 import from_folded
+from ln_removal.models.norm_free import from_folded
 
 SUMS = {torch.float32: 1e-5, torch.float64: 1e-12}
 

@@ -21,7 +21,7 @@ from ln_removal.export.stock import EPSILON, to_stock
 from ln_removal.export.verify import TOLERANCE, ExportError, logits_error, norm_modules, verify_export
 from ln_removal.export.write import check_savable, save_model
 from ln_removal.models.loading import load_tokenizer
-from ln_removal.models.normfree_gpt2 import from_folded
+from ln_removal.models.norm_free import from_folded
 from ln_removal.norms.surgery import NormSites, fold, install
 
 EOT = 100

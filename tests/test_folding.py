@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import GPT2LMHeadModel
 
 from ln_removal.errors import UserError
-from ln_removal.models.normfree_gpt2 import from_folded
+from ln_removal.models.norm_free import from_folded
 from ln_removal.norms.surgery import NormSites, fold, fold_affine, install
 
 EOT = 100

@@ -251,7 +251,7 @@ def test_code_keeps_the_natural_tokens(tokenizer: PreTrainedTokenizerFast) -> No
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_every_kind_of_model(tokenizer: PreTrainedTokenizerFast, protocol: Protocol) -> None:
     """With freezable norms (constants that differ by position) and norm-free: packed as unpacked, one by one."""
-    from ln_removal.models.normfree_gpt2 import from_folded
+    from ln_removal.models.norm_free import from_folded
     from ln_removal.norms.surgery import fold, install
 
     questions = CODE if protocol == "code" else QUESTIONS[:5]

@@ -107,7 +107,8 @@ def test_sharded_and_base_checkpoints_load(folder: Path, tmp_path: Path) -> None
 
 
 def test_norm_free_exports_load(folder: Path) -> None:
-    from ln_removal.models.normfree_gpt2 import NormFreeGPT2LMHeadModel, from_folded
+    from ln_removal.models.norm_free import from_folded
+    from ln_removal.models.normfree_gpt2 import NormFreeGPT2LMHeadModel
     from ln_removal.norms.surgery import fold, install
 
     model = load_model(str(folder)).model

@@ -160,7 +160,7 @@ class TestForward:
         norm, x = make_norm(tokens(2, 6), readers=2, dtype=torch.float64).eval(), stream(2, 6, dtype=torch.float64)
         norm.mix.copy_(torch.tensor([0.25, 1.0]))
         norm.frozen_std.copy_(torch.tensor([[2.0, 3.0, 4.0], [5.0, 6.0, 7.0]]))
-        first, second = norm(x)
+        first, second = norm(x).split(8, dim=-1)
         torch.testing.assert_close(first, by_hand(norm, x, 0.25, [2.0, 3.0, 4.0]))
         torch.testing.assert_close(second, by_hand(norm, x, 1.0, [5.0, 6.0, 7.0]))
 
@@ -343,7 +343,7 @@ class TestNormedProjection:
         projection, x = self.projection().eval(), stream(2, 6, dtype=torch.float64)
         projection.norm.mix.copy_(torch.tensor([1.0, 0.5]))
         projection.norm.frozen_std.copy_(torch.tensor([[2.0, 3.0, 4.0], [5.0, 6.0, 7.0]]))
-        for_qk, for_v = projection.norm(x)
+        for_qk, for_v = projection.norm.readings(x)
         everything_qk = for_qk @ projection.weight + projection.bias
         everything_v = for_v @ projection.weight + projection.bias
         queries, keys, values = projection(x).split(WIDTH, dim=2)

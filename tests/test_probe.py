@@ -13,7 +13,7 @@ from tiny_training import CONTEXT, TinyRun, tiny_spec, weights_sha256
 from torch import Tensor, nn
 
 from ln_removal.models.attention import largest_entropy
-from ln_removal.models.layout import blocks_of, final_norm_of
+from ln_removal.models.families import blocks_of, final_norm_of
 from ln_removal.models.norm_choice import LearnableLeakyReLU
 from ln_removal.training.probe import Probe
 

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ln_removal.config.estimate import count_parameters
 from ln_removal.config.recipe import ArchitectureSpec, TrainingSpec
 from ln_removal.errors import UserError
-from ln_removal.models.layout import blocks_of, check_supported
+from ln_removal.models.families import blocks_of
+from ln_removal.models.layout import check_supported
 from ln_removal.models.loading import load_config
 from ln_removal.models.norm_choice import LearnableLeakyReLU, build_model, learnable_slopes
 from ln_removal.pipelines.plan import architecture_of_model

@@ -134,7 +134,8 @@ def test_one_window_has_no_interval(tiny_gpt2: GPT2LMHeadModel, tmp_path: Path) 
 
 
 def test_residual_std_is_what_the_norms_divide_by(tiny_gpt2: GPT2LMHeadModel, tmp_path: Path) -> None:
-    from ln_removal.models.normfree_gpt2 import NormFreeGPT2Config, NormFreeGPT2LMHeadModel
+    from ln_removal.models.norm_free import norm_free_config
+    from ln_removal.models.normfree_gpt2 import NormFreeGPT2LMHeadModel
 
     data = make_data(tmp_path, [CONTEXT * 10])
     split = data.split("validation")
@@ -152,7 +153,7 @@ def test_residual_std_is_what_the_norms_divide_by(tiny_gpt2: GPT2LMHeadModel, tm
         assert found.first_pre[layer] == pytest.approx(float(stds[:, 0].mean()), rel=1e-5)
     hooks = [module for module in tiny_gpt2.modules() if module._forward_pre_hooks]
     assert not hooks, "hooks were left behind"
-    config = NormFreeGPT2Config.from_gpt2(tiny_gpt2.config)
+    config = norm_free_config(tiny_gpt2.config)
     assert residual_std(NormFreeGPT2LMHeadModel(config), split, context=CONTEXT, eot_token_id=100) is not None
     assert (
         residual_std(tiny_gpt2, make_data(tmp_path / "x", [5]).split("validation"), context=8, eot_token_id=0) is None

@@ -9,6 +9,7 @@ Shape legend: B batch, T positions, D width, L layers, V vocabulary, M scored to
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ from ln_removal.evaluation.loss import (
     windows_to_score,
 )
 from ln_removal.evaluation.results import Calibration, PositionLoss, ResidualStd
-from ln_removal.models.layout import blocks_of, final_norm_of, mlp_norm_of
+from ln_removal.models.families import blocks_of, final_norm_of, mlp_norms_of
 from ln_removal.models.precision import Precision
 
 if TYPE_CHECKING:
@@ -194,7 +195,8 @@ def residual_std(
         None for a split without a whole window, or without an ordinary position.
     """
     device = next(model.parameters()).device
-    places = [place for block in blocks_of(model) for place in (block, mlp_norm_of(block))] + [final_norm_of(model)]
+    inside = zip(blocks_of(model), mlp_norms_of(model), strict=True)
+    places = [*itertools.chain.from_iterable(inside), final_norm_of(model)]
     found: list[Tensor] = []  # (B, T) for each place, in the order of the forward pass
     hooks = [
         place.register_forward_pre_hook(lambda _, args, kwargs: found.append(_std(args, kwargs)), with_kwargs=True)

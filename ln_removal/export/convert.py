@@ -40,7 +40,8 @@ from ln_removal.export.stock import EPSILON, NORM_WEIGHT
 from ln_removal.export.verify import TOLERANCE, ExportError, position_errors, readers
 from ln_removal.models.bridge import as_bridge
 from ln_removal.models.layout import DISARMING_EPSILON, check_supported
-from ln_removal.models.normfree_gpt2 import NormFreeGPT2LMHeadModel, from_folded
+from ln_removal.models.norm_free import from_folded
+from ln_removal.models.normfree_gpt2 import NormFreeGPT2LMHeadModel
 from ln_removal.norms.surgery import fold_affine
 
 if TYPE_CHECKING:
@@ -105,7 +106,8 @@ def from_disarmed(model: GPT2LMHeadModel) -> NormFreeGPT2LMHeadModel:
         wide = weight.T if name == "lm_head" else weight
         folded, shift = fold_affine(wide, bias, norms[name].weight, norms[name].bias, sigma)
         state[f"{name}.weight"] = (folded.T if name == "lm_head" else folded).to(weight.dtype).contiguous()
-        state[f"{name}.bias"] = shift.to(weight.dtype)
+        if shift is not None:
+            state[f"{name}.bias"] = shift.to(weight.dtype)
     return from_folded(model.config, state, model.generation_config)
 
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from ln_removal.errors import UserError
 from ln_removal.models.layout import check_plain
-from ln_removal.models.normfree_gpt2 import from_folded, without_identity
+from ln_removal.models.norm_free import from_folded, without_identity
 
 if TYPE_CHECKING:
     from transformers import GPT2Config, GPT2LMHeadModel

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from ln_removal.errors import UserError
+from ln_removal.models.families import family_of
 from ln_removal.norms.freezable import FreezableNorm
 
 if TYPE_CHECKING:
-    from transformers import GPT2LMHeadModel
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ class VerifyReport:
 
 
 def verify_export(
-    frozen_model: GPT2LMHeadModel, folded: GPT2LMHeadModel, input_ids: Tensor, *, seed: int = 0
+    frozen_model: PreTrainedModel, folded: PreTrainedModel, input_ids: Tensor, *, seed: int = 0
 ) -> VerifyReport:
     """Check a folded model against the frozen model that it was folded from.
 
@@ -94,24 +95,24 @@ def verify_export(
     return VerifyReport(max_relative_error=error, no_norm_modules=True, affine_error=affine)
 
 
-def readers(model: GPT2LMHeadModel) -> dict[str, tuple[nn.Module, nn.Module]]:
+def readers(model: PreTrainedModel) -> dict[str, tuple[nn.Module, nn.Module]]:
     """By name, each norm slot with the linear map that reads it."""
-    found: dict[str, tuple[nn.Module, nn.Module]] = {}
-    for i, block in enumerate(model.transformer.h):
-        found[f"transformer.h.{i}.attn.c_attn"] = (block.ln_1, block.attn.c_attn)
-        found[f"transformer.h.{i}.mlp.c_fc"] = (block.ln_2, block.mlp.c_fc)
-    found["lm_head"] = (model.transformer.ln_f, model.lm_head)
-    return found
+    family, layers = family_of(model.config), model.config.num_hidden_layers
+    norms = family.norms(layers)
+    return {
+        path: (model.get_submodule(norms[norm]), model.get_submodule(path))
+        for path, norm in family.readers(layers).items()
+    }
 
 
-def _blame_rounding_or_raise(frozen: GPT2LMHeadModel, folded: GPT2LMHeadModel, input_ids: Tensor, error: float) -> None:
+def _blame_rounding_or_raise(frozen: PreTrainedModel, folded: PreTrainedModel, input_ids: Tensor, error: float) -> None:
     """Decide in float64 whether a difference in float32 is a wrong fold or only rounding.
 
     A model whose activations are thousands of times its constants magnifies float32 rounding beyond TOLERANCE in the
     frozen model just as in the folded one. Then the fold is right when, done and run in float64, it agrees with the
     frozen model, and when the folded weights are those of that fold.
     """
-    from ln_removal.models.normfree_gpt2 import from_folded
+    from ln_removal.models.norm_free import from_folded
     from ln_removal.norms.surgery import fold
 
     wide = copy.deepcopy(frozen).double()
@@ -142,7 +143,7 @@ def _blame_rounding_or_raise(frozen: GPT2LMHeadModel, folded: GPT2LMHeadModel, i
     )
 
 
-def logits_error(reference: GPT2LMHeadModel, candidate: GPT2LMHeadModel, input_ids: Tensor) -> float:
+def logits_error(reference: PreTrainedModel, candidate: PreTrainedModel, input_ids: Tensor) -> float:
     """Largest absolute difference of two models' logits over the largest absolute logit of the reference.
 
     For any two forms of a model, such as a frozen one and its stock export. Evaluation mode, as in `verify_export`.
@@ -156,7 +157,7 @@ def logits_error(reference: GPT2LMHeadModel, candidate: GPT2LMHeadModel, input_i
 
 
 @torch.no_grad()
-def position_errors(reference: GPT2LMHeadModel, candidate: GPT2LMHeadModel, input_ids: Tensor) -> Tensor:
+def position_errors(reference: PreTrainedModel, candidate: PreTrainedModel, input_ids: Tensor) -> Tensor:
     """(B, T) as `logits_error`, but for each position by itself, relative to its own largest logit.
 
     Args:
@@ -185,7 +186,7 @@ def _wide(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def _logits_error(reference: GPT2LMHeadModel, candidate: GPT2LMHeadModel, input_ids: Tensor) -> float:
+def _logits_error(reference: PreTrainedModel, candidate: PreTrainedModel, input_ids: Tensor) -> float:
     difference, size = 0.0, 0.0
     for row in input_ids.split(1):  # one at a time: (1, T, V) is large enough
         expected = _wide(reference(row.to(reference.device), use_cache=False).logits)
@@ -196,7 +197,7 @@ def _logits_error(reference: GPT2LMHeadModel, candidate: GPT2LMHeadModel, input_
     return difference / size if size else difference
 
 
-def _affine_error(model: GPT2LMHeadModel, input_ids: Tensor, seed: int) -> tuple[float, str]:
+def _affine_error(model: PreTrainedModel, input_ids: Tensor, seed: int) -> tuple[float, str]:
     """The largest deviation over all readers, and the reader that shows it.
 
     A reader f (norm slot and the map behind it) is affine if f(a x + (1 - a) z) = a f(x) + (1 - a) f(z) for any
@@ -232,7 +233,7 @@ def _affine_error(model: GPT2LMHeadModel, input_ids: Tensor, seed: int) -> tuple
     return worst, where
 
 
-def _residual_streams(model: GPT2LMHeadModel, slots: dict[str, nn.Module], input_ids: Tensor) -> dict[str, Tensor]:
+def _residual_streams(model: PreTrainedModel, slots: dict[str, nn.Module], input_ids: Tensor) -> dict[str, Tensor]:
     """What enters each norm slot, (N, D), at N positions spread over the text, position 0 of each sequence included."""
     rows = input_ids[: max(1, AFFINE_POSITIONS // 8)].to(model.device)
     captured: dict[str, Tensor] = {}
@@ -243,7 +244,7 @@ def _residual_streams(model: GPT2LMHeadModel, slots: dict[str, nn.Module], input
                 captured[name] = args[0].detach()
 
             stack.enter_context(_removed_afterwards(slot.register_forward_pre_hook(keep)))
-        model.transformer(rows, use_cache=False)
+        model.base_model(rows, use_cache=False)
     columns = max(2, AFFINE_POSITIONS // rows.shape[0])
     chosen = torch.linspace(0, rows.shape[1] - 1, min(columns, rows.shape[1])).long().to(model.device)
     return {name: stream[:, chosen].reshape(-1, stream.shape[-1]) for name, stream in captured.items()}
@@ -258,7 +259,7 @@ def _removed_afterwards(handle: torch.utils.hooks.RemovableHandle) -> Iterator[N
 
 
 @contextmanager
-def _exact_evaluation(*models: GPT2LMHeadModel) -> Iterator[None]:
+def _exact_evaluation(*models: PreTrainedModel) -> Iterator[None]:
     """Evaluation mode, no gradients, no autocast, full matrix precision; all put back afterwards."""
     undo: list[Callable[[], object]] = []
     precision = torch.get_float32_matmul_precision()

@@ -31,7 +31,8 @@ from ln_removal.files.atomic import check_room, is_full, shortage, written_whole
 from ln_removal.files.hub import is_hub_id, one_line
 from ln_removal.models import normfree_gpt2
 from ln_removal.models.loading import quiet_transformers
-from ln_removal.models.normfree_gpt2 import NormFreeGPT2Config, NormFreeGPT2LMHeadModel, from_folded
+from ln_removal.models.norm_free import from_folded, norm_free_config
+from ln_removal.models.normfree_gpt2 import NormFreeGPT2LMHeadModel
 from ln_removal.models.precision import export_bytes
 from ln_removal.norms.surgery import fold
 
@@ -48,7 +49,7 @@ MODULE = "modeling_normfree_gpt2"
 Format = Literal["normfree", "stock"]
 DIRECTORIES: dict[Format, str] = {"normfree": "model", "stock": "stock"}
 CONFIGURATION: dict[Format, Callable[[GPT2Config], PretrainedConfig]] = {
-    "normfree": NormFreeGPT2Config.from_gpt2,
+    "normfree": norm_free_config,
     "stock": stock_config,
 }
 

@@ -211,7 +211,7 @@ def load_untrained(directory: str | Path, *, dtype: torch.dtype | None = None) -
 
     from ln_removal.data.open_corpus import held_out_tokens
     from ln_removal.models.loading import load_model
-    from ln_removal.models.normfree_gpt2 import from_folded
+    from ln_removal.models.norm_free import from_folded
     from ln_removal.norms.surgery import fold, install
 
     loaded = load_model("tiny")

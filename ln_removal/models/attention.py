@@ -26,7 +26,7 @@ from transformers.integrations.flex_attention import compile_friendly_flex_atten
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ln_removal.models.blocked_attention import blocked_attention
-from ln_removal.models.layout import attention_of, blocks_of
+from ln_removal.models.families import attentions_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -115,7 +115,7 @@ def explicit_causal_attention(
     that; queries, keys, values and the output have the model's type. For batches without a cache.
 
     Args:
-        query, key, value: (B, H, T, K).
+        query, key, value: (B, H, T, K); keys and values may have fewer heads, each for as many of the queries' heads.
         attention_mask: None; which keys a query sees follows from their positions.
         scaling: of the scores, 1 / sqrt(K) by default.
         document_mask: of `document_inputs`, for rows that hold several documents.
@@ -125,6 +125,7 @@ def explicit_causal_attention(
     """
     assert attention_mask is None, "explicit attention is causal by position; it takes no mask"
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    key, value = _for_each_query_head(query, key, value)
     with torch.autocast(query.device.type, enabled=False):
         wide = _wide(query.dtype)
         scores = query.to(wide) @ key.to(wide).transpose(-1, -2) * scaling
@@ -191,7 +192,7 @@ def fused_causal_attention(
     scaled_dot_product_attention.
 
     Args:
-        query, key, value: (B, H, T, K).
+        query, key, value: (B, H, T, K); keys and values may have fewer heads, each for as many of the queries' heads.
         attention_mask: not looked at.
         scaling: of the scores, 1 / sqrt(K) by default.
         document_mask: of `document_inputs`, for rows that hold several documents.
@@ -204,14 +205,24 @@ def fused_causal_attention(
         kernel = compile_friendly_flex_attention if query.is_cuda else flex_attention
         # Autocast does not reach it.
         query, key = query.to(value.dtype), key.to(value.dtype)
+        key, value = _for_each_query_head(query, key, value)
         heads = kernel(query, key, value, block_mask=document_mask, scale=scaling)
         assert isinstance(heads, Tensor)
         return heads.transpose(1, 2).contiguous(), None
     if value.device.type == "cpu" and value.dtype == torch.bfloat16 and dropout == 0 and torch.compiler.is_compiling():
+        key, value = _for_each_query_head(query, key, value)
         heads = blocked_attention(query.to(value.dtype), key.to(value.dtype), value, scaling, document_mask)
         return heads.transpose(1, 2), None
     output: Tensor = sdpa_attention_forward(module, query, key, value, document_mask, dropout, scaling)[0]
     return output, None
+
+
+def _for_each_query_head(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values (B, H, T, K) for H heads of queries, where several of these share one (B, H / n, T, K)."""
+    groups = query.shape[1] // key.shape[1]
+    if groups == 1:
+        return key, value
+    return key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
 
 
 def fused_attention(model: PreTrainedModel) -> AbstractContextManager[None]:
@@ -268,8 +279,8 @@ def record_attention(model: PreTrainedModel, keep: Callable[[Tensor], R]) -> Ite
 
     with ExitStack() as stack:
         stack.enter_context(explicit_attention(model))
-        for block in blocks_of(model):
-            stack.callback(attention_of(block).register_forward_hook(hook).remove)
+        for attention in attentions_of(model):
+            stack.callback(attention.register_forward_hook(hook).remove)
         yield kept
 
 

@@ -15,7 +15,8 @@ from transformers import GPT2LMHeadModel
 
 from ln_removal.errors import UserError
 from ln_removal.models.layout import check_plain, check_supported, is_disarmed
-from ln_removal.models.normfree_gpt2 import NormFreeGPT2LMHeadModel, from_folded
+from ln_removal.models.norm_free import from_folded
+from ln_removal.models.normfree_gpt2 import NormFreeGPT2LMHeadModel
 from ln_removal.models.registration import ARCHITECTURE
 
 TOKENS = 16

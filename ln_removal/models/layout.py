@@ -1,8 +1,9 @@
-"""Where a GPT-2 keeps its LayerNorms and who reads each one.
+"""The sites of a model: who reads each of its norms. And whether a model is one whose norms can be removed.
 
-A Pre-LN GPT-2 block applies ln_1 before attention and ln_2 before the MLP; ln_f comes before the unembedding. ln_1 has
-two kinds of reader that can lose the norm at different times: queries and keys (which decide where attention looks) and
-values (which decide what it moves). So a model with L layers has 3L + 1 sites:
+A Pre-LN block has a norm in front of attention and one in front of the MLP; the last norm comes before the unembedding. They have
+the names of GPT-2's in every family (`families.py` has the modules). ln_1 has two kinds of reader that can lose the norm at
+different times: queries and keys (which decide where attention looks) and values (which decide what it moves). So a model with L
+layers has 3L + 1 sites:
 
     ln_2.i      read by the MLP of layer i        norm "ln_2.i", reader 0
     ln_1_qk.i   read by its queries and keys      norm "ln_1.i", reader 0
@@ -16,13 +17,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from ln_removal.errors import UserError
+from ln_removal.models.families import FAMILIES, Family, family_of
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import GPT2LMHeadModel, PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 SITE_KINDS = ("ln_2", "ln_1_qk", "ln_1_v", "ln_f")
 """Kinds of site, in the order in which a removal takes them."""
@@ -34,7 +36,7 @@ _NORM_OF_KIND = {"ln_2": "ln_2", "ln_1_qk": "ln_1", "ln_1_v": "ln_1", "ln_f": "l
 _READER_OF_KIND = {"ln_2": 0, "ln_1_qk": 0, "ln_1_v": 1, "ln_f": 0}
 
 DISARMING_EPSILON = 1e6
-"""Least layer_norm_epsilon that is taken to disarm a LayerNorm: the usual one is 1e-5, the published models have 1e12."""
+"""Least epsilon that is taken to disarm a norm: the usual one is 1e-5, the published models have 1e12."""
 
 
 MERGE_FIRST = "merge it first (with peft: model = model.merge_and_unload())"
@@ -102,128 +104,126 @@ def all_sites(n_layer: int) -> list[Site]:
     return [*blocks, Site("ln_f")]
 
 
-def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The transformer blocks of a Hugging Face causal language model of GPT-2's or GPT-NeoX's layout, first to last."""
-    body: Any = model.base_model
-    return list(body.h if hasattr(body, "h") else body.layers)
-
-
-def attention_of(block: nn.Module) -> nn.Module:
-    """The attention module of one of `blocks_of`: its forward returns (output, probabilities or None)."""
-    found: Any = block.attn if hasattr(block, "attn") else block.attention
-    return cast("nn.Module", found)
-
-
-def mlp_norm_of(block: nn.Module) -> nn.Module:
-    """The norm, or what replaced it, in front of the MLP of one of `blocks_of`. In a parallel block it reads the block's input."""
-    found: Any = block.ln_2 if hasattr(block, "ln_2") else block.post_attention_layernorm
-    return cast("nn.Module", found)
-
-
-def final_norm_of(model: nn.Module) -> nn.Module:
-    """The norm, or what replaced it, in front of the unembedding."""
-    body: Any = model.base_model
-    return cast("nn.Module", body.ln_f if hasattr(body, "ln_f") else body.final_layer_norm)
-
-
-def check_supported(model: nn.Module) -> None:
-    """Check that `model` is a GPT-2 language model whose norms are all LayerNorms with a weight and a bias.
+def check_supported(model: nn.Module) -> Family:
+    """Check that `model` is a language model of a known family whose norms are all still there; returns the family.
 
     Raises:
         UserError: another architecture, cross-attention, norms that are already replaced or gone, or a module that computes
-            something else than GPT-2's; see `check_plain`.
+            something else than the family's; see `check_plain`.
     """
-    from torch import nn
-    from transformers import GPT2LMHeadModel
-
-    if not isinstance(model, GPT2LMHeadModel):
+    config = getattr(model, "config", None)
+    classes = {kind.__name__ for kind in type(model).__mro__}
+    families = [family for family in FAMILIES.values() if family.model_class in classes]
+    if not families or config is None:
         adapter = f"; {MERGE_FIRST}" if hasattr(model, "merge_and_unload") else ""
         raise UserError(
-            f"{type(model).__name__} is not supported{adapter}; pass a GPT2LMHeadModel "
-            "(GPT-2 small to XL, distilgpt2 or another checkpoint of that architecture)"
+            f"{type(model).__name__} is not supported{adapter}; pass one of "
+            f"{', '.join(family.model_class for family in FAMILIES.values())}"
         )
-    if model.config.add_cross_attention:
+    family, loaded = families[0], cast("PreTrainedModel", model)
+    if getattr(config, "add_cross_attention", False):
         raise UserError(
             "the model has cross-attention, whose LayerNorms have no site; pass a decoder-only GPT-2 "
             "(add_cross_attention false in its config.json)"
         )
-    for name, norm in _named_norms(model):
-        if isinstance(norm, nn.LayerNorm):
-            if norm.weight is None or norm.bias is None:
-                raise UserError(f"{name} has no weight or no bias; pass a GPT-2 whose LayerNorms have both")
-            continue
-        if hasattr(model.get_submodule("transformer.h.0.attn.c_attn"), "norm"):
-            raise UserError(
-                "the freezable norms are already installed in this model; load it afresh, "
-                "or get at them with NormSites.of(model)"
-            )
+    norms = family.norms(config.num_hidden_layers)
+    if any(type(module).__name__ == "FreezableNorm" for module in loaded.modules()):
         raise UserError(
-            f"{name} is of type {type(norm).__name__}, not LayerNorm; pass a GPT-2 that still has its LayerNorms"
+            "the freezable norms are already installed in this model; load it afresh, "
+            "or get at them with NormSites.of(model)"
         )
-    check_plain(model, norms=[name for name, _ in _named_norms(model)])
+    for path in norms.values():
+        norm = loaded.get_submodule(path)
+        if not _is_norm(norm, family):
+            kind = "LayerNorm" if family.centred else "RMSNorm"
+            raise UserError(
+                f"{path} is of type {type(norm).__name__}, not {kind}; pass a {family.title} that still has its norms"
+            )
+        if getattr(norm, "weight", None) is None or (family.centred and getattr(norm, "bias", None) is None):
+            raise UserError(f"{path} has no weight or no bias; pass a {family.title} whose norms have both")
+    check_plain(loaded, norms=list(norms.values()))
+    return family
 
 
-def check_plain(model: GPT2LMHeadModel, *, norms: Sequence[str], projection: type[nn.Module] | None = None) -> None:
+def _is_norm(module: nn.Module, family: Family) -> bool:
+    """Whether a module is the kind of norm that the family has, unchanged."""
+    from torch import nn
+
+    if family.centred:
+        return isinstance(module, nn.LayerNorm)
+    return type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")
+
+
+def check_plain(model: PreTrainedModel, *, norms: Sequence[str], projections: Sequence[type[nn.Module]] = ()) -> None:
     """Check that the weights which a fold reads are all that the modules between the norms compute with.
 
     An adapter or a quantised layer has a `weight` too, which is not what it multiplies with.
 
     Args:
-        model: a GPT-2.
+        model: of a known family.
         norms: paths of its norms.
-        projection: class of each c_attn; default: transformers' Conv1D.
+        projections: classes that a map behind the attention's norm may be of; default: those of transformers alone.
 
     Raises:
         UserError: a linear map or an embedding is of another class, its weights are no plain parameters, an activation is not
-            the one of the configuration, or the model has parameters that GPT-2 does not have.
+            the one of the configuration, or the model has parameters that its family does not have.
     """
     from torch import nn
     from transformers.activations import ACT2FN
-    from transformers.pytorch_utils import Conv1D
 
-    expected: dict[str, type[nn.Module]] = {"transformer.wte": nn.Embedding, "transformer.wpe": nn.Embedding}
-    activation = model.config.activation_function
-    for block in (f"transformer.h.{i}" for i in range(model.config.n_layer)):
-        expected |= {f"{block}.{name}": Conv1D for name in ("attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
-        expected[f"{block}.mlp.act"] = type(ACT2FN[activation])
-        if getattr(model.config, "split_qkv", False):
-            expected |= {f"{block}.attn.c_attn.{part}": nn.Linear for part in "qkv"}
-        else:
-            expected[f"{block}.attn.c_attn"] = projection or Conv1D
-    expected["lm_head"] = nn.Linear
-    for name, kind in expected.items():
-        module = model.get_submodule(name)
-        if type(module) is not kind and name.endswith("mlp.act"):
+    family = family_of(model.config)
+    expected = _expected_maps(model, family)
+    activation = getattr(model.config, family.activation_field)
+    for layer in range(model.config.num_hidden_layers):
+        name = f"{family.block(layer)}.{family.activation}"
+        if type(found := model.get_submodule(name)) is not type(ACT2FN[activation]):
             raise UserError(
-                f"{name} is of type {type(module).__name__}, but the configuration has activation_function {activation!r}; an "
+                f"{name} is of type {type(found).__name__}, but the configuration has {family.activation_field} {activation!r}; an "
                 "export is built from the configuration, so pass a model whose activations are the ones that it names"
             )
+    joints = {f"{family.block(i)}.{path}" for i in range(model.config.num_hidden_layers) for path in family.qkv}
+    for name, kind in expected.items():
+        module = model.get_submodule(name)
+        if name in joints and isinstance(module, tuple(projections)):
+            continue
         weight = getattr(module, "weight", None)
         odd = type(module) is kind and weight is not None and type(weight) is not nn.Parameter
         if type(module) is not kind or odd:
-            found = (
+            described = (
                 f"{type(module).__name__} with a weight of type {type(weight).__name__}"
                 if odd
                 else type(module).__name__
             )
             raise UserError(
-                f"{name} is of type {found}, not a plain {kind.__name__}, and what it does besides would be lost; if it holds an "
-                f"adapter, {MERGE_FIRST}; if it is quantised, load the model in float32"
+                f"{name} is of type {described}, not a plain {kind.__name__}, and what it does besides would be lost; if it holds "
+                f"an adapter, {MERGE_FIRST}; if it is quantised, load the model in float32"
             )
-    known = {*norms, *(name for name in expected if not name.endswith("mlp.act"))}
+    known = {*norms, *expected}
     if added := [name for name, _ in model.named_parameters() if name.rpartition(".")[0] not in known]:
         raise UserError(
-            f"the model has {len(added)} parameters that a GPT-2 does not have, such as {added[0]}, which would be lost; if they "
-            f"are of an adapter, {MERGE_FIRST}"
+            f"the model has {len(added)} parameters that a {family.title} does not have, such as {added[0]}, which would be lost; "
+            f"if they are of an adapter, {MERGE_FIRST}"
         )
 
 
-def _named_norms(model: GPT2LMHeadModel) -> list[tuple[str, nn.Module]]:
-    """(module path, module) of ln_1 and ln_2 of each block and of ln_f."""
-    names = [f"transformer.h.{i}.{ln}" for i in range(model.config.n_layer) for ln in ("ln_1", "ln_2")]
-    return [(name, model.get_submodule(name)) for name in [*names, "transformer.ln_f"]]
+def _expected_maps(model: PreTrainedModel, family: Family) -> dict[str, type[nn.Module]]:
+    """The class of each embedding and linear map of a model, by path."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    kind: type[nn.Module] = Conv1D if family.input_first else nn.Linear
+    expected: dict[str, type[nn.Module]] = {f"{family.body}.{name}": nn.Embedding for name in family.embeddings}
+    for layer in range(model.config.num_hidden_layers):
+        expected |= {f"{family.block(layer)}.{path}": kind for path in (*family.mlp, *family.others)}
+        for path in family.qkv:
+            name = f"{family.block(layer)}.{path}"
+            if getattr(model.config, "split_qkv", False):
+                expected |= {f"{name}.{part}": nn.Linear for part in "qkv"}
+            else:
+                expected[name] = kind
+    return expected | {"lm_head": nn.Linear}
 
 
 def is_disarmed(config: PretrainedConfig) -> bool:
-    """Whether a GPT-2 configuration is of a stock form, ours or a published one: its epsilon disarms LayerNorm."""
-    return bool(getattr(config, "layer_norm_epsilon", 0.0) >= DISARMING_EPSILON)
+    """Whether a configuration is of a stock form, ours or a published one: its epsilon disarms the norms."""
+    return float(getattr(config, family_of(config).epsilon, 0.0)) >= DISARMING_EPSILON

@@ -12,26 +12,12 @@ Shapes: D model width, V vocabulary, L layers.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers.generation.configuration_utils import GenerationConfig
 from transformers.models.gpt2.configuration_gpt2 import GPT2Config
 from transformers.models.gpt2.modeling_gpt2 import GPT2LMHeadModel
-
-_NOT_INHERITED = (
-    "model_type",
-    "architectures",
-    "auto_map",
-    "transformers_version",
-    "tie_word_embeddings",
-    "dtype",
-    "split_qkv",
-)
-"""Entries of a GPT-2 configuration that say which class it is for, and so are not taken over."""
 
 
 class NormFreeGPT2Config(GPT2Config):
@@ -45,12 +31,6 @@ class NormFreeGPT2Config(GPT2Config):
 
     tie_word_embeddings: bool = False
     split_qkv: bool = False
-
-    @classmethod
-    def from_gpt2(cls, config: GPT2Config) -> NormFreeGPT2Config:
-        """The configuration of the LN-free model folded from a model with configuration `config`."""
-        # Filled in by saving too, but some tools ask a model that was never saved.
-        return cls(**without_identity(config), architectures=["NormFreeGPT2LMHeadModel"])
 
 
 class SplitQKV(nn.Module):
@@ -98,65 +78,3 @@ class NormFreeGPT2LMHeadModel(GPT2LMHeadModel):
         self.transformer.ln_f = nn.Identity()
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=True)
         self.post_init()
-
-
-def from_folded(
-    config: GPT2Config,
-    state: Mapping[str, Tensor],
-    generation_config: GenerationConfig | None = None,
-    *,
-    split_qkv: bool = False,
-) -> NormFreeGPT2LMHeadModel:
-    """Build the LN-free model from folded weights, in evaluation mode.
-
-    Args:
-        config: of the model that was folded; its sizes, dropout and token ids are taken over.
-        state: what `ln_removal.norms.surgery.fold` returned, or the state of an LN-free model, split or not. The model takes
-            the tensors over, without a copy, unless it has to split or join them.
-        generation_config: how the model that was folded writes text; copied. None: transformers' defaults.
-        split_qkv: queries, keys and values get linear maps of their own.
-    """
-    own = NormFreeGPT2Config.from_gpt2(config)
-    own.split_qkv = split_qkv
-    # On the meta device: no time and memory for random weights that are replaced at once.
-    with torch.device("meta"):
-        model = NormFreeGPT2LMHeadModel(own)
-    fitting = _split(state) if split_qkv else _joined(state)
-    model.load_state_dict({name: nn.Parameter(value) for name, value in fitting.items()}, strict=True, assign=True)
-    left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
-    assert not left, left
-    if generation_config is not None:
-        model.generation_config = copy.deepcopy(generation_config)
-    return model.eval()
-
-
-def _split(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state with c_attn as three linear maps; nn.Linear keeps its weight output-first."""
-    found: dict[str, Tensor] = {}
-    for name, value in state.items():
-        start, joint, end = name.rpartition("attn.c_attn.")
-        if not joint or end not in ("weight", "bias"):
-            found[name] = value
-            continue
-        for part, own in zip("qkv", value.detach().tensor_split(3, dim=-1), strict=True):
-            found[f"{start}{joint}{part}.{end}"] = own.T.contiguous() if end == "weight" else own.clone()
-    return found
-
-
-def _joined(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state with one c_attn a layer."""
-    found: dict[str, Tensor] = {}
-    for name, value in state.items():
-        start, split, end = name.rpartition("attn.c_attn.q.")
-        if split:
-            parts = [state[f"{start}attn.c_attn.{part}.{end}"].detach() for part in "qkv"]
-            joint = torch.cat(parts)
-            found[f"{start}attn.c_attn.{end}"] = joint.T.contiguous() if end == "weight" else joint
-        elif "attn.c_attn.k." not in name and "attn.c_attn.v." not in name:
-            found[name] = value
-    return found
-
-
-def without_identity(config: GPT2Config) -> dict[str, Any]:
-    """A GPT-2 configuration as a dictionary, without what ties it to one model class."""
-    return {key: value for key, value in config.to_dict().items() if key not in _NOT_INHERITED}

@@ -22,10 +22,16 @@ from ln_removal.errors import UserError
 
 _NORMFREE = "ln_removal.models.normfree_gpt2"
 
+_ROTARY = "ln_removal.models.normfree_rotary"
+
 _NORM_CHOICE = "ln_removal.models.norm_choice"
 
 MODEL_CLASSES = {
     "normfree_gpt2": (_NORMFREE, "NormFreeGPT2Config", "NormFreeGPT2LMHeadModel"),
+    "normfree_gpt_neox": (_ROTARY, "NormFreeGPTNeoXConfig", "NormFreeGPTNeoXForCausalLM"),
+    "normfree_llama": (_ROTARY, "NormFreeLlamaConfig", "NormFreeLlamaForCausalLM"),
+    "normfree_mistral": (_ROTARY, "NormFreeMistralConfig", "NormFreeMistralForCausalLM"),
+    "normfree_qwen2": (_ROTARY, "NormFreeQwen2Config", "NormFreeQwen2ForCausalLM"),
     "revival_gpt2": (_NORM_CHOICE, "RevivalGPT2Config", "RevivalGPT2LMHeadModel"),
     "revival_gpt_neox": (_NORM_CHOICE, "RevivalGPTNeoXConfig", "RevivalGPTNeoXForCausalLM"),
 }
@@ -41,7 +47,7 @@ ARCHITECTURE = "NormFreeGPT2LMHeadModel"
 def watch_imports() -> None:
     """Leave the hooks; where a module is imported already, its hook runs at once."""
     wrapt.when_imported("transformers.models.auto.configuration_auto")(_register_stand_ins)
-    for module in (_NORMFREE, _NORM_CHOICE):
+    for module in (_NORMFREE, _ROTARY, _NORM_CHOICE):
         wrapt.when_imported(module)(_register_classes)
     wrapt.when_imported("transformer_lens.factories.architecture_adapter_factory")(_register_adapter)
 

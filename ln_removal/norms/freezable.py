@@ -1,18 +1,21 @@
-"""FreezableNorm: one module from a real LayerNorm (mix 0) to a constant scale (mix 1).
+"""FreezableNorm: one module from a real LayerNorm or RMSNorm (mix 0) to a constant scale (mix 1).
 
-    scale = (var(x) + eps)^(-(1 - mix) / 2) * frozen_std[class of the position]^(-mix)
-    y     = (x - mean(x)) * scale * gamma + beta
+    LayerNorm:  scale = (var(x) + eps)^(-(1 - mix) / 2) * frozen_std[class of the position]^(-mix)
+                y     = (x - mean(x)) * scale * gamma + beta
+    RMSNorm:    the same with the mean of x^2 in place of the variance, and neither mean(x) nor beta
 
-Mix 0 is LayerNorm (arXiv 1607.06450); mix 1 is the frozen norm of arXiv 2409.13710; between the two the logarithm of the
-scale moves in a straight line. A weighted mean of both scales would give a position whose std is 150 times the constant 16
-times its real scale at mix 0.1; this gives it 1.65 times. Mix and constants are buffers, so freezing only writes memory: one
-compiled graph serves a whole run, and nothing in a forward pass waits for the device.
+Mix 0 is LayerNorm (arXiv 1607.06450) or RMSNorm (arXiv 1910.07467), whose root mean square is called std here, too; mix 1 is the
+frozen norm of arXiv 2409.13710; between the two the logarithm of the scale moves in a straight line. A weighted mean of both
+scales would give a position whose std is 150 times the constant 16 times its real scale at mix 0.1; this gives it 1.65 times. Mix
+and constants are buffers, so freezing only writes memory: one compiled graph serves a whole run, and nothing in a forward pass
+waits for the device.
 
 Shapes: B batch, T positions, D model width, R readers of a norm, K position classes (3).
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -31,16 +34,6 @@ UNOBSERVED = -1
 """Stands in place of a class at positions that no statistics are gathered of, such as padding. Nobody reads what a norm gives
 there."""
 
-_FORWARD_ORDER = (
-    "input_ids",
-    "past_key_values",
-    "attention_mask",
-    "token_type_ids",
-    "position_ids",
-    "inputs_embeds",
-)
-"""Positional parameters of transformers' GPT2Model.forward."""
-
 
 class PositionClasses(nn.Module):
     """The class of every position of the batch now in the model, shared by all its norms.
@@ -49,19 +42,23 @@ class PositionClasses(nn.Module):
 
     Args:
         eot_token_id: id of the end-of-text token; None for a vocabulary without one, then no position is END_OF_TEXT.
+        bos_token_id: id of a token that begins every text, if that is another one: its positions are FIRST, wherever they are.
 
     Attributes:
         current: (B, T) int64, a class for each position, or UNOBSERVED. (1, 1) ORDINARY before the first call.
     """
 
-    def __init__(self, eot_token_id: int | None) -> None:
+    def __init__(self, eot_token_id: int | None, bos_token_id: int | None = None) -> None:
         super().__init__()
         self.eot_token_id = eot_token_id
+        self.bos_token_id = bos_token_id if bos_token_id != eot_token_id else None
+        self._forward_order: tuple[str, ...] = ()
         # A plain attribute, not a buffer: it belongs to a batch, so it is not state and no wrapper should broadcast it.
         self.current: Tensor = torch.zeros(1, 1, dtype=torch.int64)
 
     def watch(self, transformer: nn.Module) -> RemovableHandle:
-        """Fill `current` before each forward pass of `transformer` (a transformers GPT2Model)."""
+        """Fill `current` before each forward pass of `transformer`, the body of a language model of transformers."""
+        self._forward_order = tuple(inspect.signature(transformer.forward).parameters)
         return transformer.register_forward_pre_hook(self._before_forward, with_kwargs=True)
 
     @torch.no_grad()
@@ -98,11 +95,13 @@ class PositionClasses(nn.Module):
         classes = torch.full(shape, ORDINARY, dtype=torch.int64, device=device)
         if tokens is not None and self.eot_token_id is not None:
             classes.masked_fill_(tokens == self.eot_token_id, END_OF_TEXT)
+        if tokens is not None and self.bos_token_id is not None:
+            classes.masked_fill_(tokens == self.bos_token_id, FIRST)
         classes.masked_fill_(position_ids == 0, FIRST)
         self.current = classes if observed is None else classes.masked_fill_(observed[:, -shape[1] :] == 0, UNOBSERVED)
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = {**dict(zip(_FORWARD_ORDER, args, strict=False)), **kwargs}
+        given = {**dict(zip(self._forward_order, args, strict=False)), **kwargs}
         cache = given.get("past_key_values")
         observed, mask = given.get("observed"), given.get("attention_mask")
         if observed is None and isinstance(mask, Tensor):
@@ -116,7 +115,7 @@ class PositionClasses(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return f"eot_token_id={self.eot_token_id}"
+        return f"eot_token_id={self.eot_token_id}, bos_token_id={self.bos_token_id}"
 
 
 def _attended(mask: Tensor) -> Tensor | None:
@@ -135,12 +134,12 @@ def _attended(mask: Tensor) -> Tensor | None:
 
 
 class FreezableNorm(nn.Module):
-    """A LayerNorm over the last dimension whose scale can be frozen, one reader at a time.
+    """A LayerNorm or RMSNorm over the last dimension whose scale can be frozen, one reader at a time.
 
     Args:
         weight: (D,) gamma; taken over as a parameter, not copied.
-        bias: (D,) beta; likewise.
-        eps: added to the variance, as in LayerNorm.
+        bias: (D,) beta; likewise. None makes it an RMSNorm: no bias, no mean, the mean square in place of the variance.
+        eps: added to the variance or the mean square.
         classes: the model's shared position classes.
         readers: R, how many readers with a mix of their own the norm has.
         median: the statistic of a batch's ordinary positions is the median of their stds, not the mean. A few positions with
@@ -168,7 +167,7 @@ class FreezableNorm(nn.Module):
     def __init__(
         self,
         weight: nn.Parameter,
-        bias: nn.Parameter,
+        bias: nn.Parameter | None,
         eps: float,
         *,
         classes: PositionClasses,
@@ -176,7 +175,7 @@ class FreezableNorm(nn.Module):
         median: bool = False,
     ) -> None:
         super().__init__()
-        assert weight.shape == bias.shape and weight.ndim == 1, (weight.shape, bias.shape)
+        assert weight.ndim == 1 and (bias is None or weight.shape == bias.shape), weight.shape
         assert readers >= 1, readers
         self.weight = weight
         self.bias = bias
@@ -211,28 +210,32 @@ class FreezableNorm(nn.Module):
                 self._buffers[name] = buffer.to(device=converted.device, dtype=wide)
         return self
 
-    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+    def forward(self, x: Tensor) -> Tensor:
         """Normalize `x` (B, T, D) once for each reader.
 
         Computes in float32 (float64 for float64 input) and returns x's dtype: a (B, T, D) tensor when R == 1,
-        otherwise a tuple of R of them.
+        otherwise all R side by side, (B, T, R D).
         """
         outputs = self.readings(x)
-        return outputs[0] if self.readers == 1 else outputs
+        return outputs[0] if self.readers == 1 else torch.cat(outputs, dim=-1)
 
     def readings(self, x: Tensor) -> tuple[Tensor, ...]:
         """What each of the R readers gets for `x` (B, T, D): always a tuple, else the same as `forward`."""
         classes = self.classes.current
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        variance, mean = torch.var_mean(wide, dim=-1, correction=0, keepdim=True)
+        if self.bias is None:
+            variance, centred = wide.square().mean(dim=-1, keepdim=True), wide * self.weight
+        else:
+            variance, mean = torch.var_mean(wide, dim=-1, correction=0, keepdim=True)
+            centred = (wide - mean) * self.weight
         variance = variance + self.eps
         if self.training:
             self._observe(variance, classes)
-        centred, log_variance = (wide - mean) * self.weight, variance.log()
-        return tuple(
-            torch.addcmul(self.bias, centred, self._scale(r, log_variance, classes)).to(x.dtype)
-            for r in range(self.readers)
-        )
+        log_variance = variance.log()
+        scales = (self._scale(r, log_variance, classes) for r in range(self.readers))
+        if self.bias is None:
+            return tuple((centred * scale).to(x.dtype) for scale in scales)
+        return tuple(torch.addcmul(self.bias, centred, scale).to(x.dtype) for scale in scales)
 
     def _scale(self, reader: int, log_variance: Tensor, classes: Tensor) -> Tensor:
         """The scale of one reader, (B, T, 1), by the module's formula. At mix 1 it is exactly 1 / constant, whatever the variance is.
@@ -313,36 +316,76 @@ class FreezableNorm(nn.Module):
 
 
 class NormedProjection(nn.Module):
-    """GPT-2's attention input projection together with the norm in front of it.
+    """The attention's joint input projection of GPT-2 or GPT-NeoX together with the norm in front of it.
 
-    Takes c_attn's place, with an identity in ln_1's: queries and keys are projected from the norm's reader 0
-    (ln_1_qk), values from its reader 1 (ln_1_v).
+    Takes the place of c_attn or query_key_value, with an identity in the norm's: queries and keys are projected from the norm's
+    reader 0 (ln_1_qk), values from its reader 1 (ln_1_v).
 
     Args:
         norm: ln_1 with R = 2 readers.
-        weight: (D, 3D) input-first weight of c_attn, columns q, k, v; taken over, not copied.
+        weight: taken over, not copied. Of GPT-2 (D, 3D), input-first, columns q, k, v. Of GPT-NeoX (3D, D), output-first, head
+            by head its rows q, k, v.
         bias: (3D,) likewise.
+        heads: of a GPT-NeoX; None for a GPT-2.
     """
 
-    def __init__(self, norm: FreezableNorm, weight: nn.Parameter, bias: nn.Parameter) -> None:
+    def __init__(
+        self, norm: FreezableNorm, weight: nn.Parameter, bias: nn.Parameter, *, heads: int | None = None
+    ) -> None:
         super().__init__()
+        width = norm.weight.shape[0]
         assert norm.readers == 2, norm.readers
-        assert weight.shape == (norm.weight.shape[0], 3 * norm.weight.shape[0]), weight.shape
+        assert weight.shape == ((width, 3 * width) if heads is None else (3 * width, width)), weight.shape
         self.norm = norm
         self.weight = weight
         self.bias = bias
+        self.heads = heads
 
     def forward(self, x: Tensor) -> Tensor:
         """Project the residual stream `x` (B, T, D) to queries, keys and values (B, T, 3D)."""
         for_qk, for_v = self.norm.readings(x)
         width = x.shape[-1]
-        # split, not two slices: its backward joins the two gradients instead of padding each with zeros and adding
-        weight_qk, weight_v = self.weight.split((2 * width, width), dim=1)
-        bias_qk, bias_v = self.bias.split((2 * width, width))
-        return torch.cat((_affine(for_qk, weight_qk, bias_qk), _affine(for_v, weight_v, bias_v)), dim=-1)
+        if self.heads is None:
+            # split, not two slices: its backward joins the two gradients instead of padding each with zeros and adding
+            weight_qk, weight_v = self.weight.split((2 * width, width), dim=1)
+            bias_qk, bias_v = self.bias.split((2 * width, width))
+            return torch.cat((_affine(for_qk, weight_qk, bias_qk), _affine(for_v, weight_v, bias_v)), dim=-1)
+        sizes = (2 * width // self.heads, width // self.heads)
+        rows_qk, rows_v = self.weight.view(self.heads, -1, width).split(sizes, dim=1)
+        bias_qk, bias_v = self.bias.view(self.heads, -1).split(sizes, dim=1)
+        qk = nn.functional.linear(for_qk, rows_qk.reshape(2 * width, width), bias_qk.reshape(-1))
+        v = nn.functional.linear(for_v, rows_v.reshape(width, width), bias_v.reshape(-1))
+        shape = (*x.shape[:-1], self.heads)
+        return torch.cat((qk.view(*shape, sizes[0]), v.view(*shape, sizes[1])), dim=-1).view(*x.shape[:-1], 3 * width)
 
     def extra_repr(self) -> str:
-        return f"{self.weight.shape[0]}, {self.weight.shape[1]}"
+        return f"{tuple(self.weight.shape)}, heads={self.heads}"
+
+
+class ReadingProjection(nn.Module):
+    """A linear map of queries, keys or values behind a norm of R readers that stays where it was (Llama's q_proj).
+
+    The norm gives what all readers get side by side; this map reads its own part.
+
+    Args:
+        weight: (out, D), output-first; taken over, not copied.
+        bias: (out,) likewise, or None.
+        reader: which part, from 0.
+    """
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, *, reader: int) -> None:
+        super().__init__()
+        self.weight = weight
+        self.bias = bias
+        self.reader = reader
+
+    def forward(self, parts: Tensor) -> Tensor:
+        """Project one part of `parts` (B, T, R D) to (B, T, out)."""
+        width = self.weight.shape[1]
+        return nn.functional.linear(parts.narrow(-1, self.reader * width, width), self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, reader={self.reader}"
 
 
 def _affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
-"""Install freezable norms in a GPT-2, steer them, and fold them away.
+"""Install freezable norms in a model, steer them, and fold them away.
 
-`install` replaces modules and leaves every forward method alone: an identity stands in ln_1's place, a projection that
-owns the norm in c_attn's place (so that queries and keys can lose the norm before values do), a FreezableNorm in ln_2's
-and ln_f's. Through `NormSites` a training loop sets mixes and special constants and updates running statistics.
+`install` replaces modules and leaves every forward method alone: a FreezableNorm stands in the place of each norm. Queries and
+keys can lose the norm before values do. So where one map makes all three (GPT-2, GPT-NeoX), a projection that owns the norm takes
+that map's place and an identity the norm's; where each has a map of its own (Llama), each map reads its part of what the norm
+gives. Through `NormSites` a training loop sets mixes and special constants and updates running statistics.
 
 `fold` moves frozen norms into the weights that read them. A frozen norm in front of a linear map, W (in, out) and
 b (out,), is linear; with one constant sigma,
@@ -10,59 +11,83 @@ b (out,), is linear; with one constant sigma,
     ((x - mean(x)) / sigma * gamma + beta) W + b  =  x W' + b'
     W' = C diag(gamma / sigma) W        b' = b + beta W
 
-where C = I - 11^T / D subtracts, of each column, its mean over the input dimension (x - mean(x) = x C, C symmetric).
+where C = I - 11^T / D subtracts, of each column, its mean over the input dimension (x - mean(x) = x C, C symmetric). For an
+RMSNorm C is the identity and beta is 0.
 
 Shapes: B batch, T positions, D model width, V vocabulary, L layers, R readers of a norm, K position classes (3).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ln_removal.errors import UserError
+from ln_removal.models.families import Family, blocks_of, family_of, final_norm_of
 from ln_removal.models.layout import SPECIALS, Site, all_sites, check_plain, check_supported, parse_site
-from ln_removal.norms.freezable import END_OF_TEXT, FIRST, ORDINARY, FreezableNorm, NormedProjection, PositionClasses
+from ln_removal.norms.freezable import (
+    END_OF_TEXT,
+    FIRST,
+    ORDINARY,
+    FreezableNorm,
+    NormedProjection,
+    PositionClasses,
+    ReadingProjection,
+)
 
 if TYPE_CHECKING:
-    from transformers import GPT2LMHeadModel
+    from transformers import PreTrainedModel
 
 _CLASS_OF_SPECIAL = dict(zip(SPECIALS, (END_OF_TEXT, FIRST), strict=True))
 
 
-def install(model: GPT2LMHeadModel, *, eot_token_id: int | None, median: bool = False) -> NormSites:
-    """Replace every LayerNorm of `model`, in place, by a freezable norm at mix 0. Its outputs stay the same.
+def install(
+    model: PreTrainedModel, *, eot_token_id: int | None, bos_token_id: int | None = None, median: bool = False
+) -> NormSites:
+    """Replace every norm of `model`, in place, by a freezable norm at mix 0. Its outputs stay the same.
 
-    Parameters keep their identity (the same nn.Parameter objects, weights still tied); names change only for ln_1,
-    whose weight and bias are now under attn.c_attn.norm.
+    Parameters keep their identity (the same nn.Parameter objects, weights still tied). Names change only where one map makes
+    queries, keys and values: the weight and bias of ln_1 are then under that map's norm (attn.c_attn.norm of a GPT-2).
 
     Args:
-        model: a GPT-2 with its LayerNorms.
+        model: of a known family (`models.families`), with its norms.
         eot_token_id: id of the end-of-text token, whose positions get a constant of their own until it is dropped;
             None when the vocabulary has none.
+        bos_token_id: id of the token that begins every text, if it is another one: it shares the constant of position 0.
         median: the constants are running medians of the stds, not running means; see `FreezableNorm`.
 
     Raises:
-        UserError: the model is not a GPT-2 with LayerNorms, the norms are already installed, a linear map holds an adapter or is
+        UserError: the model is of no known family, its norms are already replaced, a linear map holds an adapter or is
             quantised, or a module that is replaced has hooks.
     """
-    check_supported(model)
-    _check_no_hooks(model)
-    classes = PositionClasses(eot_token_id)
-    classes.watch(model.transformer)
+    family = check_supported(model)
+    _check_no_hooks(model, family)
+    classes = PositionClasses(eot_token_id, bos_token_id)
+    classes.watch(model.base_model)
 
     def freezable(norm: nn.Module, readers: int = 1) -> FreezableNorm:
-        assert isinstance(norm, nn.LayerNorm)
-        return FreezableNorm(norm.weight, norm.bias, norm.eps, classes=classes, readers=readers, median=median)
+        weight, bias = norm.get_parameter("weight"), norm.get_parameter("bias") if family.centred else None
+        eps = norm.eps if isinstance(norm, nn.LayerNorm) else norm.variance_epsilon
+        assert isinstance(eps, float), eps
+        return FreezableNorm(weight, bias, eps, classes=classes, readers=readers, median=median)
 
-    for block in model.transformer.h:
-        projection = block.attn.c_attn
-        block.attn.c_attn = NormedProjection(freezable(block.ln_1, readers=2), projection.weight, projection.bias)
-        block.ln_1 = nn.Identity()
-        block.ln_2 = freezable(block.ln_2)
-    model.transformer.ln_f = freezable(model.transformer.ln_f)
+    for block in blocks_of(model):
+        norm = freezable(block.get_submodule(family.attention_norm), readers=2)
+        maps = {path: block.get_submodule(path) for path in family.qkv}
+        block.set_submodule(family.attention_norm, nn.Identity() if family.joint else norm)
+        for number, (path, reader) in enumerate(maps.items()):
+            weight = reader.get_parameter("weight")
+            bias = None if reader.bias is None else reader.get_parameter("bias")
+            if family.joint:
+                assert bias is not None, path
+                heads = model.config.num_attention_heads if family.joint == "heads" else None
+                block.set_submodule(path, NormedProjection(norm, weight, bias, heads=heads))
+            else:  # queries, keys, values
+                block.set_submodule(path, ReadingProjection(weight, bias, reader=int(number == 2)))
+        block.set_submodule(family.mlp_norm, freezable(block.get_submodule(family.mlp_norm)))
+    model.base_model.set_submodule(family.final_norm, freezable(final_norm_of(model)))
     model.train(model.training)  # New modules start in training mode.
     return NormSites.of(model)
 
@@ -95,12 +120,15 @@ class NormSites:
         """
         if not any(isinstance(module, FreezableNorm) for module in model.modules()):
             raise UserError(f"this {type(model).__name__} has no freezable norms; call install(model) first")
-        norms: dict[str, FreezableNorm] = {}
-        for i, block in enumerate(model.get_submodule("transformer.h").children()):
-            norms[f"ln_1.{i}"] = _as_freezable(block.get_submodule("attn.c_attn.norm"))
-            norms[f"ln_2.{i}"] = _as_freezable(block.get_submodule("ln_2"))
-        norms["ln_f"] = _as_freezable(model.get_submodule("transformer.ln_f"))
-        return cls(norms)
+        config: Any = model.config
+        family = family_of(config)
+        paths = family.norms(config.num_hidden_layers)
+        if family.joint:  # the projection owns ln_1
+            paths |= {
+                f"ln_1.{layer}": f"{family.block(layer)}.{family.qkv[0]}.norm"
+                for layer in range(config.num_hidden_layers)
+            }
+        return cls({name: _as_freezable(model.get_submodule(path)) for name, path in paths.items()})
 
     def set_mix(self, site: Site | str, value: float) -> None:
         """Set the mix of one site.
@@ -222,38 +250,42 @@ class NormSites:
 
 
 def fold_affine(
-    weight: Tensor, bias: Tensor | None, gamma: Tensor, beta: Tensor, sigma: Tensor
-) -> tuple[Tensor, Tensor]:
+    weight: Tensor, bias: Tensor | None, gamma: Tensor, beta: Tensor | None, sigma: Tensor
+) -> tuple[Tensor, Tensor | None]:
     """Fold one frozen norm into the linear map behind it.
 
     Args:
         weight: (D, out) input-first weight of the map.
         bias: (out,) its bias, None for none.
         gamma: (D,) weight of the norm.
-        beta: (D,) bias of the norm.
+        beta: (D,) bias of the norm; None for an RMSNorm, which does not subtract the mean either.
         sigma: the constant: a scalar, or (out,) one for each output column.
 
     Returns:
-        (D, out) weight and (out,) bias in float64; each column of the weight has mean zero.
+        (D, out) weight and (out,) bias in float64. Behind a LayerNorm each column of the weight has mean zero; behind an RMSNorm
+        a map without a bias gets none (None).
     """
     wide = weight.double()
     scaled = gamma.double().unsqueeze(1) * wide / sigma.double()
+    if beta is None:
+        return scaled, None if bias is None else bias.double()
     shift = beta.double() @ wide
     return scaled - scaled.mean(dim=0, keepdim=True), shift if bias is None else bias.double() + shift
 
 
 @torch.no_grad()
-def fold(model: GPT2LMHeadModel) -> dict[str, Tensor]:
+def fold(model: PreTrainedModel) -> dict[str, Tensor]:
     """The state dict of the LN-free model that computes what `model` computes.
 
     Queries and keys get the constant of ln_1_qk, values that of ln_1_v. ln_f folds into the unembedding, which thereby
-    stops being the embedding and gets a bias. Arithmetic is in float64.
+    stops being the embedding, and gets a bias from a LayerNorm. Arithmetic is in float64.
 
     Args:
-        model: a GPT-2 with freezable norms, every site frozen and the special constants dropped. Not changed.
+        model: with freezable norms, every site frozen and the special constants dropped. Not changed.
 
     Returns:
-        State dict of NormFreeGPT2LMHeadModel: new tensors in the dtype and on the device of the model's parameters.
+        State dict of the family's LN-free class (`models.norm_free`): new tensors in the dtype and on the device of the model's
+        parameters.
 
     Raises:
         UserError: norms are not installed, a site is not frozen, special positions still have their own constant, or a linear
@@ -270,54 +302,48 @@ def fold(model: GPT2LMHeadModel) -> dict[str, Tensor]:
             "cannot fold: position 0 or end-of-text tokens still have a constant of their own; "
             "call set_special('eot', 1) and set_special('first', 1), or let the schedule do it"
         )
+    family = family_of(model.config)
     norms = [name for name, module in model.named_modules() if isinstance(module, FreezableNorm)]
-    check_plain(model, norms=norms, projection=NormedProjection)
+    check_plain(model, norms=norms, projections=(NormedProjection, ReadingProjection))
+    readers = family.readers(model.config.num_hidden_layers)
     state: dict[str, Tensor] = {}
 
-    def keep(name: str, value: Tensor, like: Tensor) -> None:
-        state[name] = value.detach().to(like.dtype, copy=True).contiguous()
+    def keep(name: str, value: Tensor | None, like: Tensor) -> None:
+        if value is not None:
+            state[name] = value.detach().to(like.dtype, copy=True).contiguous()
 
-    for name in ("transformer.wte.weight", "transformer.wpe.weight"):
-        parameter = model.get_parameter(name)
-        keep(name, parameter, parameter)
-    for i, block in enumerate(model.transformer.h):
-        readers = {
-            f"transformer.h.{i}.attn.c_attn": _fold_attention(block.attn.c_attn),
-            f"transformer.h.{i}.mlp.c_fc": _fold_reader(block.ln_2, block.mlp.c_fc.weight, block.mlp.c_fc.bias),
-        }
-        for name, (weight, bias) in readers.items():
-            keep(f"{name}.weight", weight, block.mlp.c_fc.weight)
-            keep(f"{name}.bias", bias, block.mlp.c_fc.bias)
-        for name in (f"transformer.h.{i}.attn.c_proj", f"transformer.h.{i}.mlp.c_proj"):
-            for part in ("weight", "bias"):
-                parameter = model.get_parameter(f"{name}.{part}")
-                keep(f"{name}.{part}", parameter, parameter)
-    # nn.Linear keeps its weight output-first (V, D)
-    weight, bias = _fold_reader(model.transformer.ln_f, model.lm_head.weight.T, model.lm_head.bias)
-    keep("lm_head.weight", weight.T, model.lm_head.weight)
-    keep("lm_head.bias", bias, model.lm_head.weight)
+    for name, value in model.state_dict().items():
+        if not name.startswith((*(f"{path}." for path in readers), *(f"{path}." for path in norms))):
+            keep(name, value, value)
+    for path, norm in readers.items():
+        reader = model.get_submodule(path)
+        own, bias = reader.get_parameter("weight"), cast("Tensor | None", reader.bias)
+        input_first = family.input_first and path != "lm_head"
+        weight = own if input_first else own.T
+        sigma = _sigma(sites.norms[norm], reader)
+        folded, shift = fold_affine(weight, bias, sites.norms[norm].weight, sites.norms[norm].bias, sigma)
+        keep(f"{path}.weight", folded if input_first else folded.T, own)
+        keep(f"{path}.bias", shift, own)
     return state
 
 
-def _fold_reader(norm: FreezableNorm, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    return fold_affine(weight, bias, norm.weight, norm.bias, norm.frozen_std[0, ORDINARY])
+def _sigma(norm: FreezableNorm, reader: nn.Module) -> Tensor:
+    """The constant for each output of a linear map: that of ln_1_qk for queries and keys, that of ln_1_v for values."""
+    constants = norm.frozen_std[:, ORDINARY]
+    if isinstance(reader, ReadingProjection):
+        return constants[reader.reader]
+    if not isinstance(reader, NormedProjection):
+        return constants[0]
+    width, heads = norm.weight.shape[0], reader.heads or 1  # a GPT-2's columns are those of one head
+    for_qk, for_v = constants
+    return torch.cat((for_qk.expand(2 * width // heads), for_v.expand(width // heads))).repeat(heads)
 
 
-def _fold_attention(projection: NormedProjection) -> tuple[Tensor, Tensor]:
-    """c_attn, with the constant of ln_1_qk for its query and key columns and that of ln_1_v for its value columns."""
-    norm = projection.norm
-    width = norm.weight.shape[0]
-    for_qk, for_v = norm.frozen_std[:, ORDINARY]
-    sigma = torch.cat((for_qk.expand(2 * width), for_v.expand(width)))
-    return fold_affine(projection.weight, projection.bias, norm.weight, norm.bias, sigma)
-
-
-def _check_no_hooks(model: GPT2LMHeadModel) -> None:
+def _check_no_hooks(model: PreTrainedModel, family: Family) -> None:
     """Raises UserError when a module that `install` replaces has hooks, which would be gone with it."""
-    replaced = {
-        f"transformer.h.{i}.{name}" for i in range(model.config.n_layer) for name in ("ln_1", "ln_2", "attn.c_attn")
-    }
-    for path in sorted({"transformer.ln_f", *replaced}):
+    layers = model.config.num_hidden_layers
+    maps = [f"{family.block(layer)}.{path}" for layer in range(layers) for path in family.qkv]
+    for path in sorted({*family.norms(layers).values(), *maps}):
         module = model.get_submodule(path)
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
             raise UserError(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ln_removal.errors import UserError
 from ln_removal.models.attention import EntropyRegulariser, document_inputs
-from ln_removal.models.layout import attention_of, blocks_of, final_norm_of
+from ln_removal.models.families import attentions_of, family_of, final_norm_of
 from ln_removal.models.precision import DTYPES, Precision
 from ln_removal.norms.freezable import ORDINARY, FreezableNorm, NormedProjection
 from ln_removal.training.cross_entropy import Head, linear_cross_entropy
@@ -80,7 +80,9 @@ def as_teacher(model: PreTrainedModel, precision: Precision) -> PreTrainedModel:
     return teacher.to(DTYPES[precision])
 
 
-def residual_std_loss(residual: Tensor, special: Tensor, observed: Tensor | None = None) -> Tensor:
+def residual_std_loss(
+    residual: Tensor, special: Tensor, observed: Tensor | None = None, *, centred: bool = True
+) -> Tensor:
     """Mean over all positions of (std - target)^2, which brings the std of special positions to that of ordinary ones.
 
     The target is the mean std over positions that are neither position 0 nor end-of-text, without a gradient
@@ -90,17 +92,20 @@ def residual_std_loss(residual: Tensor, special: Tensor, observed: Tensor | None
         residual: the residual stream in front of a norm, (B, T, D).
         special: true at position 0 and at end-of-text tokens, (B, T).
         observed: (B, T), the positions that count; None counts all.
+        centred: the norm is a LayerNorm. In front of an RMSNorm the std is the root mean square.
 
     Returns:
         Scalar in float32, in squared units of the residual stream.
     """
-    std = residual.float().std(dim=-1, correction=0)
+    std = _variance(residual, centred=centred).sqrt()
     ordinary = (~special if observed is None else observed & ~special).to(std.dtype)
     target = (std.detach() * ordinary).sum() / ordinary.sum().clamp(min=1.0)
     return _mean((std - target).square(), observed)
 
 
-def constant_std_loss(residual: Tensor, constant: Tensor, observed: Tensor | None = None) -> Tensor:
+def constant_std_loss(
+    residual: Tensor, constant: Tensor, observed: Tensor | None = None, *, centred: bool = True
+) -> Tensor:
     """Mean over all positions of log(std / constant)^2, which brings every std to the constant of the frozen norm.
 
     The loss is of the logarithm because otherwise a position with 30 times the usual std would weigh about a thousand times
@@ -110,35 +115,41 @@ def constant_std_loss(residual: Tensor, constant: Tensor, observed: Tensor | Non
         residual: the residual stream in front of a norm, (B, T, D).
         constant: scalar, without a gradient, in units of the residual stream.
         observed: (B, T), the positions that count; None counts all.
+        centred: as for `residual_std_loss`.
 
     Returns:
         Scalar in float32, without a unit.
     """
-    return _mean(_log_ratio(residual, constant).square(), observed)
+    return _mean(_log_ratio(residual, constant, centred=centred).square(), observed)
 
 
-def outlier_loss(residual: Tensor, constant: Tensor, observed: Tensor | None = None) -> Tensor:
+def outlier_loss(residual: Tensor, constant: Tensor, observed: Tensor | None = None, *, centred: bool = True) -> Tensor:
     """Mean of max(0, |log(std / constant)| - log 1.5)^2 over the positions where it is not 0.
 
     Unlike in `constant_std_loss`, a single position with a massive activation weighs as much as if all positions had one. While
     the norms are still real they hardly mind what they divide by, so this takes massive activations away before anything freezes.
 
     Args:
-        residual, constant, observed: as for `constant_std_loss`.
+        residual, constant, observed, centred: as for `constant_std_loss`.
 
     Returns:
         Scalar in float32, without a unit; 0 where no position is outlying.
     """
-    beyond = (_log_ratio(residual, constant).abs() - OUTLYING).clamp(min=0)
+    beyond = (_log_ratio(residual, constant, centred=centred).abs() - OUTLYING).clamp(min=0)
     if observed is not None:
         beyond = torch.where(observed, beyond, 0.0)
     return beyond.square().sum() / (beyond > 0).sum().clamp(min=1)
 
 
-def _log_ratio(residual: Tensor, constant: Tensor) -> Tensor:
+def _variance(residual: Tensor, *, centred: bool) -> Tensor:
+    """What the norm behind `residual` (B, T, D) takes the root of at each position, (B, T): variance or mean square."""
+    wide = residual.float()
+    return wide.var(dim=-1, correction=0) if centred else wide.square().mean(dim=-1)
+
+
+def _log_ratio(residual: Tensor, constant: Tensor, *, centred: bool) -> Tensor:
     """log(std / constant) of each position, (B, T)."""
-    variance = residual.float().var(dim=-1, correction=0)
-    return 0.5 * torch.log(variance + 1e-5) - constant.log()
+    return 0.5 * torch.log(_variance(residual, centred=centred) + 1e-5) - constant.log()
 
 
 def _mean(values: Tensor, observed: Tensor | None) -> Tensor:
@@ -169,7 +180,7 @@ class StepLoss(NamedTuple):
 
 
 class Objective(nn.Module):
-    """A causal language model of GPT-2's or GPT-NeoX's layout together with its loss.
+    """A causal language model of a known family together with its loss.
 
     It switches the model's dropout off. A step then depends on weights and batch alone, so a resumed run continues as if it had
     never stopped, and removal and control differ only in their norms.
@@ -214,14 +225,15 @@ class Objective(nn.Module):
             self.set_share(distillation.share)
             _check_same_layout(model, self.teacher)
         _switch_dropout_off(model)
+        self._centred = family_of(model.config).centred
         # Hooks fill these lists during a forward pass of this module, which empties them at its end: the inputs of the norms,
         # and the attention probabilities. They stay empty when the model is evaluated by itself.
         self._listening = False
         self._read: list[tuple[nn.Module, Tensor]] = []
         self._attended: list[Tensor] = []
         if self.entropy is not None:
-            for block in blocks_of(model):
-                attention_of(block).register_forward_hook(self._keep_attended)
+            for attention in attentions_of(model):
+                attention.register_forward_hook(self._keep_attended)
         if self.auxiliary is not None:
             for norm in _norms_to_watch(model, self.auxiliary):
                 norm.register_forward_pre_hook(self._keep_read)
@@ -319,17 +331,19 @@ class Objective(nn.Module):
             if self.eot_token_id is not None:
                 special |= inputs == self.eot_token_id
             losses = [
-                self.auxiliary.weight * residual_std_loss(residual, special, observed) for _, residual in self._read
+                self.auxiliary.weight * residual_std_loss(residual, special, observed, centred=self._centred)
+                for _, residual in self._read
             ]
         return torch.stack(losses).mean()
 
     def _towards(self, residual: Tensor, constant: Tensor, observed: Tensor | None) -> Tensor:
         """The pull of the stream in front of one norm towards its constant."""
         assert self.auxiliary is not None
-        pull = self.auxiliary.weight * constant_std_loss(residual, constant, observed)
+        pull = self.auxiliary.weight * constant_std_loss(residual, constant, observed, centred=self._centred)
         if self.auxiliary.outlier_weight == 0:
             return pull
-        return pull + self.auxiliary.outlier_weight * outlier_loss(residual, constant, observed)
+        outlying = outlier_loss(residual, constant, observed, centred=self._centred)
+        return pull + self.auxiliary.outlier_weight * outlying
 
 
 def _head(model: PreTrainedModel) -> Head:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ln_removal.errors import UserError
-from ln_removal.models.layout import blocks_of
+from ln_removal.models.families import blocks_of
 
 if TYPE_CHECKING:
     from ln_removal.config.recipe import TrainingSpec

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ln_removal.models.attention import head_entropy, record_attention
-from ln_removal.models.layout import blocks_of
+from ln_removal.models.families import blocks_of
 from ln_removal.models.norm_choice import learnable_slopes
 from ln_removal.models.precision import Precision, autocast
 
