@@ -44,7 +44,12 @@ _CLASS_OF_SPECIAL = dict(zip(SPECIALS, (END_OF_TEXT, FIRST), strict=True))
 
 
 def install(
-    model: PreTrainedModel, *, eot_token_id: int | None, bos_token_id: int | None = None, median: bool = False
+    model: PreTrainedModel,
+    *,
+    eot_token_id: int | None,
+    bos_token_id: int | None = None,
+    median: bool = False,
+    capped: bool = False,
 ) -> NormSites:
     """Replace every norm of `model`, in place, by a freezable norm at mix 0. Its outputs stay the same.
 
@@ -57,6 +62,7 @@ def install(
             None when the vocabulary has none.
         bos_token_id: id of the token that begins every text, if it is another one: it shares the constant of position 0.
         median: the constants are running medians of the stds, not running means; see `FreezableNorm`.
+        capped: the norms have a cap that `NormSites.set_cap` changes; there is none at first.
 
     Raises:
         UserError: the model is of no known family, its norms are already replaced, a linear map holds an adapter or is
@@ -71,7 +77,7 @@ def install(
         weight, bias = norm.get_parameter("weight"), norm.get_parameter("bias") if family.centred else None
         eps = norm.eps if isinstance(norm, nn.LayerNorm) else norm.variance_epsilon
         assert isinstance(eps, float), eps
-        return FreezableNorm(weight, bias, eps, classes=classes, readers=readers, median=median)
+        return FreezableNorm(weight, bias, eps, classes=classes, readers=readers, median=median, capped=capped)
 
     for block in blocks_of(model):
         norm = freezable(block.get_submodule(family.attention_norm), readers=2)
@@ -175,6 +181,26 @@ class NormSites:
         _check_fraction(dropped, f"dropped share of {which!r}")
         for norm in self.norms.values():
             norm.write_dropped(_CLASS_OF_SPECIAL[which], dropped)
+
+    def set_cap(self, cap: float) -> None:
+        """Bound what every norm gives to `cap` times its usual size, from the next forward pass on; infinity lifts the bound.
+
+        Raises:
+            UserError: the norms were installed without caps, or the cap is not above 1.
+        """
+        if not cap > 1:
+            raise UserError(f"a cap must be above 1, found {cap}; infinity lifts it")
+        for norm in self.norms.values():
+            if not norm.capped:
+                raise UserError("the norms have no cap; install them with capped=True")
+            norm.cap.fill_(cap)
+
+    def over_cap(self) -> dict[str, int]:
+        """At how many positions and readers of each norm the cap acted in training since the last call. Waits for the device."""
+        found = {name: int(norm.over_cap) for name, norm in self.norms.items()}
+        for norm in self.norms.values():
+            norm.over_cap.zero_()
+        return found
 
     def update_running(self, momentum: float, discard: Tensor | None = None) -> None:
         """Fold the statistics gathered since the last call into the running stds; call once an optimizer step.
