@@ -68,8 +68,9 @@ class ScheduleSpec(_Spec):
     The four kinds go one after the other: each kind begins where the last gap of the one before ends (start +
     n_layer * gap), unless its own start is given. `eot_after` counts from ln_f, `first_after` from the drop of the
     end-of-text constant. `taper` is the number of intermediate steps between LayerNorm and constant (0: at once);
-    `special_taper` the same for the constants of the special positions. With `on_spike` = "wait" nothing new begins
-    while the loss spikes (see training/divergence.py).
+    `special_taper` the same for the constants of the special positions. With a `cap` no norm gives more than that many
+    times its usual size, until cap_after steps after everything is constant; then the cap rises to infinity. With
+    `on_spike` = "wait" nothing new begins while the loss spikes (see training/divergence.py).
     """
 
     ln_2_start: NonNegativeInt
@@ -83,6 +84,9 @@ class ScheduleSpec(_Spec):
     first_after: NonNegativeInt
     taper: NonNegativeInt = 0
     special_taper: NonNegativeInt = 0
+    cap: Annotated[float, Field(gt=1)] | None = None
+    cap_after: NonNegativeInt = 0
+    cap_taper: NonNegativeInt = 0
     on_spike: Literal["wait", "ignore"] = "wait"
 
 

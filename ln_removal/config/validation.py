@@ -187,6 +187,12 @@ def _removal_faults(value: Callable[[str], Any]) -> list[str]:
         faults.append(
             f"training.outlier_weight: {rule}, found {value('training.auxiliary_target')!r}; change one of them"
         )
+    if value("schedule.cap") is None:
+        faults += [
+            f"schedule.{key}: has no effect without schedule.cap, found {found}; give that, or leave this out"
+            for key in ("cap_after", "cap_taper")
+            if (found := value(f"schedule.{key}"))
+        ]
     if value("training.entropy_weight"):
         faults.append("training.entropy_weight: a removal, a recipe with [schedule], has none; leave it out")
     share, end = value("training.distillation"), value("training.distillation_end")

@@ -352,7 +352,7 @@ def _fold_checkpoint(run: Path) -> tuple[NormFreeGPT2LMHeadModel, PreTrainedToke
             f"{run} is a run of ln-pretrain; only what ln-remove has made LN-free can be exported: name such a run"
         )
     loaded = load_model(model_of_run(run, recipe.model))
-    install(loaded.model, eot_token_id=loaded.tokenizer.eos_token_id)
+    install(loaded.model, eot_token_id=loaded.tokenizer.eos_token_id, cap=recipe.schedule.cap)
     state, faults = load_newest(run / "state", loaded.model, None)
     if state is None:
         raise UserError(f"{run} has no checkpoint yet; continue it with ln-remove --out {run} --resume")

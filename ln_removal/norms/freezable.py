@@ -142,7 +142,8 @@ class FreezableNorm(nn.Module):
         eps: added to the variance or the mean square.
         classes: the model's shared position classes.
         readers: R, how many readers with a mix of their own the norm has.
-        capped: the norm has a `cap`, without one at first (infinity).
+        cap: what the norm gives has at most this std (before gamma), until `cap_lifted` is 1: a position whose std is more than
+            cap times the constant is still normalised. None: without a cap.
         median: the statistic of a batch's ordinary positions is the median of their stds, not the mean. A few positions with
             massive activations then do not move the constant.
 
@@ -154,9 +155,8 @@ class FreezableNorm(nn.Module):
         running_std: (K,) running mean over steps of the batch's mean (or median) std of each class, a std being sqrt(var + eps).
         running_initialized: (K,) bool, whether a class was ever seen.
         std_sum, std_count: (K,) sum and number of the stds since the last `update_running`.
-        cap: scalar, of a capped norm: what it gives has at most this std (before gamma), so a position whose std is more than cap
-            times the constant is still normalised. Not saved: a schedule sets it.
-        over_cap: scalar, of a capped norm: at how many positions and readers the cap acted since it was last set to 0.
+        cap_lifted: scalar v, of a norm with a cap: the cap is now cap / (1 - v), none at 1.
+        over_cap: scalar, of a norm with a cap: at how many positions and readers it acted since this was last set to 0.
     """
 
     mix: Tensor
@@ -167,7 +167,7 @@ class FreezableNorm(nn.Module):
     running_initialized: Tensor
     std_sum: Tensor
     std_count: Tensor
-    cap: Tensor
+    cap_lifted: Tensor
     over_cap: Tensor
 
     def __init__(
@@ -179,7 +179,7 @@ class FreezableNorm(nn.Module):
         classes: PositionClasses,
         readers: int = 1,
         median: bool = False,
-        capped: bool = False,
+        cap: float | None = None,
     ) -> None:
         super().__init__()
         assert weight.ndim == 1 and (bias is None or weight.shape == bias.shape), weight.shape
@@ -189,7 +189,7 @@ class FreezableNorm(nn.Module):
         self.eps = eps
         self.readers = readers
         self.median = median
-        self.capped = capped
+        self.cap = cap
         self.classes = classes
         dtype = torch.promote_types(weight.dtype, torch.float32)
 
@@ -205,9 +205,9 @@ class FreezableNorm(nn.Module):
         buffer("running_initialized", torch.zeros(N_CLASSES, dtype=torch.bool))
         buffer("std_sum", torch.zeros(N_CLASSES, dtype=dtype))
         buffer("std_count", torch.zeros(N_CLASSES, dtype=dtype))
-        if capped:
-            for name, initial in (("cap", torch.inf), ("over_cap", 0.0)):
-                self.register_buffer(name, torch.tensor(initial, dtype=dtype, device=weight.device), persistent=False)
+        if cap is not None:
+            buffer("cap_lifted", torch.zeros((), dtype=dtype))
+            buffer("over_cap", torch.zeros((), dtype=dtype))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FreezableNorm:
         """Keep the buffers exact when `.to(dtype)`, `.half()` or `.bfloat16()` makes the weights narrower than float32."""
@@ -257,9 +257,9 @@ class FreezableNorm(nn.Module):
         frozen = (mix * constants.log())[classes].unsqueeze(-1)
         between = torch.exp((mix - 1) / 2 * log_variance - frozen)
         scale = torch.where(mix == 1, constants.reciprocal()[classes].unsqueeze(-1), between)
-        if not self.capped:
+        if self.cap is None:
             return scale
-        most = self.cap * torch.exp(-log_variance / 2)
+        most = self.cap / (1 - self.cap_lifted) * torch.exp(-log_variance / 2)
         if self.training:
             self.over_cap.add_((scale > most).sum())
         return torch.minimum(scale, most)

@@ -269,7 +269,13 @@ def removal_session(context: RunContext, recipe: Recipe, inputs: Inputs) -> Iter
     """The training through the schedule; installs freezable norms in the model and keeps a copy of it as the teacher."""
     spec = recipe.training
     teacher = as_teacher(copy.deepcopy(inputs.model), spec.precision) if spec.distillation > 0 else None
-    sites = install(inputs.model, eot_token_id=inputs.data.eot_token_id, median=spec.std_statistic == "median")
+    assert recipe.schedule is not None
+    sites = install(
+        inputs.model,
+        eot_token_id=inputs.data.eot_token_id,
+        median=spec.std_statistic == "median",
+        cap=recipe.schedule.cap,
+    )
     with context.session(
         inputs.model,
         recipe,
