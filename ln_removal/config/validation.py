@@ -147,6 +147,7 @@ ONLY_IN_REMOVALS = (
     "training.auxiliary_weight",
     "training.outlier_weight",
     "training.distillation",
+    "training.lora_rank",
 )
 
 

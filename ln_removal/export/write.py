@@ -345,6 +345,7 @@ def _fold_checkpoint(run: Path) -> tuple[NormFreeGPT2LMHeadModel, PreTrainedToke
     from ln_removal.models.loading import load_model
     from ln_removal.norms.surgery import install
     from ln_removal.training.checkpoint import load_newest
+    from ln_removal.training.low_rank import adapt, merge
 
     recipe = recipe_of(run)
     if recipe.schedule is None:
@@ -353,11 +354,14 @@ def _fold_checkpoint(run: Path) -> tuple[NormFreeGPT2LMHeadModel, PreTrainedToke
         )
     loaded = load_model(model_of_run(run, recipe.model))
     install(loaded.model, eot_token_id=loaded.tokenizer.eos_token_id, cap=recipe.schedule.cap)
+    if recipe.training.lora_rank is not None:
+        adapt(loaded.model, recipe.training.lora_rank)
     state, faults = load_newest(run / "state", loaded.model, None)
     if state is None:
         raise UserError(f"{run} has no checkpoint yet; continue it with ln-remove --out {run} --resume")
     for fault in faults:
         logger.warning("passed over: %s", fault)
+    merge(loaded.model)
     loaded.model.eval()
     folded = from_folded(loaded.model.config, fold(loaded.model), loaded.model.generation_config)
     verify_export(loaded.model, folded, _check_tokens(folded, rows=2))

@@ -44,6 +44,7 @@ from ln_removal.training.checkpoint import checkpoints
 from ln_removal.training.divergence import WaitingSchedule
 from ln_removal.training.loop import TrainResult, train
 from ln_removal.training.loss import as_teacher
+from ln_removal.training.low_rank import adapt, merge
 from ln_removal.training.session import Removal, Session, sampler_of
 
 if TYPE_CHECKING:
@@ -276,6 +277,8 @@ def removal_session(context: RunContext, recipe: Recipe, inputs: Inputs) -> Iter
         median=spec.std_statistic == "median",
         cap=recipe.schedule.cap,
     )
+    if spec.lora_rank is not None:
+        adapt(inputs.model, spec.lora_rank)
     with context.session(
         inputs.model,
         recipe,
@@ -338,6 +341,7 @@ def export(context: RunContext, recipe: Recipe, inputs: Inputs, trained: TrainRe
         held_out = validation.beginnings(count, length)
     if held_out is None:
         held_out = next(validation.windows(length, limit_tokens=VERIFY_TOKENS, batch=VERIFY_TOKENS))
+    merge(inputs.model)
     write_exports(inputs.model, inputs.tokenizer, context.out, held_out=held_out, export=recipe.export)
 
 
@@ -354,11 +358,14 @@ def train_control(context: RunContext, recipe: Recipe, data: TokenDataset, *, mo
     if context.resume and _is_model(directory / "model"):
         return
     loaded = load_model(model or recipe.model)
+    if recipe.training.lora_rank is not None:
+        adapt(loaded.model, recipe.training.lora_rank)
     with context.session(
         loaded.model, recipe, data, label="control", directory=directory, tokenizer=loaded.tokenizer
     ) as session:
         train(session)
     if context.is_main:
+        merge(loaded.model)
         save_model(loaded.model, loaded.tokenizer, directory / "model", dtype=recipe.export.dtype)
 
 
