@@ -88,6 +88,7 @@ class ScheduleSpec(_Spec):
     cap_after: NonNegativeInt = 0
     cap_taper: NonNegativeInt = 0
     on_spike: Literal["wait", "ignore"] = "wait"
+    keep: list[Literal["qk-norms"]] = []  # norms that stay, which Qwen3 requires
 
 
 class TrainingSpec(_Spec):

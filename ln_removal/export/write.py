@@ -353,7 +353,9 @@ def _fold_checkpoint(run: Path) -> tuple[NormFreeGPT2LMHeadModel, PreTrainedToke
             f"{run} is a run of ln-pretrain; only what ln-remove has made LN-free can be exported: name such a run"
         )
     loaded = load_model(model_of_run(run, recipe.model))
-    install(loaded.model, eot_token_id=loaded.tokenizer.eos_token_id, cap=recipe.schedule.cap)
+    install(
+        loaded.model, eot_token_id=loaded.tokenizer.eos_token_id, cap=recipe.schedule.cap, keep=recipe.schedule.keep
+    )
     if recipe.training.lora_rank is not None:
         adapt(loaded.model, recipe.training.lora_rank)
     state, faults = load_newest(run / "state", loaded.model, None)

@@ -45,6 +45,7 @@ class Family:
         centred: whether the norm subtracts the mean and adds a bias (LayerNorm), or does neither (RMSNorm).
         input_first: whether the maps of the blocks keep their weights input-first (transformers' Conv1D).
         epsilon: the norm's epsilon in the configuration.
+        kept: paths of norms that a removal leaves as they are, and `kept_as` what the option `keep` calls them.
     """
 
     title: str
@@ -66,6 +67,8 @@ class Family:
     centred: bool
     input_first: bool
     epsilon: str
+    kept: tuple[str, ...] = ()
+    kept_as: str = ""
 
     @property
     def norm_free_type(self) -> str:
@@ -92,8 +95,12 @@ class Family:
             found |= {f"{self.block(layer)}.{path}": f"ln_2.{layer}" for path in self.mlp}
         return found | {"lm_head": "ln_f"}
 
+    def kept_norms(self, layers: int) -> list[str]:
+        """Paths of the norms that stay."""
+        return [f"{self.block(layer)}.{path}" for layer in range(layers) for path in self.kept]
 
-def _llama_like(title: str, model_type: str, model_class: str) -> Family:
+
+def _llama_like(title: str, model_type: str, model_class: str, **differences: Any) -> Family:
     return Family(
         title=title,
         model_type=model_type,
@@ -114,6 +121,7 @@ def _llama_like(title: str, model_type: str, model_class: str) -> Family:
         centred=False,
         input_first=False,
         epsilon="rms_norm_eps",
+        **differences,
     )
 
 
@@ -165,6 +173,13 @@ FAMILIES = {
         _llama_like("Llama", "llama", "LlamaForCausalLM"),
         _llama_like("Mistral", "mistral", "MistralForCausalLM"),
         _llama_like("Qwen2", "qwen2", "Qwen2ForCausalLM"),
+        _llama_like(
+            "Qwen3",
+            "qwen3",
+            "Qwen3ForCausalLM",
+            kept=("self_attn.q_norm", "self_attn.k_norm"),
+            kept_as="qk-norms",
+        ),
     )
 }
 """By model_type. Pythia is a GPT-NeoX; SmolLM2 and Llama 3 are Llamas."""
@@ -172,7 +187,7 @@ FAMILIES = {
 
 def known_families() -> str:
     """The families, for messages."""
-    return "GPT-2, GPT-NeoX (Pythia), Llama (SmolLM2), Mistral and Qwen2"
+    return "GPT-2, GPT-NeoX (Pythia), Llama (SmolLM2), Mistral, Qwen2 and Qwen3"
 
 
 def family_of(config: PretrainedConfig) -> Family:

@@ -104,12 +104,15 @@ def all_sites(n_layer: int) -> list[Site]:
     return [*blocks, Site("ln_f")]
 
 
-def check_supported(model: nn.Module) -> Family:
+def check_supported(model: nn.Module, *, keep: Sequence[str] = ()) -> Family:
     """Check that `model` is a language model of a known family whose norms are all still there; returns the family.
 
+    Args:
+        keep: the norms that the caller knows to stay: "qk-norms" for a Qwen3.
+
     Raises:
-        UserError: another architecture, cross-attention, norms that are already replaced or gone, or a module that computes
-            something else than the family's; see `check_plain`.
+        UserError: another architecture, cross-attention, norms that a removal would leave without being told so, norms that are
+            already replaced or gone, or a module that computes something else than the family's; see `check_plain`.
     """
     config = getattr(model, "config", None)
     classes = {kind.__name__ for kind in type(model).__mro__}
@@ -125,6 +128,13 @@ def check_supported(model: nn.Module) -> Family:
         raise UserError(
             "the model has cross-attention, whose LayerNorms have no site; pass a decoder-only GPT-2 "
             "(add_cross_attention false in its config.json)"
+        )
+    if unknown := [name for name in keep if name != family.kept_as]:
+        raise UserError(f"a {family.title} has no {', '.join(unknown)} to keep; leave that out")
+    if family.kept and not keep:
+        raise UserError(
+            f"a {family.title} also has norms of queries and keys, which cannot be removed yet; with --keep {family.kept_as} (in a "
+            f'recipe: schedule.keep = ["{family.kept_as}"]) all others are removed and these stay'
         )
     norms = family.norms(config.num_hidden_layers)
     if any(type(module).__name__ == "FreezableNorm" for module in loaded.modules()):
@@ -198,7 +208,7 @@ def check_plain(model: PreTrainedModel, *, norms: Sequence[str], projections: Se
                 f"{name} is of type {described}, not a plain {kind.__name__}, and what it does besides would be lost; if it holds "
                 f"an adapter, {MERGE_FIRST}; if it is quantised, load the model in float32"
             )
-    known = {*norms, *expected}
+    known = {*norms, *expected, *family.kept_norms(model.config.num_hidden_layers)}
     if added := [name for name, _ in model.named_parameters() if name.rpartition(".")[0] not in known]:
         raise UserError(
             f"the model has {len(added)} parameters that a {family.title} does not have, such as {added[0]}, which would be lost; "

@@ -32,6 +32,7 @@ MODEL_CLASSES = {
     "normfree_llama": (_ROTARY, "NormFreeLlamaConfig", "NormFreeLlamaForCausalLM"),
     "normfree_mistral": (_ROTARY, "NormFreeMistralConfig", "NormFreeMistralForCausalLM"),
     "normfree_qwen2": (_ROTARY, "NormFreeQwen2Config", "NormFreeQwen2ForCausalLM"),
+    "normfree_qwen3": (_ROTARY, "NormFreeQwen3Config", "NormFreeQwen3ForCausalLM"),
     "revival_gpt2": (_NORM_CHOICE, "RevivalGPT2Config", "RevivalGPT2LMHeadModel"),
     "revival_gpt_neox": (_NORM_CHOICE, "RevivalGPTNeoXConfig", "RevivalGPTNeoXForCausalLM"),
 }

@@ -19,6 +19,7 @@ Shapes: B batch, T positions, D model width, V vocabulary, L layers, R readers o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -50,6 +51,7 @@ def install(
     bos_token_id: int | None = None,
     median: bool = False,
     cap: float | None = None,
+    keep: Sequence[str] = (),
 ) -> NormSites:
     """Replace every norm of `model`, in place, by a freezable norm at mix 0. Its outputs stay the same.
 
@@ -64,12 +66,13 @@ def install(
         median: the constants are running medians of the stds, not running means; see `FreezableNorm`.
         cap: bound of what every norm gives, as a multiple of its usual size, until `NormSites.lift_cap`; None for norms
             without one.
+        keep: norms that stay as they are, which a family may require: ("qk-norms",) for a Qwen3.
 
     Raises:
-        UserError: the model is of no known family, its norms are already replaced, a linear map holds an adapter or is
-            quantised, or a module that is replaced has hooks.
+        UserError: the model is of no known family, it has norms that would stay without being named in `keep`, its norms are
+            already replaced, a linear map holds an adapter or is quantised, or a module that is replaced has hooks.
     """
-    family = check_supported(model)
+    family = check_supported(model, keep=keep)
     _check_no_hooks(model, family)
     classes = PositionClasses(eot_token_id, bos_token_id)
     classes.watch(model.base_model)

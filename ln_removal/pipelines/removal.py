@@ -208,12 +208,12 @@ def _fitting_schedule(recipe: Recipe, model: GPT2LMHeadModel) -> RemovalSchedule
     """The schedule for this model's depth; checks what recipe and model must agree on."""
     if model.config.model_type == "normfree_gpt2" or is_disarmed(model.config):
         raise UserError(f"{recipe.model} is LN-free already; give a GPT-2 that still has its LayerNorms")
-    check_supported(model)
+    assert recipe.schedule is not None
+    check_supported(model, keep=recipe.schedule.keep)
     if recipe.data.context > model.config.n_positions:
         raise UserError(
             f"data.context is {recipe.data.context}, {recipe.model} has {model.config.n_positions} positions; lower it"
         )
-    assert recipe.schedule is not None
     schedule = expand(recipe.schedule, model.config.n_layer, recipe.training.steps)
     return schedule if recipe.schedule.on_spike == "ignore" else WaitingSchedule(schedule)
 
@@ -276,6 +276,7 @@ def removal_session(context: RunContext, recipe: Recipe, inputs: Inputs) -> Iter
         eot_token_id=inputs.data.eot_token_id,
         median=spec.std_statistic == "median",
         cap=recipe.schedule.cap,
+        keep=recipe.schedule.keep,
     )
     if spec.lora_rank is not None:
         adapt(inputs.model, spec.lora_rank)
