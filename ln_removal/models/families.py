@@ -72,6 +72,11 @@ class Family:
         """The model_type of the family's LN-free model."""
         return NORM_FREE + self.model_type
 
+    @property
+    def norm_name(self) -> str:
+        """What people call the kind of norm that it has."""
+        return "LayerNorm" if self.centred else "RMSNorm"
+
     def block(self, layer: int) -> str:
         """Path of a block in the language model."""
         return f"{self.body}.{self.blocks}.{layer}"
@@ -181,12 +186,21 @@ def family_of(config: PretrainedConfig) -> Family:
     Raises:
         UserError: the model is of none.
     """
-    model_type = str(config.model_type)
+    return family_named(str(config.model_type))
+
+
+def family_named(model_type: str) -> Family:
+    """The family of models with this model_type in their configuration, with norms or without them.
+
+    Raises:
+        UserError: there is none.
+    """
+    plain = model_type
     for prefix in _PREFIXES:
-        model_type = model_type.removeprefix(prefix)
-    if model_type not in FAMILIES:
-        raise UserError(f"models of the type {config.model_type!r} are not supported; give a {known_families()}")
-    return FAMILIES[model_type]
+        plain = plain.removeprefix(prefix)
+    if plain not in FAMILIES:
+        raise UserError(f"models of the type {model_type!r} are not supported; give a {known_families()}")
+    return FAMILIES[plain]
 
 
 def is_norm_free(config: PretrainedConfig) -> bool:

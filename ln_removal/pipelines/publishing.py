@@ -23,6 +23,7 @@ from ln_removal.report.model_card import (
     REPOSITORIES,
     UNKNOWN_LICENSE,
     converted_model_card,
+    family_in,
     hub_id,
     is_public_corpus,
     is_public_data,
@@ -144,9 +145,17 @@ def _beside(run: Path) -> dict[str, Path | bytes]:
 
 def _card(files: Files, source: str, run: Path | None, target: HubTarget, *, form: Form) -> bytes:
     has_code = any(fnmatch(path, "model*.py") for path in files)
+    config = files["config.json"]
+    assert isinstance(config, Path), config
+    family = family_in(config)
     if run is None:
         card = converted_model_card(
-            source, repo_id=target.repo_id, form=form, has_code=has_code, license_id=_hub_license(source)
+            source,
+            family=family,
+            repo_id=target.repo_id,
+            form=form,
+            has_code=has_code,
+            license_id=_hub_license(source),
         )
         return card.encode()
     recipe = recipe_of(run)
@@ -159,6 +168,7 @@ def _card(files: Files, source: str, run: Path | None, target: HubTarget, *, for
     card = model_card(
         recipe,
         results,
+        family=family,
         model=model,
         repo_id=target.repo_id,
         form=form,
