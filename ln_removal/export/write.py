@@ -30,7 +30,7 @@ from ln_removal.export.stock import check_stock_dtype, stock_config, to_stock
 from ln_removal.export.verify import TOLERANCE, ExportError, logits_error, verify_export
 from ln_removal.files.atomic import check_room, is_full, shortage, written_whole
 from ln_removal.files.hub import is_hub_id, one_line
-from ln_removal.models.families import FAMILIES, family_of, is_norm_free
+from ln_removal.models.families import family_of, is_norm_free
 from ln_removal.models.loading import quiet_transformers
 from ln_removal.models.norm_free import from_folded, norm_free_config
 from ln_removal.models.precision import export_bytes
@@ -197,8 +197,9 @@ def write_format(
         error = logits_error(wide, to_stock(wide), tokens)
     if not error <= TOLERANCE:
         raise ExportError(
-            f"the stock form's logits differ from the LN-free model's by {error:.2e} relative, more than {TOLERANCE:.0e}; if the "
-            "model was trained further after its norms were folded, it has no stock form; use --format normfree"
+            f"the stock form's logits differ from the LN-free model's by {error:.2e} relative, more than {TOLERANCE:.0e}; where "
+            "the model was trained further after its norms were folded, or has a residual stream above 10^4, there is no stock form; "
+            "use --format normfree"
         )
     save_model(stock, tokenizer, directory, dtype=dtype)
 
@@ -321,18 +322,18 @@ def open_source(
         loaded = load_model(name, tokenizer_from=tokenizer)
     except NoTokenizerError as error:
         raise UserError(f"{error}, or name a model that has the same with --tokenizer (such as gpt2)") from error
-    model_type = loaded.model.config.model_type
+    model_type, family = loaded.model.config.model_type, family_of(loaded.model.config)
     if is_norm_free(loaded.model.config):
         # A configuration of our own, without a modelling file's entries.
         model = loaded.model
         return from_folded(model.config, model.state_dict(), model.generation_config), loaded.tokenizer
-    if model_type not in FAMILIES:
+    if model_type != family.model_type:
         raise UserError(
             f"{name} is a {model_type} model, which has nothing left to fold; load it as it is (its README.md says how)"
         )
     if not has_disarmed_norms(loaded.model):
         raise UserError(
-            f"{name} is a {model_type} model with its {FAMILIES[model_type].norm_name}s, not an LN-free one; remove them first "
+            f"{name} is a {model_type} model with its {family.norm_name}s, not an LN-free one; remove them first "
             f"with ln-remove --model {name}"
         )
     try:

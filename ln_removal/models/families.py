@@ -186,21 +186,12 @@ def family_of(config: PretrainedConfig) -> Family:
     Raises:
         UserError: the model is of none.
     """
-    return family_named(str(config.model_type))
-
-
-def family_named(model_type: str) -> Family:
-    """The family of models with this model_type in their configuration, with norms or without them.
-
-    Raises:
-        UserError: there is none.
-    """
-    plain = model_type
+    model_type = str(config.model_type)
     for prefix in _PREFIXES:
-        plain = plain.removeprefix(prefix)
-    if plain not in FAMILIES:
-        raise UserError(f"models of the type {model_type!r} are not supported; give a {known_families()}")
-    return FAMILIES[plain]
+        model_type = model_type.removeprefix(prefix)
+    if model_type not in FAMILIES:
+        raise UserError(f"models of the type {config.model_type!r} are not supported; give a {known_families()}")
+    return FAMILIES[model_type]
 
 
 def is_norm_free(config: PretrainedConfig) -> bool:

@@ -36,14 +36,13 @@ from ln_removal.models.checks import (
     reset_generation_flags,
     reset_runtime_flags,
 )
-from ln_removal.models.families import FAMILIES
 
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 EMBEDDED_MODEL = "tiny"
-MODEL_TYPES = (*FAMILIES, *(family.norm_free_type for family in FAMILIES.values()), "revival_gpt2", "revival_gpt_neox")
+MODEL_TYPES = ("gpt2", "normfree_gpt2", "revival_gpt2", "gpt_neox", "revival_gpt_neox")
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 GENERATION = "generation_config.json"

@@ -18,12 +18,13 @@ from ln_removal.evaluation.scoring import recipe_of, run_of
 from ln_removal.export.hub import Files, HubTarget, Published, publish
 from ln_removal.files.hub import first_answer
 from ln_removal.files.run_directory import RECIPE_FILE
+from ln_removal.models.families import family_of
 from ln_removal.models.identity import model_of_run
+from ln_removal.models.loading import load_config
 from ln_removal.report.model_card import (
     REPOSITORIES,
     UNKNOWN_LICENSE,
     converted_model_card,
-    family_in,
     hub_id,
     is_public_corpus,
     is_public_data,
@@ -147,7 +148,7 @@ def _card(files: Files, source: str, run: Path | None, target: HubTarget, *, for
     has_code = any(fnmatch(path, "model*.py") for path in files)
     config = files["config.json"]
     assert isinstance(config, Path), config
-    family = family_in(config)
+    family = family_of(load_config(config.parent))
     if run is None:
         card = converted_model_card(
             source,

@@ -6,7 +6,6 @@ directory can be uploaded as it is. A card on disk says THIS-DIRECTORY where a p
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from pathlib import Path
@@ -14,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ln_removal.errors import UserError
 from ln_removal.evaluation.results import TITLES
-from ln_removal.files.hub import PUBLISHED, is_hub_id, one_line
-from ln_removal.models.families import FAMILIES, Family, family_named
+from ln_removal.files.hub import PUBLISHED, is_hub_id
+from ln_removal.models.families import FAMILIES, Family, family_of
 from ln_removal.report.tables import (
     PROMPTS_TITLE,
     Score,
@@ -160,27 +159,15 @@ def corpus_of(data_name: str) -> str:
     return data_name.removesuffix(", validation split").removesuffix(", held out")
 
 
-def family_in(config: Path) -> Family:
-    """The family of the model whose config.json this is.
-
-    Raises:
-        UserError: it cannot be read, or its model is of no known family.
-    """
-    try:
-        model_type = json.loads(config.read_text(encoding="utf-8"))["model_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{config} says no model_type ({one_line(error)}); copy or export the model again") from error
-    return family_named(str(model_type))
-
-
 def write_model_card(directory: Path, recipe: Recipe, results: Results, *, model: str | None = None) -> None:
     """Write README.md into the directory of the LN-free model of a run. `model`: see `model_card`.
 
     Raises:
         UserError: the file cannot be written.
     """
-    config = directory / "config.json"
-    family = family_in(config) if config.is_file() else GPT2
+    from ln_removal.models.loading import load_config
+
+    family = family_of(load_config(directory)) if (directory / "config.json").is_file() else GPT2
     write_card(directory, model_card(recipe, results, family=family, model=model))
 
 
