@@ -41,7 +41,7 @@ def as_bridge(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None 
     Returns:
         The bridge, in evaluation mode, on the model's device and in its dtype. Its logits are the model's. Attention is
         computed by TransformerLens from queries, keys and values, in the model's dtype, or in float32 if that is wider. Outside of
-        GPT-2 and GPT-NeoX its softmax is in float32 in any dtype, so float64 is exact to about 1e-6 there.
+        GPT-2 it computes a part in float32 whatever the dtype, so float64 agrees to about 1e-6 there.
 
     Raises:
         UserError: the model is of no known family, has freezable or disarmed norms, holds an adapter, or is in a bridge already; or
