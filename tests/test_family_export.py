@@ -23,11 +23,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from ln_removal import UserError, from_disarmed, to_bridge, to_stock
 from ln_removal.config.recipe import dump_toml, load_recipe
 from ln_removal.export.convert import check_conversion, has_disarmed_norms
+from ln_removal.export.hub import HubTarget
 from ln_removal.export.stock import EPSILON
 from ln_removal.export.verify import norm_modules
 from ln_removal.models.families import FAMILIES, family_of
 from ln_removal.models.norm_free import from_folded
 from ln_removal.norms.surgery import fold, install
+from ln_removal.pipelines.publishing import export_files, run_files
 from ln_removal.report.model_card import converted_model_card, model_card, write_model_card
 from ln_removal.training.checkpoint import TrainerState, save_checkpoint
 
@@ -330,6 +332,13 @@ class TestCard:
         assert f"{family.model_class}.from_pretrained" in card.text
         assert ("GPT2" in card.text, "LayerNorm" in card.text) == (family.model_type == "gpt2", family.centred)
         assert ("Load it in float32 or bfloat16" in card.text) == (not family.centred)
+
+    def test_what_is_published_has_one(self, llama_run: Path) -> None:
+        target = HubTarget("alice/free")
+        for files in (run_files(llama_run, target), export_files(llama_run / "model", "x/y", target, form="normfree")):
+            card = files["README.md"]
+            assert isinstance(card, bytes)
+            assert b"without LayerNorm" not in card and b"GPT2LMHeadModel" not in card and b"LlamaForCausalLM" in card
 
     def test_other_cards(self) -> None:
         for family in FAMILIES.values():

@@ -176,18 +176,17 @@ def load(
     tokenizer: PreTrainedTokenizerBase | None = None
     for role, source in sources.items():
         model: Any = source
-        if isinstance(source, (str, Path)):
-            check_analysed(load_config(source), str(source))
+        in_memory = not isinstance(source, (str, Path))
+        check_analysed(source.config if in_memory else load_config(source), f"the {role} model")
+        if not in_memory:
             loaded = load_model(str(source), device=device, dtype=dtype or torch.float32)
             model, tokenizer = loaded.model, loaded.tokenizer
             if data is not None:
                 check_same_tokenizer(tokenizer, str(source), data)
-        else:
-            check_analysed(source.config, f"the {role} model")
-            if dtype is not None and source.dtype != dtype:
-                raise UserError(
-                    f"the {role} model is {source.dtype}, not {dtype}; pass model.to(dtype), or leave dtype out"
-                )
+        elif dtype is not None and source.dtype != dtype:
+            raise UserError(
+                f"the {role} model is {source.dtype}, not {dtype}; pass model.to(dtype), or leave dtype out"
+            )
         bridges[role] = as_bridge(model, tokenizer)
         if process_weights:
             bridges[role].enable_compatibility_mode(disable_warnings=True)
