@@ -75,6 +75,11 @@ class Family:
         """The model_type of the family's LN-free model."""
         return NORM_FREE + self.model_type
 
+    @property
+    def norm_name(self) -> str:
+        """What people call the kind of norm that it has."""
+        return "LayerNorm" if self.centred else "RMSNorm"
+
     def block(self, layer: int) -> str:
         """Path of a block in the language model."""
         return f"{self.body}.{self.blocks}.{layer}"

@@ -145,9 +145,8 @@ def check_supported(model: nn.Module, *, keep: Sequence[str] = ()) -> Family:
     for path in norms.values():
         norm = loaded.get_submodule(path)
         if not _is_norm(norm, family):
-            kind = "LayerNorm" if family.centred else "RMSNorm"
             raise UserError(
-                f"{path} is of type {type(norm).__name__}, not {kind}; pass a {family.title} that still has its norms"
+                f"{path} is of type {type(norm).__name__}, not {family.norm_name}; pass a {family.title} that still has its norms"
             )
         if getattr(norm, "weight", None) is None or (family.centred and getattr(norm, "bias", None) is None):
             raise UserError(f"{path} has no weight or no bias; pass a {family.title} whose norms have both")

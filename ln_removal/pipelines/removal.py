@@ -192,7 +192,7 @@ def prepare(context: RunContext, recipe: Recipe, *, control: bool = False) -> In
     warn_of_days(context, recipe, control=control)
     loaded = load_model(recipe.model)
     schedule = _fitting_schedule(recipe, loaded.model)
-    check_savable(loaded.model, loaded.tokenizer, recipe.export.formats)
+    check_savable(loaded.model, loaded.tokenizer, recipe.export.formats, dtype=recipe.export.dtype)
     with context.accelerator.main_process_first():  # what the main process makes, the other ranks find
         if context.given is None:
             data = _own_tokens(context, recipe, loaded.tokenizer)
