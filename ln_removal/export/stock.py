@@ -72,13 +72,18 @@ def stock_config(config: PretrainedConfig) -> PretrainedConfig:
     return found
 
 
-def check_stock_dtype(config: PretrainedConfig, dtype: str) -> None:
-    """Make sure that the stock form of a model computes what the model does when its weights are in `dtype`.
+def check_stock_form(config: PretrainedConfig, dtype: str = "float32") -> None:
+    """Make sure that a model has a stock form, and that it computes what the model does when its weights are in `dtype`.
 
     Raises:
         UserError: it does not.
     """
     family = family_of(config)
+    if family.kept:
+        raise UserError(
+            f"a {family.title} has no stock form: its configuration has one epsilon, and the norms that stay ({family.kept_as}) need "
+            'the usual one; use the format normfree (in a recipe: export.formats = ["normfree"])'
+        )
     if dtype == "float16" and not family.centred:
         raise UserError(
             f"a stock {family.title} without norms is not exact in float16: transformers' RMSNorm rounds what it has scaled down to "
@@ -99,9 +104,10 @@ def to_stock(model: PreTrainedModel) -> PreTrainedModel:
 
     Raises:
         UserError: what reads the residual stream does not ignore its mean, as in a model that was trained without norms, or
-            trained further after its norms were folded; or a linear map holds an adapter or is quantised.
+            trained further after its norms were folded; a linear map holds an adapter or is quantised; or see `check_stock_form`.
     """
     family = family_of(model.config)
+    check_stock_form(model.config)
     check_plain(model, norms=())
     if getattr(model.config, "split_qkv", False):
         model = from_folded(model.config, model.state_dict())

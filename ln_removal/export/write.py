@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ln_removal.errors import UserError
 from ln_removal.export.convert import check_conversion, from_disarmed, has_disarmed_norms
-from ln_removal.export.stock import check_stock_dtype, stock_config, to_stock
+from ln_removal.export.stock import check_stock_form, stock_config, to_stock
 from ln_removal.export.verify import TOLERANCE, ExportError, logits_error, verify_export
 from ln_removal.files.atomic import check_room, is_full, shortage, written_whole
 from ln_removal.files.hub import is_hub_id, one_line
@@ -108,7 +108,7 @@ def check_savable(
         UserError: transformers refuses to save one of them, or one is wrong in `dtype`.
     """
     if "stock" in formats:
-        check_stock_dtype(model.config, dtype)
+        check_stock_form(model.config, dtype)
 
     def save(part: str, place: str) -> None:
         if part == "config.json":

@@ -104,11 +104,11 @@ def all_sites(n_layer: int) -> list[Site]:
     return [*blocks, Site("ln_f")]
 
 
-def check_supported(model: nn.Module, *, keep: Sequence[str] = ()) -> Family:
+def check_supported(model: nn.Module, *, keep: Sequence[str] | None = None) -> Family:
     """Check that `model` is a language model of a known family whose norms are all still there; returns the family.
 
     Args:
-        keep: the norms that the caller knows to stay: "qk-norms" for a Qwen3.
+        keep: the norms that the caller knows to stay when the others are removed: "qk-norms" for a Qwen3. None: nothing is removed.
 
     Raises:
         UserError: another architecture, cross-attention, norms that a removal would leave without being told so, norms that are
@@ -129,14 +129,21 @@ def check_supported(model: nn.Module, *, keep: Sequence[str] = ()) -> Family:
             "the model has cross-attention, whose LayerNorms have no site; pass a decoder-only GPT-2 "
             "(add_cross_attention false in its config.json)"
         )
-    if unknown := [name for name in keep if name != family.kept_as]:
+    if unknown := [name for name in keep or () if name != family.kept_as]:
         raise UserError(f"a {family.title} has no {', '.join(unknown)} to keep; leave that out")
-    if family.kept and not keep:
+    if family.kept and keep is not None and not keep:
         raise UserError(
             f"a {family.title} also has norms of queries and keys, which cannot be removed yet; with --keep {family.kept_as} (in a "
             f'recipe: schedule.keep = ["{family.kept_as}"]) all others are removed and these stay'
         )
-    norms = family.norms(config.num_hidden_layers)
+    layers = config.num_hidden_layers
+    if family.centred and (
+        lacking := [path for path in family.readers(layers) if path != "lm_head" and _lacks_bias(loaded, path)]
+    ):
+        raise UserError(
+            f"{lacking[0]} has no bias, which the fold of a LayerNorm needs; such a {family.title} is not supported"
+        )
+    norms = family.norms(layers)
     if any(type(module).__name__ == "FreezableNorm" for module in loaded.modules()):
         raise UserError(
             "the freezable norms are already installed in this model; load it afresh, "
@@ -152,6 +159,10 @@ def check_supported(model: nn.Module, *, keep: Sequence[str] = ()) -> Family:
             raise UserError(f"{path} has no weight or no bias; pass a {family.title} whose norms have both")
     check_plain(loaded, norms=list(norms.values()))
     return family
+
+
+def _lacks_bias(model: PreTrainedModel, path: str) -> bool:
+    return getattr(model.get_submodule(path), "bias", 0) is None
 
 
 def _is_norm(module: nn.Module, family: Family) -> bool:
