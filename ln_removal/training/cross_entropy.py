@@ -178,22 +178,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 total += loss.sum()
             else:
                 taught = F.linear(teacher_hidden[start : start + rows], teacher_weight, teacher_bias).float()
-                # One pass over the vocabulary sums both the teacher's probabilities and the divergence: with e = exp(t - max t),
-                # KL = (sum e (t - z)) / sum e - logsumexp t + logsumexp z.
-                largest = taught.amax(dim=1, keepdim=True)
-                unscaled = torch.exp(taught - largest)
-                mass = unscaled.sum(dim=1, keepdim=True)
+                log_taught = taught - taught.logsumexp(dim=1, keepdim=True)
+                probable = log_taught.exp()
                 # A padded entry has probability 0 in both, and 0 (-inf + inf) is not 0.
-                surplus = torch.where(unscaled > 0, unscaled * (taught - logits), 0.0).sum(dim=1, keepdim=True)
-                taught_normaliser = largest + mass.log()
-                apart = _only(kept, surplus / mass - taught_normaliser + normaliser)
+                surplus = torch.where(probable > 0, probable * (log_taught - (logits - normaliser)), 0.0)
+                apart = _only(kept, surplus.sum(dim=1, keepdim=True))
                 divergence += apart.sum()
                 heeded = share
                 if length is not None:
-                    behind = loss + _only(kept, taught.gather(1, target) - taught_normaliser)
+                    behind = loss + _only(kept, log_taught.gather(1, target))
                     heeded = share * _heed(behind, kept, length, whole_lag)
                 total += ((1 - heeded) * loss + heeded * apart).sum()
-                slope = slope - (1 - heeded) * one_hot - heeded / mass * unscaled
+                slope = slope - (1 - heeded) * one_hot - heeded * probable
             slope = _only(kept, slope)
             slope_bias += slope.sum(dim=0)
             slope = slope.to(weight.dtype)

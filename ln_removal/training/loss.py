@@ -137,9 +137,8 @@ def outlier_loss(residual: Tensor, constant: Tensor, observed: Tensor | None = N
 
 def _log_ratio(residual: Tensor, constant: Tensor) -> Tensor:
     """log(std / constant) of each position, (B, T)."""
-    # As the norm behind it computes it, so that a compiler sees that both are the same.
-    variance, _ = torch.var_mean(residual.float(), dim=-1, correction=0, keepdim=True)
-    return 0.5 * torch.log(variance.squeeze(-1) + 1e-5) - constant.log()
+    variance = residual.float().var(dim=-1, correction=0)
+    return 0.5 * torch.log(variance + 1e-5) - constant.log()
 
 
 def _mean(values: Tensor, observed: Tensor | None) -> Tensor:
