@@ -75,7 +75,7 @@ def _keep_freed_memory() -> None:
     """Let this process keep the memory that it frees, where the C library is glibc; elsewhere do nothing.
 
     A step frees hundreds of megabytes and soon asks for them again. By default glibc gives them back to the system in between, which
-    then has to clear every page of them: an eighth of a training step at tiny shape (measured: docs/LOG.md).
+    then has to clear every page of them: a tenth of a training step at tiny shape (measured: docs/performance.md).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
@@ -192,7 +192,7 @@ def compile_if_worthwhile(
         torch.compiler.reset()
         from torch._inductor import config
 
-        # GPT-2's GELU has a tanh, which takes twice as long on a CPU as the same by an exponential. PyTorch 2.6 has no such option.
+        # An exponential is faster on a CPU than the tanh of GPT-2's GELU. Older versions of PyTorch have no such option.
         options = {"cpp.use_decompose_tanh": True} if hasattr(config.cpp, "use_decompose_tanh") else None
         objective.compile(dynamic=False, options=options)
     return wanted
