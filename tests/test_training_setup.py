@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import platform
+import resource
 from typing import Any
 
 import pytest
@@ -51,6 +53,19 @@ def test_the_probe_leaves_nothing_and_gives_a_teacher_no_moments(monkeypatch: py
 
 def _out_of_memory(*_: object) -> None:
     raise torch.OutOfMemoryError
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no such setting")
+def test_memory_that_a_step_frees_is_not_asked_for_again() -> None:
+    setup.build_accelerator("cpu")
+
+    def page_faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(25_000_000)  # 100 MB: 24,000 pages, or 48 huge ones
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    page_faults()
+    assert page_faults() < 20
 
 
 def test_the_odd_text_that_is_scored_is_not_trained_on() -> None:

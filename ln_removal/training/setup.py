@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
@@ -26,6 +28,10 @@ TOKENS_IN_A_CPU_PASS = 4096
 LARGEST_MICRO_BATCH = 128
 COMPILE_FROM_TOKENS = 400_000
 """On a CPU, compiling costs about as much time as it saves over this many tokens (measured: docs/LOG.md)."""
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+KEPT_BYTES = 1 << 30
+"""Freed memory stays in the process up to this size, and so does every block that is smaller."""
 
 RANKS_WAIT = timedelta(hours=3)
 """How long a rank waits for another. The main process prepares a corpus and scores models while the others wait."""
@@ -60,7 +66,21 @@ def build_accelerator(device: str) -> Accelerator:
         raise changed from error
     if device != "auto" and accelerator.device.type != device:
         raise changed
+    if accelerator.device.type == "cpu":
+        _keep_freed_memory()
     return accelerator
+
+
+def _keep_freed_memory() -> None:
+    """Let this process keep the memory that it frees, where the C library is glibc; elsewhere do nothing.
+
+    A step frees hundreds of megabytes and soon asks for them again. By default glibc gives them back to the system in between, which
+    then has to clear every page of them: a tenth of a training step at tiny shape (measured: docs/performance.md).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        for parameter in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
+            mallopt(parameter, KEPT_BYTES)
 
 
 def training_attention(model: PreTrainedModel, *, context: int, shown: bool = False) -> AbstractContextManager[None]:
@@ -170,7 +190,11 @@ def compile_if_worthwhile(
     if wanted:
         # Graphs that this process compiled for an earlier model would count against the number that is kept.
         torch.compiler.reset()
-        objective.compile(dynamic=False)
+        from torch._inductor import config
+
+        # An exponential is faster on a CPU than the tanh of GPT-2's GELU. Older versions of PyTorch have no such option.
+        options = {"cpp.use_decompose_tanh": True} if hasattr(config.cpp, "use_decompose_tanh") else None
+        objective.compile(dynamic=False, options=options)
     return wanted
 
 
