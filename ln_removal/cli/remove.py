@@ -1,4 +1,4 @@
-"""`ln-remove`: take the LayerNorms out of a GPT-2."""
+"""`ln-remove`: take the norms out of a language model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 ModelOption = Annotated[
     str | None,
     typer.Option(
-        help="tiny, gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2, a directory or a Hub id.", show_default=False
+        help="tiny, gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2, a directory or a Hub id such as EleutherAI/pythia-70m.",
+        show_default=False,
     ),
 ]
 RecipeOption = Annotated[
@@ -33,7 +34,7 @@ OutOption = Annotated[
     Path | None,
     typer.Option(help="Directory of the run. Default: checkpoints/NAME of the recipe or model.", show_default=False),
 ]
-ControlOption = Annotated[bool, typer.Option("--control", help="Also train the control that keeps its LayerNorms.")]
+ControlOption = Annotated[bool, typer.Option("--control", help="Also train the control that keeps its norms.")]
 QuestionsOption = Annotated[
     str, typer.Option(metavar="auto|completions|hellaswag|none|FILE", help="What accuracy is measured on.")
 ]
@@ -64,17 +65,22 @@ def remove(
     debug: console.DebugOption = False,
     version: console.VersionOption = False,
 ) -> None:
-    """Remove the LayerNorms of a GPT-2 by fine-tuning, fold them away, export and score the result.
+    """Remove the LayerNorms or RMSNorms of a model by fine-tuning, fold them away, export and score the result.
+
+    It takes GPT-2, GPT-NeoX (Pythia), Llama (SmolLM2), Mistral and Qwen2. A model without a recipe of its own gets that of the
+    GPT-2 of the closest depth, fitted to it.
 
     \b
     Examples:
       ln-remove --model tiny --control --out checkpoints/demo
       ln-remove --model gpt2 --dry-run
       ln-remove --model gpt2 --control --out checkpoints/gpt2
+      ln-remove --model EleutherAI/pythia-70m --dry-run
       ln-remove --recipe gpt2-fast --set seed=1 --set data.corpus=texts/ --out checkpoints/mine
       ln-remove --control --out checkpoints/gpt2 --resume
       ln-remove --model gpt2 --control --out checkpoints/gpt2 --push-to-hub alice/gpt2-without-layernorm
     """
+    from ln_removal.config.presets import own_name
     from ln_removal.config.recipe import parse_overrides
     from ln_removal.export.hub import check_target, named_target
     from ln_removal.pipelines.plan import resolve_recipe
@@ -86,6 +92,8 @@ def remove(
     if dry_run:
         console.print_plan(resolved, control=control, device=device, as_json=as_json)
         return
+    if model is not None and recipe is None and resolved.name != own_name(model):
+        typer.echo(resolved.description, err=True)
     if target is not None:
         check_target(target)  # now, not after hours of training
     from ln_removal.pipelines.removal import remove as run_removal

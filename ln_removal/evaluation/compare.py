@@ -32,6 +32,7 @@ from ln_removal.evaluation.results import (
     spread_of,
 )
 from ln_removal.evaluation.statistics import by_position, token_statistics
+from ln_removal.models.loading import positions_of
 from ln_removal.models.precision import Precision
 
 if TYPE_CHECKING:
@@ -317,7 +318,7 @@ def sample_text(
     Raises:
         UserError: the prompt gives no token, or leaves no room in the model's context.
     """
-    positions = int(model.config.max_position_embeddings)
+    positions = positions_of(model.config)
     ids = encode_prompt(tokenizer, prompt, positions)
     device = next(model.parameters()).device
     uniform = torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).tolist()

@@ -341,6 +341,7 @@ def _check_tokens(model: NormFreeGPT2LMHeadModel, *, rows: int, length: int = CH
 
 def _fold_checkpoint(run: Path) -> tuple[NormFreeGPT2LMHeadModel, PreTrainedTokenizerBase]:
     from ln_removal.evaluation.scoring import recipe_of
+    from ln_removal.models.checks import first_token
     from ln_removal.models.identity import model_of_run
     from ln_removal.models.loading import load_model
     from ln_removal.norms.surgery import install
@@ -352,7 +353,8 @@ def _fold_checkpoint(run: Path) -> tuple[NormFreeGPT2LMHeadModel, PreTrainedToke
             f"{run} is a run of ln-pretrain; only what ln-remove has made LN-free can be exported: name such a run"
         )
     loaded = load_model(model_of_run(run, recipe.model))
-    install(loaded.model, eot_token_id=loaded.tokenizer.eos_token_id)
+    bos = first_token(loaded.tokenizer, loaded.model.config)
+    install(loaded.model, eot_token_id=loaded.tokenizer.eos_token_id, bos_token_id=bos)
     state, faults = load_newest(run / "state", loaded.model, None)
     if state is None:
         raise UserError(f"{run} has no checkpoint yet; continue it with ln-remove --out {run} --resume")
