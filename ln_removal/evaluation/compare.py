@@ -327,12 +327,13 @@ def sample_text(
     step = torch.tensor([ids], device=device)
     for number in range(min(max_new_tokens, positions - len(ids))):
         output = model(input_ids=step, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        cache = getattr(output, "past_key_values", None)
         chosen = _draw(output.logits[0, -1], uniform[number], temperature, top_k)
         if chosen == tokenizer.eos_token_id:
             break
         written.append(chosen)
-        step = torch.tensor([[chosen]], device=device)
+        # A model without a cache, such as a Mamba, reads everything again.
+        step = torch.tensor([[*ids, *written] if cache is None else [chosen]], device=device)
     return str(tokenizer.decode(written))
 
 
