@@ -6,8 +6,9 @@ pass: for B sequences of T tokens, L layers of width D and a vocabulary of V,
     activations = B T (L c D + 12 D)  +  10 V min(B T, positions of one chunk)        [bytes]
 
 (and with a teacher its weights in the run's precision and twice the last term; with the entropy penalty 15 B H T T L
-for H heads), with c measured on this project's model (bytes kept by autograd per layer, token and unit of width, with
-dropout off and fused attention): 40 compiled and 82 not in bfloat16 autocast, 76 and 140 in float32. Time is estimated
+for H heads), with c measured on a GPT-2 (bytes kept by autograd per layer, token and unit of width, with dropout off and
+fused attention): 40 compiled and 82 not in bfloat16 autocast, 76 and 140 in float32. Other families keep less when they are
+not compiled, as `KEPT_NOT_COMPILED` says; compiled they are taken to keep less in the same proportion. Time is estimated
 as tokens * (6 N + 12 L D T) FLOPs (N parameters, the second term for attention; a third more with a teacher) at an
 assumed share of the device's peak.
 """
@@ -97,7 +98,14 @@ ASSUMED_UTILISATION = 0.30
 """Share of the peak. nanoGPT reaches this share with GPT-2 small on an A100 (107k tokens/s), llm.c 0.41 on an H100."""
 
 ACTIVATION_BYTES = {("bfloat16", True): 40, ("bfloat16", False): 82, ("float32", True): 76, ("float32", False): 140}
-"""c of the module's formula, by (precision, compiled)."""
+"""c of the module's formula, by (precision, compiled), of a GPT-2."""
+
+KEPT_NOT_COMPILED = {
+    "bfloat16": {"gpt2": (82, 0), "pythia": (53, 0), "llama": (35, 8), "qwen2": (35, 8)},
+    "float32": {"gpt2": (140, 0), "pythia": (91, 0), "llama": (45, 16), "qwen2": (45, 16)},
+}
+"""c of a model that is not compiled, by precision and family: a constant, and what comes for each multiple of the width that the MLP
+has inside. GPT-2's activation is written as eight operations, each of which keeps its input."""
 
 # The same numbers as in training/cross_entropy.py and training/setup.py. Those import torch, which planning does without.
 POSITIONS_IN_A_CHUNK = 8192  # on a GPU
@@ -182,8 +190,8 @@ def estimate_memory(recipe: Recipe, shape: ArchitectureSpec, micro_batch: int) -
     # AdamW keeps two moments of every parameter, Muon one of the matrices inside the blocks.
     moments = 2 * count - (matrices if training.optimizer == "muon" else 0)
     tokens = micro_batch * recipe.data.context
-    kept = ACTIVATION_BYTES["float32" if training.precision == "float32" else "bfloat16", training.compile is not False]
-    activations = tokens * (shape.n_layer * kept + 12) * shape.n_embd
+    kept = activation_bytes(shape, training.precision, compiled=training.compile is not False)
+    activations = round(tokens * (shape.n_layer * kept + 12) * shape.n_embd)
     # bfloat16 logits, their float32 copy and its gradient, for one chunk at a time.
     logits = 10 * min(tokens, POSITIONS_IN_A_CHUNK) * shape.vocab_size
     activations += logits
@@ -198,6 +206,14 @@ def estimate_memory(recipe: Recipe, shape: ArchitectureSpec, micro_batch: int) -
     return Memory(
         parameters=4 * count, gradients=4 * count, optimizer=4 * moments, activations=activations, teacher=teacher
     )
+
+
+def activation_bytes(shape: ArchitectureSpec, precision: str, *, compiled: bool) -> float:
+    """c of the module's formula for a family."""
+    width = "float32" if precision == "float32" else "bfloat16"
+    constant, inside = KEPT_NOT_COMPILED[width][shape.family]
+    share = (constant + inside * shape.width_of_mlp / shape.n_embd) / ACTIVATION_BYTES[width, False]
+    return ACTIVATION_BYTES[width, compiled] * share
 
 
 def has_teacher(recipe: Recipe) -> bool:

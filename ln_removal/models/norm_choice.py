@@ -251,7 +251,6 @@ def build_model(architecture: ArchitectureSpec, *, eot_token_id: int) -> PreTrai
         "vocab_size": architecture.vocab_size,
         "bos_token_id": eot_token_id,
         "eos_token_id": eot_token_id,
-        "num_key_value_heads": architecture.n_kv_head,
         "head_dim": architecture.head_width,
         "tie_word_embeddings": architecture.tied,
         "attention_bias": architecture.attention_bias,
@@ -264,6 +263,8 @@ def build_model(architecture: ArchitectureSpec, *, eot_token_id: int) -> PreTrai
     else:
         entries |= {theirs: getattr(architecture, ours) for ours, theirs in SIZES.items()}
         entries |= {"intermediate_size": architecture.width_of_mlp}
+        if "n_kv_head" in architecture.parts.choices:  # Qwen2's configuration has 32 by itself
+            entries |= {"num_key_value_heads": architecture.n_kv_head or architecture.n_head}
     if not architecture.is_plain:
         entries |= architecture.model_dump(include=set(REVIVAL_CHOICES))
     elif architecture.activation == "relu":
