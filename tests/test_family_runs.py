@@ -25,10 +25,13 @@ from ln_removal.models.families import family_of
 from ln_removal.models.loading import NO_LIMIT, load_model, load_tokenizer, positions_of, trainable_positions
 from ln_removal.models.norm_choice import build_model
 from ln_removal.norms.freezable import FIRST, PositionClasses
+from ln_removal.norms.surgery import install
 from ln_removal.pipelines import cpu_time
 from ln_removal.pipelines.context import run_context
 from ln_removal.pipelines.plan import architecture_of_model, plan, resolve_recipe
 from ln_removal.pipelines.removal import prepare, removal_session
+from ln_removal.training.loss import Objective
+from ln_removal.training.setup import checkpoint_activations, training_attention
 
 SHAPE: dict[str, Any] = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 64, "vocab_size": 320}
 
@@ -244,6 +247,32 @@ def test_a_killed_removal_of_a_llama_ends_where_it_would_have(place: Path, famil
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
+@pytest.mark.parametrize("name", RANDOM)
+def test_a_step_depends_on_weights_and_batch_alone(name: str, place: Path) -> None:
+    """Without dropout, of which the attention of these families makes its own, and the same with activations recomputed."""
+    settings = json.loads((place / name / "config.json").read_text())
+    config = transformers.AutoConfig.for_model(**{**settings, "attention_dropout": 0.5, "hidden_dropout": 0.5})
+    tokens = torch.randint(320, (2, 33), generator=torch.Generator().manual_seed(0))
+    starts = torch.tensor([[0] * 20 + [20] * 13, [0] * 33])
+
+    def gradients(*, recomputed: bool) -> list[torch.Tensor]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            model = transformers.AutoModelForCausalLM.from_config(config)
+        install(model, eot_token_id=0)
+        objective = Objective(model, eot_token_id=0).train()
+        with training_attention(model, context=32):
+            if recomputed:
+                checkpoint_activations(model)
+            objective(tokens, starts).total.backward()
+        return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+    once, again, recomputed = (gradients(recomputed=how) for how in (False, False, True))
+    assert len(once) == len(recomputed) > 0
+    torch.testing.assert_close(again, once, rtol=0, atol=0)
+    torch.testing.assert_close(recomputed, once)
+
+
 def test_what_is_ln_free_already_is_said_so(place: Path, tmp_path: Path) -> None:
     from ln_removal.models.norm_free import norm_free_config
 
@@ -284,6 +313,10 @@ def adds_bos(directory: Path, *, sentencepiece: bool) -> Path:
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
     saved.save_pretrained(directory)
+    if sentencepiece:  # transformers would build a tokenizer of this class anew, with parts of its own
+        settings = json.loads((directory / "tokenizer_config.json").read_text())
+        settings |= {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True}
+        (directory / "tokenizer_config.json").write_text(json.dumps(settings))
     return directory
 
 
