@@ -16,7 +16,7 @@ from small_families import VARIANTS, small_model
 from small_model import write_corpus, write_tokenizer
 
 from ln_removal.config.estimate import KNOWN_ARCHITECTURES, count_parameters
-from ln_removal.config.presets import default_recipe
+from ln_removal.config.presets import default_recipe, is_borrowed
 from ln_removal.config.recipe import ArchitectureSpec, load_recipe
 from ln_removal.errors import UserError
 from ln_removal.evaluation.loss import position_losses
@@ -31,6 +31,7 @@ from ln_removal.pipelines.context import run_context
 from ln_removal.pipelines.plan import architecture_of_model, plan, resolve_recipe
 from ln_removal.pipelines.removal import prepare, removal_session
 from ln_removal.training.loss import Objective
+from ln_removal.training.session import sampler_of
 from ln_removal.training.setup import checkpoint_activations, training_attention
 
 SHAPE: dict[str, Any] = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 64, "vocab_size": 320}
@@ -136,6 +137,7 @@ def test_a_model_of_another_family_gets_a_recipe_that_says_where_it_is_from(fami
     shape = ArchitectureSpec.model_validate({**SHAPE, "family": family, "n_layer": n_layer, "n_positions": 2048})
     recipe = default_recipe("owner/gpt2", shape)
     assert f"{n_layer} layers of owner/gpt2" in recipe.description and "written for a GPT-2" in recipe.description
+    assert is_borrowed(default_recipe("owner/mine", shape)) and not is_borrowed(load_recipe("gpt2"))
 
 
 def test_a_context_beyond_the_sliding_window_is_refused(place: Path, tmp_path: Path) -> None:
@@ -340,6 +342,11 @@ def test_a_token_in_front_of_texts_gets_into_no_corpus_and_shares_the_class_of_p
             tokens = shard.tolist()
             assert 1 not in tokens and tokens[-1] == 2
             assert sum(text in [*_pieces(tokens)] for text in expected) == tokens.count(2)
+    # Where a recipe asks for rows that begin as prompts do, it is what they begin with.
+    changes = {"data.context": 32, "data.weights": {}, "data.bos_rows": 1.0, "training.tokens_per_step": 256}
+    for windows in ("stream", "document"):
+        recipe = load_recipe("tiny", {**changes, "data.windows": windows})
+        assert (sampler_of(recipe, data, tokenizer).sequences(0, 0, 8)[:, 0] == 1).all()
     config = transformers.LlamaConfig(bos_token_id=1, eos_token_id=2)
     assert first_token(tokenizer, config) == 1
     plain = load_tokenizer(place / "llama")

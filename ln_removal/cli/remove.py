@@ -80,7 +80,6 @@ def remove(
       ln-remove --control --out checkpoints/gpt2 --resume
       ln-remove --model gpt2 --control --out checkpoints/gpt2 --push-to-hub alice/gpt2-without-layernorm
     """
-    from ln_removal.config.presets import own_name
     from ln_removal.config.recipe import parse_overrides
     from ln_removal.export.hub import check_target, named_target
     from ln_removal.pipelines.plan import resolve_recipe
@@ -92,8 +91,6 @@ def remove(
     if dry_run:
         console.print_plan(resolved, control=control, device=device, as_json=as_json)
         return
-    if model is not None and recipe is None and resolved.name != own_name(model):
-        typer.echo(resolved.description, err=True)
     if target is not None:
         check_target(target)  # now, not after hours of training
     from ln_removal.pipelines.removal import remove as run_removal

@@ -49,6 +49,11 @@ def own_name(model: str | Path) -> str:
     return str(model).rpartition("/")[2].partition("@")[0]
 
 
+def is_borrowed(recipe: Recipe) -> bool:
+    """Whether a built-in recipe removes the norms of another model than the one that it was written for."""
+    return recipe.name in _WRITTEN_FOR and own_name(recipe.model) != recipe.name
+
+
 def resolve_pretraining(
     recipe: str | Path, *, overrides: Mapping[str, object] | None = None, steps: int | None = None
 ) -> Recipe:

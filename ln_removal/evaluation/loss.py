@@ -335,7 +335,8 @@ def _measured_halving(
 
 def _has_body(model: nn.Module) -> bool:
     config: Any = getattr(model, "config", None)
-    return hasattr(config, "model_type") and known_family(config) is not None
+    known = hasattr(config, "model_type") and known_family(config) is not None
+    return known and hasattr(model, "lm_head") and getattr(model, "base_model", model) is not model
 
 
 def _vocabulary(model: Any) -> int:

@@ -211,6 +211,7 @@ def _score_model(
     from ln_removal.evaluation.hellaswag import evaluate_choices
     from ln_removal.evaluation.prompts import prompt_losses
     from ln_removal.evaluation.statistics import residual_std
+    from ln_removal.models.checks import begins_texts
     from ln_removal.models.loading import load_model
 
     loaded = load_model(name, device=options.device)
@@ -219,6 +220,8 @@ def _score_model(
         label = role if len(comparisons) == 1 else f"{role}, {comparison.name}"
         losses.append(comparison.add(role, loaded.model, progress=f"{label}: loss" if options.progress else False))
     first, questions = comparisons[0].data, options.questions
+    front = begins_texts(loaded.tokenizer)
+    front = first.eot_token_id if front is None else front
     return _ModelScores(
         loss=losses[0],
         residual_std=residual_std(
@@ -238,10 +241,8 @@ def _score_model(
             prompts=asked,
             progress=f"{role}: questions" if options.progress else False,
         ),
-        prompt_losses=prompt_losses(loaded.model, prompts, eot_token_id=first.eot_token_id),
-        stress_losses={
-            bos: stress_losses(loaded.model, stress, bos=first.eot_token_id if bos else None) for bos in (False, True)
-        },
+        prompt_losses=prompt_losses(loaded.model, prompts, eot_token_id=front),
+        stress_losses={bos: stress_losses(loaded.model, stress, bos=front if bos else None) for bos in (False, True)},
         texts=[sample_text(loaded.model, loaded.tokenizer, prompt, seed=options.seed) for prompt in options.prompts],
     )
 

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ln_removal.config.presets import check_is_removal
+from ln_removal.config.presets import check_is_removal, is_borrowed
 from ln_removal.data.corpora import GENERATED
 from ln_removal.data.open_corpus import Writer, open_corpus
 from ln_removal.data.tokens import TokenDataset, ids_sha256
@@ -128,6 +128,8 @@ def remove(
         data = inputs.data
         if not (resume and _is_exported(out, recipe.export)):
             with removal_session(context, recipe, inputs) as session:
+                if is_borrowed(recipe) and not resume:
+                    session.tracker.say(recipe.description)
                 check_windows(session, recipe, data)
                 trained = train(session)
             export(context, recipe, inputs, trained)
