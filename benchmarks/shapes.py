@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A GPT-2 and its batch.
+    """A model of random weights and its batch.
 
     Attributes:
         tokens_per_step: on a GPU; the papers use 2^19 for every size. Larger models get fewer so that a run stays short.
@@ -25,6 +26,7 @@ class Shape:
     context: int
     tokens_per_step: int
     peer_micro_batch: int
+    family: Literal["gpt2", "pythia"] = "gpt2"
 
     @property
     def eot_token_id(self) -> int:
@@ -44,9 +46,29 @@ class Shape:
             "eos_token_id": self.eot_token_id,
         }
 
+    def model(self, **settings: Any) -> Any:
+        """A model of this shape; `settings` go into its configuration."""
+        from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig
+
+        if self.family == "gpt2":
+            return AutoModelForCausalLM.from_config(GPT2Config(**self.sizes, **settings))
+        config = GPTNeoXConfig(
+            num_hidden_layers=self.n_layer,
+            num_attention_heads=self.n_head,
+            hidden_size=self.n_embd,
+            intermediate_size=4 * self.n_embd,
+            max_position_embeddings=self.context,
+            vocab_size=self.vocab_size,
+            bos_token_id=self.eot_token_id,
+            eos_token_id=self.eot_token_id,
+            **settings,
+        )
+        return AutoModelForCausalLM.from_config(config)
+
 
 SHAPES = {
     "tiny": Shape(6, 192, 3, 4096, 512, tokens_per_step=4096, peer_micro_batch=8),
+    "pythia-70m": Shape(6, 512, 8, 50304, 512, tokens_per_step=4096, peer_micro_batch=8, family="pythia"),
     "gpt2": Shape(12, 768, 12, 50257, 1024, tokens_per_step=2**19, peer_micro_batch=32),
     "gpt2-medium": Shape(24, 1024, 16, 50257, 1024, tokens_per_step=2**18, peer_micro_batch=16),
     "gpt2-large": Shape(36, 1280, 20, 50257, 1024, tokens_per_step=2**17, peer_micro_batch=8),

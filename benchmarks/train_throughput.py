@@ -295,7 +295,7 @@ def _flops_per_token(shape: Shape) -> int:
     from ln_removal.config.estimate import flops_per_token
     from ln_removal.config.recipe import ArchitectureSpec
 
-    sizes = {key: getattr(shape, key) for key in ("n_layer", "n_head", "n_embd", "vocab_size")}
+    sizes = {key: getattr(shape, key) for key in ("family", "n_layer", "n_head", "n_embd", "vocab_size")}
     return flops_per_token(ArchitectureSpec(n_positions=shape.context, **sizes), shape.context)
 
 

@@ -36,9 +36,15 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-biases": ("Llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 16}),
     "mistral": ("Mistral", {"num_key_value_heads": 1, "sliding_window": None}),
     "qwen2": ("Qwen2", {"num_key_value_heads": 2}),
+    "qwen3": ("Qwen3", {"num_key_value_heads": 2, "head_dim": 16}),
     "qwen2-tied": ("Qwen2", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
 }
 """By a name: the beginning of the classes' names in transformers, and settings."""
+
+
+def kept(model: PreTrainedModel) -> tuple[str, ...]:
+    """What a removal of its norms has to keep."""
+    return ("qk-norms",) if model.config.model_type == "qwen3" else ()
 
 
 def small_model(variant: str, *, seed: int = 0) -> PreTrainedModel:

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -19,8 +20,7 @@ from typer.testing import CliRunner
 
 from ln_removal import NormFreeGPT2LMHeadModel, from_disarmed
 from ln_removal.cli.export import app
-from ln_removal.export import write
-from ln_removal.models import normfree_gpt2
+from ln_removal.models import normfree_gpt2, normfree_rotary
 
 IDS = torch.randint(0, 320, (2, 20), generator=torch.Generator().manual_seed(0))
 
@@ -131,12 +131,13 @@ class TestDirectory:
         assert "the stock form needs no code of its own" in result.stderr and not (tmp_path / "out").exists()
 
 
-def test_the_file_imports_only_torch_transformers_and_the_standard_library() -> None:
-    tree = ast.parse(Path(normfree_gpt2.__file__).read_text())
+@pytest.mark.parametrize("module", [normfree_gpt2, normfree_rotary])
+def test_the_file_imports_only_torch_transformers_and_the_standard_library(module: ModuleType) -> None:
+    assert module.__file__ is not None
+    tree = ast.parse(Path(module.__file__).read_text())
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     imported |= {node.module or "." for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     top = {name.partition(".")[0] for name in imported}
     assert top <= {"torch", "transformers", *sys.stdlib_module_names}
     # transformers would copy relative imports along, and there are none
     assert not [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]
-    assert write.MODULE == "modeling_normfree_gpt2"

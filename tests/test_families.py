@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from small_families import EOT, VARIANTS, small_model, small_tokens
+from small_families import EOT, VARIANTS, kept, small_model, small_tokens
 from torch import Tensor, nn
 
 from ln_removal.errors import UserError
@@ -32,7 +32,7 @@ def logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
 
 def installed(model: PreTrainedModel, tokens: Tensor, *, median: bool = False) -> NormSites:
     """Freezable norms whose statistics have seen `tokens`."""
-    sites = install(model, eot_token_id=EOT, median=median)
+    sites = install(model, eot_token_id=EOT, median=median, keep=kept(model))
     model.train()
     logits(model, tokens)
     sites.update_running(0.9)
@@ -154,7 +154,7 @@ def test_a_resumed_model_is_the_same(variant: str) -> None:
     model, sites = all_frozen(variant)
     sites.set_mix("ln_1_v.1", 0.4)
     again = small_model(variant, seed=5)
-    found = install(again, eot_token_id=EOT)
+    found = install(again, eot_token_id=EOT, keep=kept(again))
     again.load_state_dict(model.state_dict())
     tokens = small_tokens(seed=3)
     torch.testing.assert_close(logits(again, tokens), logits(model, tokens), rtol=0, atol=0)
@@ -170,6 +170,15 @@ def test_gradients_reach_every_parameter(variant: str) -> None:
 
 def test_every_family_is_among_the_variants() -> None:
     assert {small_model(variant).config.model_type for variant in VARIANTS} == set(FAMILIES)
+
+
+def test_norms_that_would_stay_have_to_be_named() -> None:
+    model = small_model("qwen3")
+    with pytest.raises(UserError, match="keep qk-norms"):
+        install(model, eot_token_id=EOT)
+    install(model, eot_token_id=EOT, keep=["qk-norms"])
+    with pytest.raises(UserError, match="qk-norms"):
+        install(small_model("llama"), eot_token_id=EOT, keep=["qk-norms"])
 
 
 def test_a_model_of_another_family_is_named() -> None:

@@ -12,7 +12,7 @@ import torch
 import transformers
 from command_line import Commands
 from safetensors.torch import load_file
-from small_families import VARIANTS, small_model
+from small_families import VARIANTS, kept, small_model
 from small_model import write_corpus, write_tokenizer
 
 from ln_removal.config.estimate import KNOWN_ARCHITECTURES, count_parameters
@@ -41,6 +41,7 @@ RANDOM: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
     "mistral": ("Mistral", {"num_key_value_heads": 1, "sliding_window": 64}),
     "qwen2": ("Qwen2", {"num_key_value_heads": 1}),
+    "qwen3": ("Qwen3", {"num_key_value_heads": 1, "head_dim": 24}),
 }
 """By a name: the beginning of the classes' names in transformers, and settings."""
 
@@ -53,7 +54,6 @@ SETTINGS = {
     "training.compile": "false",
     "training.evaluation_tokens": 1024,
     "training.checkpoint_every": 2,
-    "export.formats": '["normfree"]',
 }
 
 REMOVE = ("--recipe", "tiny", "--steps", "6", "--set", "data.weights={}", "--questions", "none", "--device", "cpu")
@@ -184,7 +184,7 @@ def test_sizes_that_no_model_can_have(changes: dict[str, object], fault: str) ->
         load_recipe("tiny-gpt2", {f"architecture.{key}": value for key, value in changes.items()})
 
 
-@pytest.mark.parametrize("family", ["gpt2", "pythia", "llama", "qwen2"])
+@pytest.mark.parametrize("family", ["gpt2", "pythia", "llama", "qwen2", "qwen3"])
 def test_what_is_built_has_the_counted_parameters_and_reads(family: str) -> None:
     shape = ArchitectureSpec(**SHAPE, family=family)  # type: ignore[arg-type]
     model = build_model(shape, eot_token_id=0)
@@ -223,7 +223,8 @@ def test_pretrained_then_removed(place: Path, families: Commands) -> None:
 @pytest.mark.parametrize("name", RANDOM)
 def test_a_removal_from_recipe_to_report(name: str, place: Path, families: Commands) -> None:
     windows = "document" if name == "qwen2" else "stream"
-    families.run("ln-remove", *removal_of(name, f"{name}-run", "--control", "--set", f"data.windows={windows}"))
+    more = ["--keep", "qk-norms", "--set", 'export.formats=["normfree"]'] if name == "qwen3" else []
+    families.run("ln-remove", *removal_of(name, f"{name}-run", "--control", "--set", f"data.windows={windows}", *more))
     run = place / f"{name}-run"
     found = json.loads((run / "results.json").read_text())
     assert set(found["cross_entropy"]) == {"original", "control", "ln_free"}
@@ -231,7 +232,8 @@ def test_a_removal_from_recipe_to_report(name: str, place: Path, families: Comma
     assert (run / "report.html").is_file() and (run / "model" / "README.md").is_file()
     model = load_model(run / "model").model
     assert type(model).__name__.startswith("NormFree")
-    assert not any(type(module).__name__.endswith("Norm") for module in model.modules())
+    norms = [path for path, module in model.named_modules() if type(module).__name__.endswith("Norm")]
+    assert all(path.endswith(("q_norm", "k_norm")) for path in norms) and bool(norms) == (name == "qwen3")
     assert set(found["residual_std"]) == {"original", "control", "ln_free"}
     families.run("ln-evaluate", f"{name}-run", "--device", "cpu", "--out", "again.json")
     again = json.loads((place / "again.json").read_text())["cross_entropy"]
@@ -261,7 +263,7 @@ def test_a_step_depends_on_weights_and_batch_alone(name: str, place: Path) -> No
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
             model = transformers.AutoModelForCausalLM.from_config(config)
-        install(model, eot_token_id=0)
+        install(model, eot_token_id=0, keep=kept(model))
         objective = Objective(model, eot_token_id=0).train()
         with training_attention(model, context=32):
             if recomputed:
@@ -379,7 +381,7 @@ def test_a_removal_of_a_model_with_a_token_in_front_knows_it(place: Path, tmp_pa
         "data.weights": {},
         "training.distillation": 0.0,
     }
-    recipe = load_recipe("tiny", {"model": str(model), **changes, "export.formats": ["normfree"]})
+    recipe = load_recipe("tiny", {"model": str(model), **changes})
     context = run_context(tmp_path / "run", device="cpu", progress=False)
     with context.claim(recipe):
         inputs = prepare(context, recipe)

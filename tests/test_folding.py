@@ -183,6 +183,20 @@ class TestFold:
         with pytest.raises(UserError, match=rf"{path} .*merge"):
             fold(tiny_gpt2)
 
+    def test_a_cap_has_to_be_lifted(self, tiny_gpt2: GPT2LMHeadModel, token_ids: Tensor) -> None:
+        sites = install(tiny_gpt2, eot_token_id=100, cap=3.0)
+        sites.update_running(0.9)
+        for norm in sites.norms.values():
+            norm.running_initialized.fill_(True)
+        for site in sites.sites:
+            sites.set_mix(site, 1)
+        for special in ("eot", "first"):
+            sites.set_special(special, 1)
+        with pytest.raises(UserError, match="cap"):
+            fold(tiny_gpt2)
+        sites.lift_cap(1)
+        assert fold(tiny_gpt2)
+
     @pytest.mark.parametrize("which", ["eot", "first"])
     def test_special_constants_have_to_be_dropped(
         self, tiny_gpt2: GPT2LMHeadModel, token_ids: Tensor, which: str

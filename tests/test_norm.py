@@ -331,6 +331,52 @@ class TestConstants:
         assert norm.frozen_std[0].tolist() == [2.0, 3.0, 2.0]
 
 
+def capped_norm(cap: float, *, bias: bool) -> FreezableNorm:
+    """Constant 1 for every position, with a cap, in float64."""
+    weight = nn.Parameter(torch.linspace(0.5, 1.5, WIDTH, dtype=torch.float64))
+    beta = nn.Parameter(torch.linspace(-1, 1, WIDTH, dtype=torch.float64)) if bias else None
+    norm = FreezableNorm(weight, beta, 1e-5, classes=PositionClasses(None), cap=cap)
+    norm.mix.fill_(1.0)
+    return norm
+
+
+class TestCap:
+    """With a cap, a norm gives at most that many times its usual size."""
+
+    @pytest.mark.parametrize("bias", [True, False], ids=["LayerNorm", "RMSNorm"])
+    @pytest.mark.parametrize("mix", [0.0, 0.5, 1.0])
+    def test_larger_positions_are_normalised_to_it(self, bias: bool, mix: float) -> None:
+        norm, x = capped_norm(2.0, bias=bias), stream(2, 6, dtype=torch.float64)
+        norm.mix.fill_(mix)
+        x = x * torch.tensor([0.1, 0.3, 0.5, 1.0, 3.0, 30.0], dtype=torch.float64)[:, None]
+        centred = x - x.mean(-1, keepdim=True) if bias else x
+        std = (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        scale = torch.minimum(std ** (mix - 1), 2.0 / std)
+        assert bool((scale < std ** (mix - 1)).any()) == (mix > 0), "a real norm never gives more than its usual size"
+        expected = centred * scale * norm.weight + (norm.bias if bias else 0.0)
+        torch.testing.assert_close(norm(x), expected)
+
+    def test_it_counts_where_it_acts_and_gives_way(self) -> None:
+        norm = capped_norm(2.0, bias=False)
+        x = torch.ones(1, 4, WIDTH, dtype=torch.float64) * torch.tensor([0.5, 1.9, 2.1, 9.0])[:, None]
+        norm(x)
+        assert norm.over_cap == 2
+        norm.cap_lifted.fill_(0.5)  # the cap is 4
+        norm(x)
+        assert norm.over_cap == 3
+        norm.cap_lifted.fill_(1.0)
+        torch.testing.assert_close(norm(x), x * norm.weight)
+        assert norm.over_cap == 3
+        norm.eval()(x)
+        assert norm.over_cap == 3, "only training is counted"
+
+    def test_a_checkpoint_knows_how_far_it_is_lifted(self) -> None:
+        norm, other = capped_norm(2.0, bias=True), capped_norm(2.0, bias=True)
+        norm.cap_lifted.fill_(0.75)
+        other.load_state_dict(norm.state_dict())
+        assert other.cap_lifted == 0.75
+
+
 class TestNormedProjection:
     def projection(self, dtype: torch.dtype = torch.float64) -> NormedProjection:
         norm = make_norm(tokens(2, 6), readers=2, dtype=dtype)

@@ -176,6 +176,21 @@ def test_special_drops_follow_their_own_taper() -> None:
     ]
 
 
+def test_a_cap_is_lifted_when_everything_is_constant() -> None:
+    schedule = expand(
+        ScheduleSpec.model_validate(spec(taper=1).model_dump() | {"cap": 2.0, "cap_after": 4, "cap_taper": 3}), 1, 60
+    )
+    constant = max(event.complete_at for event in schedule.events if event.site != "cap")
+    lifted = next(event for event in schedule.events if event.site == "cap")
+    assert (lifted.step, lifted.complete_at, schedule.complete_at) == (constant + 4, constant + 7, constant + 7)
+    assert [lifted.value(lifted.step + later) for later in (-1, 0, 1, 2, 3)] == [0, 0.25, 0.5, 0.75, 1]
+    assert schedule.stage(lifted.step) == "cap" and schedule.stage(lifted.complete_at + 1) == "recovery"
+    assert [row[0] for row in schedule.table()][-1] == "cap" and schedule.timeline().splitlines()[-2].startswith("cap ")
+    without = RemovalSchedule(schedule.events, 1, 60)
+    with pytest.raises(UserError, match="cap"):
+        without.validate()
+
+
 def test_stages_in_order() -> None:
     schedule = expand(spec(), 2, 40)  # ln_2 5 7, qk 9 11, v 13 16, ln_f 19, eot 21, first 25
     stages = [schedule.stage(step) for step in range(40)]

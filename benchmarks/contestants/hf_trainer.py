@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from pacing import Finished, Pace
 from shapes import Shape, random_tokens
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 NEVER = 10**6
 
@@ -57,14 +57,9 @@ def main() -> None:
         torch.set_float32_matmul_precision("high")
     torch.manual_seed(0)
     dropout = settings.get("dropout", 0.0)
-    config = GPT2Config(
-        **shape.sizes,
-        resid_pdrop=dropout,
-        embd_pdrop=dropout,
-        attn_pdrop=dropout,
-        attn_implementation="sdpa",
-    )
-    model = GPT2LMHeadModel(config).to(getattr(torch, settings["weights"]))
+    # A GPT-NeoX has no dropout unless its configuration says so.
+    dropouts = {f"{name}_pdrop": dropout for name in ("resid", "embd", "attn")} if shape.family == "gpt2" else {}
+    model = shape.model(attn_implementation="sdpa", **dropouts).to(getattr(torch, settings["weights"]))
     if settings.get("peer"):
         _wrap_layer_norms(model, settings["peer"])
     sequences = settings["tokens_per_step"] // shape.context
@@ -107,7 +102,7 @@ def main() -> None:
             pace.out_of_memory()
 
 
-def _wrap_layer_norms(model: GPT2LMHeadModel, peer: str) -> None:
+def _wrap_layer_norms(model: PreTrainedModel, peer: str) -> None:
     """Replace LayerNorms by the peer's FakeLayerNorm with the peer's own function."""
     missing = [
         name

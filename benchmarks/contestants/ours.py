@@ -99,6 +99,7 @@ def recipe_of(settings: dict[str, Any], shape: Shape) -> Recipe:
         model="random",
         data=DataSpec(corpus="random", context=shape.context, windows=settings.get("windows", "stream")),
         architecture=ArchitectureSpec(
+            family=shape.family,
             n_layer=shape.n_layer,
             n_head=shape.n_head,
             n_embd=shape.n_embd,
@@ -131,7 +132,7 @@ def main() -> None:
     recipe = recipe_of(settings, shape)
     torch.manual_seed(0)
     folded = settings.get("folded", False)
-    model = NormFreeGPT2LMHeadModel(NormFreeGPT2Config(**shape.sizes)) if folded else _gpt2(shape)
+    model = NormFreeGPT2LMHeadModel(NormFreeGPT2Config(**shape.sizes)) if folded else shape.model()
     accelerator = build_accelerator(settings["device"])
     removal = None
     if not folded:
@@ -141,7 +142,7 @@ def main() -> None:
     teacher = None
     if settings.get("teacher"):  # which only a removal recipe has
         spec = spec.model_copy(update={"distillation": 1.0})
-        teacher = as_teacher(_gpt2(shape), spec.precision).to(accelerator.device)
+        teacher = as_teacher(shape.model(), spec.precision).to(accelerator.device)
     objective = Objective(
         model.to(accelerator.device),
         eot_token_id=shape.eot_token_id,
@@ -191,12 +192,6 @@ def open_sampler(shape: Shape, data: TokenDataset, spec: TrainingSpec, documents
     kind: type[Sampler] = DocumentSampler if documents else WindowSampler
     rows = spec.tokens_per_step // shape.context
     return kind(data.split("train"), context=shape.context, sequences_per_step=rows, seed=0)
-
-
-def _gpt2(shape: Shape) -> Any:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    return GPT2LMHeadModel(GPT2Config(**shape.sizes))
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ SourceArgument = Annotated[
     str,
     typer.Argument(
         metavar="RUN|MODEL",
-        help="A run of ln-remove, the directory of an LN-free model, or a published LN-free model (disarmed LayerNorms): "
-        "its directory or Hub id.",
+        help="A run of ln-remove, the directory of an LN-free model, or a published LN-free model (disarmed norms): its "
+        "directory or Hub id.",
         show_default=False,
     ),
 ]
@@ -32,7 +32,7 @@ OutOption = Annotated[
 FormOption = Annotated[
     Literal["normfree", "stock"],
     typer.Option(
-        "--format", help="normfree: no norm module at all. stock: plain GPT2LMHeadModel for any transformers."
+        "--format", help="normfree: no norm module at all. stock: transformers' own class, such as GPT2LMHeadModel."
     ),
 ]
 DtypeOption = Annotated[
@@ -49,7 +49,7 @@ SplitOption = Annotated[
     bool,
     typer.Option(
         "--split-qkv",
-        help="Write queries, keys and values as linear maps of their own, for tools that decompose parameters.",
+        help="Write a GPT-2's queries, keys and values as linear maps of their own, for tools that decompose parameters.",
     ),
 ]
 TokenizerOption = Annotated[
@@ -75,7 +75,7 @@ def export(
     version: console.VersionOption = False,
 ) -> None:
     """Write an LN-free model in another format. A run that stopped before its export is folded from its checkpoint; a
-    published model with disarmed LayerNorms is converted to one without norms.
+    published model with disarmed norms is converted to one without norms.
 
     \b
     Examples:

@@ -35,6 +35,14 @@ OutOption = Annotated[
     typer.Option(help="Directory of the run. Default: checkpoints/NAME of the recipe or model.", show_default=False),
 ]
 ControlOption = Annotated[bool, typer.Option("--control", help="Also train the control that keeps its norms.")]
+KeepOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NORMS",
+        help="Norms that stay: qk-norms, which Qwen3 requires (its norms of queries and keys). The same as schedule.keep.",
+        show_default=False,
+    ),
+]
 QuestionsOption = Annotated[
     str, typer.Option(metavar="auto|completions|hellaswag|none|FILE", help="What accuracy is measured on.")
 ]
@@ -53,6 +61,7 @@ def remove(
     out: OutOption = None,
     tokens: console.TokensOption = None,
     control: ControlOption = False,
+    keep: KeepOption = None,
     questions: QuestionsOption = "auto",
     resume: ResumeOption = False,
     dry_run: DryRunOption = False,
@@ -67,7 +76,7 @@ def remove(
 ) -> None:
     """Remove the LayerNorms or RMSNorms of a model by fine-tuning, fold them away, export and score the result.
 
-    It takes GPT-2, GPT-NeoX (Pythia), Llama (SmolLM2), Mistral and Qwen2. A model without a recipe of its own gets that of the
+    It takes GPT-2, GPT-NeoX (Pythia), Llama (SmolLM2), Mistral, Qwen2 and Qwen3. A model without a recipe of its own gets that of the
     GPT-2 of the closest depth, fitted to it.
 
     \b
@@ -86,6 +95,7 @@ def remove(
 
     recipe = recipe or (_recipe_of_run(out) if resume and out is not None and model is None else None)
     at, overrides = _place_of_model(model, out, resume=resume), parse_overrides(settings or [])
+    overrides |= {"schedule.keep": keep} if keep else {}
     resolved = resolve_recipe(model=model, recipe=recipe, overrides=overrides, steps=steps, place=at)
     target = named_target(push_to_hub, private=private, tag=tag)
     if dry_run:

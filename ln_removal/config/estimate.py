@@ -101,8 +101,8 @@ ACTIVATION_BYTES = {("bfloat16", True): 40, ("bfloat16", False): 82, ("float32",
 """c of the module's formula, by (precision, compiled), of a GPT-2."""
 
 KEPT_NOT_COMPILED = {
-    "bfloat16": {"gpt2": (82, 0), "pythia": (53, 0), "llama": (35, 8), "qwen2": (35, 8)},
-    "float32": {"gpt2": (140, 0), "pythia": (91, 0), "llama": (45, 16), "qwen2": (45, 16)},
+    "bfloat16": {"gpt2": (82, 0), "pythia": (53, 0), "llama": (35, 8), "qwen2": (35, 8), "qwen3": (47, 8)},
+    "float32": {"gpt2": (140, 0), "pythia": (91, 0), "llama": (45, 16), "qwen2": (45, 16), "qwen3": (69, 16)},
 }
 """c of a model that is not compiled, by precision and family: a constant, and what comes for each multiple of the width that the MLP
 has inside. GPT-2's activation is written as eight operations, each of which keeps its input."""
@@ -139,6 +139,7 @@ def count_parameters(shape: ArchitectureSpec) -> int:
     """
     rows = shape.vocab_size * (1 if shape.is_tied else 2) + (shape.n_positions if shape.parts.learned_positions else 0)
     layer = block_matrices(shape) + _biases(shape) + 2 * _norm(shape, shape.block_norm)
+    layer += 2 * shape.width_of_head if shape.parts.norms_of_heads else 0
     count = rows * shape.n_embd + shape.n_layer * layer + _norm(shape, shape.final_norm)
     if shape.activation == "learnable_leaky_relu":
         count += shape.n_layer if shape.slopes == "layer" else 1

@@ -25,6 +25,7 @@ class FamilyParts:
         attention_biases: which maps of attention have a bias: "all", queries, keys and values ("qkv"), or "none".
         mlp_biases: whether the maps of the MLP have one.
         choices: the optional keys of [architecture] that the family takes.
+        norms_of_heads: whether queries and keys have a norm of their own, over the width of a head.
     """
 
     norm: Literal["layernorm", "rmsnorm"]
@@ -35,6 +36,7 @@ class FamilyParts:
     attention_biases: Literal["all", "qkv", "none"]
     mlp_biases: bool
     choices: tuple[str, ...]
+    norms_of_heads: bool = False
 
 
 FAMILY_PARTS = {
@@ -44,6 +46,7 @@ FAMILY_PARTS = {
     ),
     "llama": FamilyParts("rmsnorm", "silu", True, False, False, "none", False, SHAPE_CHOICES),
     "qwen2": FamilyParts("rmsnorm", "silu", True, False, False, "qkv", False, SHAPE_CHOICES[:4]),
+    "qwen3": FamilyParts("rmsnorm", "silu", True, False, False, "none", False, SHAPE_CHOICES[:5], norms_of_heads=True),
 }
 """By the family's name in [architecture]. A Mistral without its sliding window is a Llama."""
 

@@ -69,8 +69,9 @@ class ScheduleSpec(_Spec):
     The four kinds go one after the other: each kind begins where the last gap of the one before ends (start +
     n_layer * gap), unless its own start is given. `eot_after` counts from ln_f, `first_after` from the drop of the
     end-of-text constant. `taper` is the number of intermediate steps between LayerNorm and constant (0: at once);
-    `special_taper` the same for the constants of the special positions. With `on_spike` = "wait" nothing new begins
-    while the loss spikes (see training/divergence.py).
+    `special_taper` the same for the constants of the special positions. With a `cap` no norm gives more than that many
+    times its usual size, until cap_after steps after everything is constant; then the cap rises to infinity. With
+    `on_spike` = "wait" nothing new begins while the loss spikes (see training/divergence.py).
     """
 
     ln_2_start: NonNegativeInt
@@ -84,7 +85,11 @@ class ScheduleSpec(_Spec):
     first_after: NonNegativeInt
     taper: NonNegativeInt = 0
     special_taper: NonNegativeInt = 0
+    cap: Annotated[float, Field(gt=1)] | None = None
+    cap_after: NonNegativeInt = 0
+    cap_taper: NonNegativeInt = 0
     on_spike: Literal["wait", "ignore"] = "wait"
+    keep: list[Literal["qk-norms"]] = []  # norms that stay, which Qwen3 requires
 
 
 class TrainingSpec(_Spec):
@@ -106,6 +111,9 @@ class TrainingSpec(_Spec):
         BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value),
     ] = (0.9, 0.95)
     clip: PositiveFloat = 1.0
+    lora_rank: PositiveInt | None = (
+        None  # rank of the trained changes of the matrices, see low_rank; None: train them in full
+    )
     std_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     std_statistic: Literal["mean", "median"] = "mean"  # of a batch's stds, whose running mean becomes the constant
     auxiliary_weight: NonNegativeFloat = 0.0  # of the residual-std loss, see loss.Auxiliary
@@ -126,14 +134,14 @@ class TrainingSpec(_Spec):
 
 
 class ArchitectureSpec(_Spec):
-    """The model to pretrain from scratch, or the sizes of a model: a GPT-2, a Pythia (GPT-NeoX), a Llama or a Qwen2.
+    """The model to pretrain from scratch, or the sizes of a model: a GPT-2, a Pythia (GPT-NeoX), a Llama, a Qwen2 or 3.
 
     With nothing chosen it is the family's published architecture (see `FAMILY_PARTS`). `block_norm` is in front of attention and
     MLP, `final_norm` in front of the unembedding. `biases` "paper" leaves those of queries and keys only (and of norms).
     `negative_slope` is that of a leaky ReLU, or where a learnable one begins; `slopes` says whether each layer learns its own.
     """
 
-    family: Literal["gpt2", "pythia", "llama", "qwen2"] = "gpt2"
+    family: Literal["gpt2", "pythia", "llama", "qwen2", "qwen3"] = "gpt2"
     n_layer: PositiveInt
     n_head: PositiveInt
     n_embd: PositiveInt

@@ -138,7 +138,7 @@ def _batch_faults(tokens: int | None, context: int | None, micro_batch: int | st
     return []
 
 
-ROTARY = ("llama", "qwen2")
+ROTARY = ("llama", "qwen2", "qwen3")
 """Families of [architecture] whose heads are rotated as a whole."""
 
 ONLY_IN_REMOVALS = (
@@ -146,6 +146,7 @@ ONLY_IN_REMOVALS = (
     "training.auxiliary_weight",
     "training.outlier_weight",
     "training.distillation",
+    "training.lora_rank",
 )
 
 
@@ -230,6 +231,12 @@ def _removal_faults(value: Callable[[str], Any]) -> list[str]:
         faults.append(
             f"training.outlier_weight: {rule}, found {value('training.auxiliary_target')!r}; change one of them"
         )
+    if value("schedule.cap") is None:
+        faults += [
+            f"schedule.{key}: has no effect without schedule.cap, found {found}; give that, or leave this out"
+            for key in ("cap_after", "cap_taper")
+            if (found := value(f"schedule.{key}"))
+        ]
     if value("training.entropy_weight"):
         faults.append("training.entropy_weight: a removal, a recipe with [schedule], has none; leave it out")
     share, end = value("training.distillation"), value("training.distillation_end")

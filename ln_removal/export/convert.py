@@ -1,14 +1,15 @@
-"""Convert LN-free models: a published one, with disarmed LayerNorms, to one without norms, and an LN-free one to TransformerLens.
+"""Convert LN-free models: a published one, with disarmed norms, to one without norms, and an LN-free one to TransformerLens.
 
 Both earlier projects (apollo-research/gpt2_noLN, schaeff/gpt2-*_LNFree*) give LayerNorm an epsilon of 10^12 and weights
 of 10^6 gamma / sigma. For any residual stream whose variance is small against 10^12 such a norm computes
 
     (x - mean(x)) / sqrt(var(x) + eps) * weight + bias  =  (x - mean(x)) * weight / sqrt(eps) + bias,
 
-a frozen norm with the constant sqrt(eps), so it folds like ours. Our own stock form is one more of this kind.
+a frozen norm with the constant sqrt(eps), so it folds like ours. Our own stock form is one more of this kind, of any family; an
+RMSNorm does the same without mean and bias.
 
 The epsilon lives in config.json and the weights in another file, so the two can disagree: a model whose weights are
-disarmed still is when its config has LayerNorm's usual epsilon, but then the epsilon has to be guessed.
+disarmed still is when its config has the norm's usual epsilon, but then the epsilon has to be guessed.
 
 Shapes: D model width, V vocabulary, L layers.
 
@@ -34,84 +35,80 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ln_removal.errors import UserError
 from ln_removal.export.stock import EPSILON, NORM_WEIGHT
 from ln_removal.export.verify import TOLERANCE, ExportError, position_errors, readers
-from ln_removal.models.bridge import as_bridge
+from ln_removal.models.bridge import as_bridge, is_bridged
+from ln_removal.models.families import family_of, is_norm_free
 from ln_removal.models.layout import DISARMING_EPSILON, check_supported
 from ln_removal.models.norm_free import from_folded
-from ln_removal.models.normfree_gpt2 import NormFreeGPT2LMHeadModel
 from ln_removal.norms.surgery import fold_affine
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
-    from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
 PUBLISHED_EPSILON = 1e12
 """layer_norm_epsilon of the published models."""
 
-BRIDGE_TOKENS = 16
-"""Positions of the sequence on which a bridge is compared with its model."""
-
-EXACT_BRIDGE = 1e-3
-BRIDGE_TOLERANCE = {torch.bfloat16: 0.1, torch.float16: 0.02}
-"""Largest accepted difference of their logits, relative to the largest logit: EXACT_BRIDGE in float32 and float64. A bridge adds
-up in another order, so a narrow type rounds otherwise. What exceeds it is compared once more in float64."""
-
 DISARMED_WEIGHT = 1e3
 """Root mean square that tells a disarmed norm's weight from LayerNorm's own: published ones lie between 10^4 and 10^7
 (10^6 gamma / sigma), ours are 2^14, those of a LayerNorm lie below 10^2."""
 
 
-def has_disarmed_norms(model: GPT2LMHeadModel) -> bool:
-    """Whether any norm of a stock GPT-2 is disarmed, by the epsilon of its configuration or norms, or by its weights."""
+def has_disarmed_norms(model: PreTrainedModel) -> bool:
+    """Whether any norm of a stock model is disarmed, by the epsilon of its configuration or norms, or by its weights."""
     norms = _norms(model).values()
     return max(_written_epsilons(model)) >= DISARMING_EPSILON or any(map(_has_disarmed_weight, norms))
 
 
 @torch.no_grad()
-def from_disarmed(model: GPT2LMHeadModel) -> NormFreeGPT2LMHeadModel:
-    """Convert a GPT-2 with disarmed LayerNorms to one without norms, in evaluation mode.
+def from_disarmed(model: PreTrainedModel) -> PreTrainedModel:
+    """Convert a model with disarmed norms to one without norms, in evaluation mode.
 
     A norm's own epsilon counts if it disarms; else that of the configuration; else, where the weights are those of a
     disarmed norm, the epsilon that goes with them, with a warning.
 
     Args:
-        model: every norm disarmed; the unembedding tied or not. Not changed.
+        model: of a known family, every norm disarmed; the unembedding tied or not. Not changed.
 
     Returns:
         The LN-free model, with new weights in the model's dtype and on its device.
 
     Raises:
-        UserError: not a GPT-2, some of its norms still normalise, or weights are not finite.
+        UserError: another architecture, some of its norms still normalise, or weights are not finite.
     """
-    check_supported(model)
+    family = check_supported(model)
     _check_finite(model)
     norms, epsilons = _norms(model), _epsilons(model)
     if max(_written_epsilons(model)) < DISARMING_EPSILON:
         logger.warning(
-            "the configuration has layer_norm_epsilon %g, but the LayerNorm weights are those of disarmed norms; took epsilon "
-            "%.6g, with which such models are made",
-            model.config.layer_norm_epsilon,
+            "the configuration has %s %g, but the %s weights are those of disarmed norms; took epsilon %.6g, with which such "
+            "models are made",
+            family.epsilon,
+            getattr(model.config, family.epsilon),
+            family.norm_name,
             max(epsilons.values()),
         )
-    state = {name: value.detach().clone() for name, value in model.state_dict().items() if ".ln_" not in name}
+    slots = tuple(f"{path}." for path in family.norms(model.config.num_hidden_layers).values())
+    state = {name: value.detach().clone() for name, value in model.state_dict().items() if not name.startswith(slots)}
     for name, (_, reader) in readers(model).items():
         weight, bias = reader.get_parameter("weight"), cast("Tensor | None", reader.bias)
         sigma = torch.tensor(math.sqrt(epsilons[name]), dtype=torch.float64, device=weight.device)
-        # nn.Linear keeps its weight output-first (V, D)
-        wide = weight.T if name == "lm_head" else weight
-        folded, shift = fold_affine(wide, bias, norms[name].weight, norms[name].bias, sigma)
-        state[f"{name}.weight"] = (folded.T if name == "lm_head" else folded).to(weight.dtype).contiguous()
+        input_first = family.input_first and name != "lm_head"
+        gamma, beta = norms[name].get_parameter("weight"), norms[name].get_parameter("bias") if family.centred else None
+        folded, shift = fold_affine(weight if input_first else weight.T, bias, gamma, beta, sigma)
+        state[f"{name}.weight"] = (folded if input_first else folded.T).to(weight.dtype).contiguous()
         if shift is not None:
             state[f"{name}.bias"] = shift.to(weight.dtype)
     return from_folded(model.config, state, model.generation_config)
 
 
-def check_conversion(source: GPT2LMHeadModel, converted: NormFreeGPT2LMHeadModel, input_ids: Tensor) -> float:
+def check_conversion(source: PreTrainedModel, converted: PreTrainedModel, input_ids: Tensor) -> float:
     """Compare a converted model with its source in float32, and again in float64 where float32 rounding may be the difference.
 
     The source is run with the epsilons that the conversion took, whatever its configuration says. Some LN-free models'
@@ -147,7 +144,7 @@ def check_conversion(source: GPT2LMHeadModel, converted: NormFreeGPT2LMHeadModel
             "is not LN-free; do not use it as such, or get the checkpoint again from where it was published"
         )
     logger.warning(
-        "at %d of %d positions of random tokens the activations are so large that the disarmed LayerNorms still act, and the "
+        "at %d of %d positions of random tokens the activations are so large that the disarmed norms still act, and the "
         "model without norms differs there by up to %.1e relative",
         int((~equal).sum()),
         equal.numel(),
@@ -156,86 +153,94 @@ def check_conversion(source: GPT2LMHeadModel, converted: NormFreeGPT2LMHeadModel
     return float(errors[equal].max())
 
 
-def _epsilons(model: GPT2LMHeadModel) -> dict[str, float]:
+def _epsilons(model: PreTrainedModel) -> dict[str, float]:
     """The epsilon of each norm, by the name of the linear map that reads it.
 
     Raises:
         UserError: some norms still normalise.
     """
-    norms = _norms(model)
-    configured = float(model.config.layer_norm_epsilon)
+    family, norms = family_of(model.config), _norms(model)
+    kind, configured = family.norm_name, float(getattr(model.config, family.epsilon))
     armed = [name for name, norm in norms.items() if not _has_disarmed_weight(norm)]
     if len(armed) == len(norms):
         raise UserError(
-            f"layer_norm_epsilon {max(_written_epsilons(model)):g} disarms the LayerNorms, but their weights are ordinary ones, "
-            "so next to nothing is left of what they read; if the model has its LayerNorms, set it back to 1e-5 in config.json"
+            f"{family.epsilon} {max(_written_epsilons(model)):g} disarms the {kind}s, but their weights are ordinary ones, "
+            f"so next to nothing is left of what they read; if the model has its {kind}s, set it back to "
+            f"{'1e-5' if family.centred else '1e-6 (or 1e-5)'} in config.json"
         )
     if armed:
         raise UserError(
-            f"the model is only partly disarmed: {len(armed)} of its {len(norms)} LayerNorms, the first the one that "
-            f"{armed[0]} reads, have ordinary weights; get the checkpoint again from where it was published"
+            f"the model is only partly disarmed: {len({norms[name] for name in armed})} of its {len(set(norms.values()))} {kind}s, "
+            f"the first the one that {armed[0]} reads, have ordinary weights; get the checkpoint again from where it was published"
         )
-    ours = all(bool((norm.weight == NORM_WEIGHT).all()) for norm in norms.values())
+    ours = all(bool((norm.get_parameter("weight") == NORM_WEIGHT).all()) for norm in norms.values())
     default = configured if configured >= DISARMING_EPSILON else EPSILON if ours else PUBLISHED_EPSILON
-    return {name: float(norm.eps) if norm.eps >= DISARMING_EPSILON else default for name, norm in norms.items()}
+    return {name: own if (own := _epsilon_of(norm)) >= DISARMING_EPSILON else default for name, norm in norms.items()}
 
 
-def _written_epsilons(model: GPT2LMHeadModel) -> list[float]:
+def _written_epsilons(model: PreTrainedModel) -> list[float]:
     """That of the configuration, then those of the norms."""
-    return [float(model.config.layer_norm_epsilon), *(float(norm.eps) for norm in _norms(model).values())]
+    own = getattr(model.config, family_of(model.config).epsilon)
+    return [float(own), *(_epsilon_of(norm) for norm in _norms(model).values())]
 
 
-def _norms(model: GPT2LMHeadModel) -> dict[str, nn.LayerNorm]:
-    return {name: cast(nn.LayerNorm, norm) for name, (norm, _) in readers(model).items()}
+def _norms(model: PreTrainedModel) -> dict[str, nn.Module]:
+    return {name: norm for name, (norm, _) in readers(model).items()}
 
 
 def _check_finite(model: nn.Module) -> None:
     for name, value in model.named_parameters():
         if not bool(torch.isfinite(value).all()):
             raise UserError(
-                f"{name} holds values that are not finite: a disarmed LayerNorm's weights do not fit float16; take the "
+                f"{name} holds values that are not finite: a disarmed norm's weights do not fit float16; take the "
                 "float32 or bfloat16 weights"
             )
 
 
 @contextmanager
-def _run_with(model: GPT2LMHeadModel, epsilons: dict[str, float]) -> Iterator[None]:
+def _run_with(model: PreTrainedModel, epsilons: dict[str, float]) -> Iterator[None]:
     """Give the norms these epsilons for a while."""
     norms = _norms(model)
-    before = {name: norm.eps for name, norm in norms.items()}
+    before = {name: _epsilon_of(norm) for name, norm in norms.items()}
     try:
         for name, norm in norms.items():
-            norm.eps = epsilons[name]
+            setattr(norm, _epsilon_name(norm), epsilons[name])
         yield
     finally:
         for name, norm in norms.items():
-            norm.eps = before[name]
+            setattr(norm, _epsilon_name(norm), before[name])
 
 
-def _has_disarmed_weight(norm: nn.LayerNorm) -> bool:
-    return bool(norm.weight.double().square().mean().sqrt() >= DISARMED_WEIGHT)
+def _epsilon_of(norm: nn.Module) -> float:
+    """The epsilon that a LayerNorm or an RMSNorm of transformers computes with."""
+    return float(getattr(norm, _epsilon_name(norm)))
 
 
-def to_bridge(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase | None = None) -> TransformerBridge:
-    """Put a TransformerBridge around a GPT-2, LN-free or with its LayerNorms, without processing its weights.
+def _epsilon_name(norm: nn.Module) -> str:
+    return "eps" if isinstance(norm, nn.LayerNorm) else "variance_epsilon"
+
+
+def _has_disarmed_weight(norm: nn.Module) -> bool:
+    return bool(norm.get_parameter("weight").double().square().mean().sqrt() >= DISARMED_WEIGHT)
+
+
+def to_bridge(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> TransformerBridge:
+    """Put a TransformerBridge around a model, LN-free or with its norms, without processing its weights.
 
     Args:
-        model: an LN-free model of this project; a published one, or our stock form, with disarmed LayerNorms, which is
-            converted first; or a GPT-2 that still has its LayerNorms. It is left as it is: the bridge gets modules of its own
-            that share the weights (a conversion makes new ones).
+        model: an LN-free model of this project; a published one, or our stock form, with disarmed norms, which is
+            converted first; or a model of a known family that still has its norms. It is left as it is: the bridge gets modules
+            of its own that share the weights (a conversion makes new ones).
         tokenizer: for `to_tokens`, `generate` from text and the like; none is looked for if it is left out.
 
     Returns:
         As `models.bridge.as_bridge`.
 
     Raises:
-        UserError: the model is no GPT-2, has freezable norms, holds an adapter, or is in a bridge already; or TransformerLens
-            would not compute what it computes.
+        UserError: the model is of no known family, has freezable norms, holds an adapter, or is in a bridge already; or
+            TransformerLens would not compute what it computes.
     """
-    from transformers import GPT2LMHeadModel
-
-    is_stock = isinstance(model, GPT2LMHeadModel) and not isinstance(model, NormFreeGPT2LMHeadModel)
-    if is_stock and isinstance(model.lm_head, nn.Linear):  # else it is in a bridge already
+    if isinstance(model, PreTrainedModel) and not is_bridged(model) and not is_norm_free(model.config):
         check_supported(model)
         model = from_disarmed(model) if has_disarmed_norms(model) else model
     return as_bridge(model, tokenizer)

@@ -174,11 +174,14 @@ def position_errors(reference: PreTrainedModel, candidate: PreTrainedModel, inpu
 
 
 def norm_modules(model: nn.Module) -> list[str]:
-    """Paths, with type, of all modules that are a norm by their class or by its name."""
+    """Paths, with type, of all modules that are a norm by their class or by its name, without those that the family keeps."""
+    config = getattr(model, "config", None)
+    kept = [] if config is None else family_of(config).kept_norms(config.num_hidden_layers)
     return [
         f"{path} ({type(module).__name__})"
         for path, module in model.named_modules()
-        if isinstance(module, _NORMS) or type(module).__name__.lower().endswith(("norm", "normalization"))
+        if (isinstance(module, _NORMS) or type(module).__name__.lower().endswith(("norm", "normalization")))
+        and path not in kept
     ]
 
 

@@ -1,7 +1,7 @@
 """Write LN-free models to disk: folded and verified first, then under a temporary name and renamed, so nothing is half there.
 
 A model comes from a training that has just ended, from a run (folded from its newest checkpoint where it was not exported
-yet), from an LN-free model's directory, or from a published LN-free model with disarmed LayerNorms, here or on the Hub.
+yet), from an LN-free model's directory, or from a published LN-free model with disarmed norms, here or on the Hub.
 
 `ln-export --with-code` puts the model's code beside its weights, for a transformers without ln-removal. transformers runs such
 a file only when the user passes trust_remote_code=True. With ln-removal imported it is not needed, and what is loaded is the
@@ -15,6 +15,7 @@ import inspect
 import json
 import logging
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Literal
@@ -25,30 +26,27 @@ from torch import Tensor
 
 from ln_removal.errors import UserError
 from ln_removal.export.convert import check_conversion, from_disarmed, has_disarmed_norms
-from ln_removal.export.stock import stock_config, to_stock
+from ln_removal.export.stock import check_stock_form, stock_config, to_stock
 from ln_removal.export.verify import TOLERANCE, ExportError, logits_error, verify_export
 from ln_removal.files.atomic import check_room, is_full, shortage, written_whole
 from ln_removal.files.hub import is_hub_id, one_line
-from ln_removal.models import normfree_gpt2
+from ln_removal.models.families import family_of, is_norm_free
 from ln_removal.models.loading import quiet_transformers
 from ln_removal.models.norm_free import from_folded, norm_free_config
-from ln_removal.models.normfree_gpt2 import NormFreeGPT2LMHeadModel
 from ln_removal.models.precision import export_bytes
+from ln_removal.models.registration import MODEL_CLASSES
 from ln_removal.norms.surgery import fold
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
-    from transformers import GPT2Config, GPT2LMHeadModel, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from ln_removal.config.recipe import ExportSpec
 
-MODULE = "modeling_normfree_gpt2"
-"""Name of the file in a model's directory, without its ending; transformers' own spelling."""
-
 Format = Literal["normfree", "stock"]
 DIRECTORIES: dict[Format, str] = {"normfree": "model", "stock": "stock"}
-CONFIGURATION: dict[Format, Callable[[GPT2Config], PretrainedConfig]] = {
+CONFIGURATION: dict[Format, Callable[[PretrainedConfig], PretrainedConfig]] = {
     "normfree": norm_free_config,
     "stock": stock_config,
 }
@@ -60,18 +58,19 @@ CHECK_TOKENS = 256
 
 
 def add_modelling_file(directory: Path) -> None:
-    """Copy the source of `normfree_gpt2` into a saved LN-free model and name its classes in config.json.
+    """Copy the source of an LN-free model's classes beside its weights and name them in config.json.
+
+    The file is called modeling_ and the name of the module, as transformers calls such files.
 
     Raises:
         OSError: the directory cannot be written.
     """
-    (directory / f"{MODULE}.py").write_text(inspect.getsource(normfree_gpt2), encoding="utf-8")
     path = directory / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    config["auto_map"] = {
-        "AutoConfig": f"{MODULE}.{normfree_gpt2.NormFreeGPT2Config.__name__}",
-        "AutoModelForCausalLM": f"{MODULE}.{normfree_gpt2.NormFreeGPT2LMHeadModel.__name__}",
-    }
+    module, config_class, model_class = MODEL_CLASSES[config["model_type"]]
+    name = f"modeling_{module.rpartition('.')[2]}"
+    (directory / f"{name}.py").write_text(inspect.getsource(import_module(module)), encoding="utf-8")
+    config["auto_map"] = {"AutoConfig": f"{name}.{config_class}", "AutoModelForCausalLM": f"{name}.{model_class}"}
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -90,17 +89,26 @@ def name_tokenizer_for_all(directory: Path) -> None:
         path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def check_savable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, formats: Sequence[Format] = ()) -> None:
+def check_savable(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    formats: Sequence[Format] = (),
+    *,
+    dtype: str = "float32",
+) -> None:
     """Save, once before a training, all that its result consists of besides weights, so that no mistake in it shows at the end.
 
     Args:
         model: what is trained; its configuration and generation configuration are saved, to a temporary directory.
         tokenizer: saved beside it.
-        formats: also save the configurations of these forms of a GPT-2.
+        formats: also save the configurations of these forms of a model of a known family.
+        dtype: precision of the weights of these forms.
 
     Raises:
-        UserError: transformers refuses to save one of them.
+        UserError: transformers refuses to save one of them, or one is wrong in `dtype`.
     """
+    if "stock" in formats:
+        check_stock_form(model.config, dtype)
 
     def save(part: str, place: str) -> None:
         if part == "config.json":
@@ -130,13 +138,13 @@ def check_savable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fo
 
 
 def write_exports(
-    frozen: GPT2LMHeadModel,
+    frozen: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     out: Path,
     *,
     held_out: npt.NDArray[np.int64],
     export: ExportSpec,
-) -> NormFreeGPT2LMHeadModel:
+) -> PreTrainedModel:
     """Fold a frozen model, check the result on held-out text, and write it in every format of the recipe.
 
     Args:
@@ -160,7 +168,7 @@ def write_exports(
 
 
 def write_format(
-    folded: NormFreeGPT2LMHeadModel,
+    folded: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     directory: Path,
     *,
@@ -189,8 +197,9 @@ def write_format(
         error = logits_error(wide, to_stock(wide), tokens)
     if not error <= TOLERANCE:
         raise ExportError(
-            f"the stock form's logits differ from the LN-free model's by {error:.2e} relative, more than {TOLERANCE:.0e}; if the "
-            "model was trained further after its norms were folded, it has no stock form; use --format normfree"
+            f"the stock form's logits differ from the LN-free model's by {error:.2e} relative, more than {TOLERANCE:.0e}; where "
+            "the model was trained further after its norms were folded, or has a residual stream above 10^4, there is no stock form; "
+            "use --format normfree"
         )
     save_model(stock, tokenizer, directory, dtype=dtype)
 
@@ -270,7 +279,11 @@ def export_model(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is already in use; choose another --out")
     model, own_tokenizer = open_source(source, tokenizer=tokenizer)
-    check_savable(model, own_tokenizer, [form])
+    family = family_of(model.config)
+    if split_qkv and family.joint != "columns":
+        has = "" if family.joint else ", and this one has a linear map for each already"
+        raise UserError(f"--split-qkv is for GPT-2; this is a {family.title}{has}; leave it out")
+    check_savable(model, own_tokenizer, [form], dtype=dtype)
     tokens = _check_tokens(model, rows=4)
     reference = from_folded(model.config, model.state_dict()).float()
     if split_qkv:
@@ -281,7 +294,7 @@ def export_model(
 
 def open_source(
     source: Path | str, *, tokenizer: str | Path | None = None
-) -> tuple[NormFreeGPT2LMHeadModel, PreTrainedTokenizerBase]:
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The LN-free model of a run, a directory or a Hub id, with its tokenizer.
 
     Args:
@@ -309,18 +322,18 @@ def open_source(
         loaded = load_model(name, tokenizer_from=tokenizer)
     except NoTokenizerError as error:
         raise UserError(f"{error}, or name a model that has the same with --tokenizer (such as gpt2)") from error
-    if isinstance(loaded.model, NormFreeGPT2LMHeadModel):
+    model_type, family = loaded.model.config.model_type, family_of(loaded.model.config)
+    if is_norm_free(loaded.model.config):
         # A configuration of our own, without a modelling file's entries.
         model = loaded.model
         return from_folded(model.config, model.state_dict(), model.generation_config), loaded.tokenizer
-    if loaded.model.config.model_type != "gpt2":
+    if model_type != family.model_type:
         raise UserError(
-            f"{name} is a {loaded.model.config.model_type} model, which has nothing left to fold; load it as it is (its README.md "
-            "says how)"
+            f"{name} is a {model_type} model, which has nothing left to fold; load it as it is (its README.md says how)"
         )
     if not has_disarmed_norms(loaded.model):
         raise UserError(
-            f"{name} is a {loaded.model.config.model_type} model with its LayerNorms, not an LN-free one; remove them first "
+            f"{name} is a {model_type} model with its {family.norm_name}s, not an LN-free one; remove them first "
             f"with ln-remove --model {name}"
         )
     try:
@@ -331,7 +344,7 @@ def open_source(
     return converted, loaded.tokenizer
 
 
-def _check_tokens(model: NormFreeGPT2LMHeadModel, *, rows: int, length: int = CHECK_TOKENS) -> Tensor:
+def _check_tokens(model: PreTrainedModel, *, rows: int, length: int = CHECK_TOKENS) -> Tensor:
     """(rows, T) random tokens, T as asked for or the model's context."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(
@@ -339,13 +352,14 @@ def _check_tokens(model: NormFreeGPT2LMHeadModel, *, rows: int, length: int = CH
     )
 
 
-def _fold_checkpoint(run: Path) -> tuple[NormFreeGPT2LMHeadModel, PreTrainedTokenizerBase]:
+def _fold_checkpoint(run: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from ln_removal.evaluation.scoring import recipe_of
     from ln_removal.models.checks import first_token
     from ln_removal.models.identity import model_of_run
     from ln_removal.models.loading import load_model
     from ln_removal.norms.surgery import install
     from ln_removal.training.checkpoint import load_newest
+    from ln_removal.training.low_rank import adapt, merge
 
     recipe = recipe_of(run)
     if recipe.schedule is None:
@@ -353,13 +367,21 @@ def _fold_checkpoint(run: Path) -> tuple[NormFreeGPT2LMHeadModel, PreTrainedToke
             f"{run} is a run of ln-pretrain; only what ln-remove has made LN-free can be exported: name such a run"
         )
     loaded = load_model(model_of_run(run, recipe.model))
-    bos = first_token(loaded.tokenizer, loaded.model.config)
-    install(loaded.model, eot_token_id=loaded.tokenizer.eos_token_id, bos_token_id=bos)
+    install(
+        loaded.model,
+        eot_token_id=loaded.tokenizer.eos_token_id,
+        bos_token_id=first_token(loaded.tokenizer, loaded.model.config),
+        cap=recipe.schedule.cap,
+        keep=recipe.schedule.keep,
+    )
+    if recipe.training.lora_rank is not None:
+        adapt(loaded.model, recipe.training.lora_rank)
     state, faults = load_newest(run / "state", loaded.model, None)
     if state is None:
         raise UserError(f"{run} has no checkpoint yet; continue it with ln-remove --out {run} --resume")
     for fault in faults:
         logger.warning("passed over: %s", fault)
+    merge(loaded.model)
     loaded.model.eval()
     folded = from_folded(loaded.model.config, fold(loaded.model), loaded.model.generation_config)
     verify_export(loaded.model, folded, _check_tokens(folded, rows=2))

@@ -19,12 +19,13 @@ import numpy as np
 
 from ln_removal.errors import UserError
 from ln_removal.files.run_directory import RECIPE_FILE
+from ln_removal.models.families import family_of
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
     from transformer_lens.model_bridge import TransformerBridge
-    from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from ln_removal.data.tokens import TokenDataset, Tokens, TokenSplit
 
@@ -138,7 +139,7 @@ class Models:
 
 
 def load(
-    run_or_models: str | Path | Mapping[str, str | Path | GPT2LMHeadModel],
+    run_or_models: str | Path | Mapping[str, str | Path | PreTrainedModel],
     *,
     device: str = "cpu",
     dtype: torch.dtype | None = None,
@@ -166,7 +167,7 @@ def load(
     from ln_removal.data.tokens import TokenDataset
     from ln_removal.evaluation.scoring import check_same_tokenizer
     from ln_removal.models.bridge import as_bridge
-    from ln_removal.models.loading import load_model
+    from ln_removal.models.loading import load_config, load_model
 
     sources, own_tokens = _sources(run_or_models)
     directory = own_tokens if tokens is None else Path(tokens)
@@ -175,7 +176,9 @@ def load(
     tokenizer: PreTrainedTokenizerBase | None = None
     for role, source in sources.items():
         model: Any = source
-        if isinstance(source, (str, Path)):
+        in_memory = not isinstance(source, (str, Path))
+        check_analysed(source.config if in_memory else load_config(source), f"the {role} model")
+        if not in_memory:
             loaded = load_model(str(source), device=device, dtype=dtype or torch.float32)
             model, tokenizer = loaded.model, loaded.tokenizer
             if data is not None:
@@ -195,6 +198,20 @@ def load(
         tokenizer,
         data,
     )
+
+
+def check_analysed(config: PretrainedConfig, name: str) -> None:
+    """Make sure that a model is one that the analyses are made for.
+
+    Raises:
+        UserError: it is of another family than GPT-2; the message says what there is for it.
+    """
+    family = family_of(config)
+    if family.model_type != "gpt2":
+        raise UserError(
+            f"{name} is a {family.title}, and these analyses are of GPT-2; ln_removal.to_bridge(model) puts a {family.title} into "
+            "TransformerLens, and ln-analyze entropy takes one"
+        )
 
 
 def load_untrained(directory: str | Path, *, dtype: torch.dtype | None = None) -> Models:

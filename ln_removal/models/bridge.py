@@ -1,4 +1,4 @@
-"""GPT-2, with its LayerNorms or without them, in TransformerLens 4: a TransformerBridge around a model in memory.
+"""A model of a known family, with its norms or without them, in TransformerLens 4: a TransformerBridge around it in memory.
 
 The original, the control and the LN-free model get the same hooks, so one analysis runs on all three. No weight is processed:
 TransformerLens' own defaults fold and centre weights, which moves logits.
@@ -10,14 +10,12 @@ import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
-from transformers import GPT2LMHeadModel
+from transformers import PreTrainedModel
 
 from ln_removal.errors import UserError
+from ln_removal.models.families import is_norm_free
 from ln_removal.models.layout import check_plain, check_supported, is_disarmed
-from ln_removal.models.norm_free import from_folded
-from ln_removal.models.normfree_gpt2 import NormFreeGPT2LMHeadModel
-from ln_removal.models.registration import ARCHITECTURE
+from ln_removal.models.norm_free import built, from_folded
 
 TOKENS = 16
 """Positions of the sequence on which a bridge is compared with its model."""
@@ -32,20 +30,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def as_bridge(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase | None = None) -> TransformerBridge:
-    """Put a TransformerBridge around a GPT-2 with LayerNorms, or around one without any norm.
+def as_bridge(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> TransformerBridge:
+    """Put a TransformerBridge around a model with all its norms, or around one without any norm.
 
     Args:
-        model: a GPT2LMHeadModel, or an LN-free model of this project. It is left as it is: the bridge gets modules of its
-            own that share the model's weights.
+        model: of a known family (`models.families`), a class of transformers, or an LN-free model of this project. It is left as
+            it is: the bridge gets modules of its own that share the model's weights.
         tokenizer: for `to_tokens`, `generate` from text and the like; none is looked for if it is left out.
 
     Returns:
         The bridge, in evaluation mode, on the model's device and in its dtype. Its logits are the model's. Attention is
-        computed by TransformerLens from queries, keys and values, in the model's dtype, or in float32 if that is wider.
+        computed by TransformerLens from queries, keys and values, in the model's dtype, or in float32 if that is wider. Outside of
+        GPT-2 it computes a part in float32 whatever the dtype, so float64 agrees to about 1e-6 there.
 
     Raises:
-        UserError: the model is no GPT-2, has freezable or disarmed norms, holds an adapter, or is in a bridge already; or
+        UserError: the model is of no known family, has freezable or disarmed norms, holds an adapter, or is in a bridge already; or
             TransformerLens would not compute what it computes.
     """
     bridge = _bridge_of(model, tokenizer)
@@ -61,14 +60,20 @@ def as_bridge(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase | None 
     return bridge
 
 
-def _bridge_of(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase | None) -> TransformerBridge:
+def is_bridged(model: PreTrainedModel) -> bool:
+    """Whether TransformerLens has put its own modules into a model already."""
+    head = getattr(model, "lm_head", None)
+    return isinstance(model, PreTrainedModel) and type(head).__module__.startswith("transformer_lens.")
+
+
+def _bridge_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> TransformerBridge:
     # boot_transformers would look for a tokenizer on the Hub when it is given none.
     from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
     own = _own_modules(model)
     own.set_attn_implementation("eager")
     own.generation_config = copy.deepcopy(model.generation_config)
-    architecture = ARCHITECTURE if isinstance(own, NormFreeGPT2LMHeadModel) else "GPT2LMHeadModel"
+    architecture = type(own).__name__
     bridge = build_bridge_from_module(
         own,
         architecture,
@@ -77,15 +82,15 @@ def _bridge_of(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase | None
         model_name=model.config.name_or_path or architecture,
     )
     if own.dtype == torch.float64:
-        for block in bridge.blocks:  # the option upcasts half precision to float32; it must not round float64 to it
+        for block in bridge.blocks:  # GPT-2's option upcasts half precision to float32; it must not round float64 to it
             block.attn._reorder_and_upcast_attn = False
     return bridge.eval()
 
 
 @torch.no_grad()
-def _error(bridge: TransformerBridge, model: GPT2LMHeadModel) -> float:
+def _error(bridge: TransformerBridge, model: PreTrainedModel) -> float:
     """The largest difference of their logits relative to the largest: a bridge computes attention by itself."""
-    tokens = torch.arange(min(TOKENS, model.config.n_positions), device=model.device)[None]
+    tokens = torch.arange(min(TOKENS, model.config.max_position_embeddings), device=model.device)[None]
     tokens = tokens % model.config.vocab_size
     was_training = model.training
     expected, found = model.eval()(tokens, use_cache=False).logits.double(), bridge(tokens).double()
@@ -94,29 +99,23 @@ def _error(bridge: TransformerBridge, model: GPT2LMHeadModel) -> float:
     return difference / largest if largest > 0 else difference
 
 
-def _own_modules(model: GPT2LMHeadModel) -> Any:
+def _own_modules(model: PreTrainedModel) -> Any:
     """New modules with the weights of `model`, because a bridge changes the modules that it is given."""
-    if isinstance(model, GPT2LMHeadModel) and not isinstance(model.lm_head, nn.Linear):
+    if is_bridged(model):
         raise UserError("the model is in a bridge already, which has changed its modules; load it afresh")
-    if isinstance(model, NormFreeGPT2LMHeadModel):
+    if isinstance(model, PreTrainedModel) and is_norm_free(model.config):
         check_plain(model, norms=())
         return from_folded(model.config, model.state_dict())
-    check_supported(model)
-    if type(model) is not GPT2LMHeadModel:
+    family = check_supported(model)
+    if type(model).__name__ != family.model_class:
         raise UserError(
-            f"TransformerLens does not know {type(model).__name__}; pass a GPT2LMHeadModel or an LN-free model of ln-removal"
+            f"TransformerLens does not know {type(model).__name__}; pass a {family.model_class} or an LN-free model of ln-removal"
         )
     if is_disarmed(model.config):
         raise UserError(
-            "the model's LayerNorms are disarmed by their epsilon; convert it first, with ln_removal.from_disarmed(model)"
+            "the model's norms are disarmed by their epsilon; convert it first, with ln_removal.from_disarmed(model)"
         )
-    with torch.device("meta"):
-        own = type(model)(model.config)
-    own.load_state_dict(model.state_dict(), strict=True, assign=True)
-    own.tie_weights()
-    left = [name for name, tensor in [*own.named_parameters(), *own.named_buffers()] if tensor.is_meta]
-    assert not left, left
-    return own.eval()
+    return built(type(model), model.config, model.state_dict())
 
 
 def _prepared(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

@@ -47,6 +47,7 @@ class Family:
         epsilon: the norm's epsilon in the configuration.
         inner: the width inside of the MLP in the configuration.
         architecture: the family in a recipe's [architecture] whose models have the same parameters.
+        kept: paths of norms that a removal leaves as they are, and `kept_as` what the option `keep` calls them.
     """
 
     title: str
@@ -70,11 +71,18 @@ class Family:
     epsilon: str
     inner: str
     architecture: str
+    kept: tuple[str, ...] = ()
+    kept_as: str = ""
 
     @property
     def norm_free_type(self) -> str:
         """The model_type of the family's LN-free model."""
         return NORM_FREE + self.model_type
+
+    @property
+    def norm_name(self) -> str:
+        """What people call the kind of norm that it has."""
+        return "LayerNorm" if self.centred else "RMSNorm"
 
     def block(self, layer: int) -> str:
         """Path of a block in the language model."""
@@ -96,8 +104,12 @@ class Family:
             found |= {f"{self.block(layer)}.{path}": f"ln_2.{layer}" for path in self.mlp}
         return found | {"lm_head": "ln_f"}
 
+    def kept_norms(self, layers: int) -> list[str]:
+        """Paths of the norms that stay."""
+        return [f"{self.block(layer)}.{path}" for layer in range(layers) for path in self.kept]
 
-def _llama_like(title: str, model_type: str, model_class: str, architecture: str) -> Family:
+
+def _llama_like(title: str, model_type: str, model_class: str, architecture: str, **differences: Any) -> Family:
     return Family(
         title=title,
         model_type=model_type,
@@ -120,6 +132,7 @@ def _llama_like(title: str, model_type: str, model_class: str, architecture: str
         epsilon="rms_norm_eps",
         inner="intermediate_size",
         architecture=architecture,
+        **differences,
     )
 
 
@@ -175,6 +188,14 @@ FAMILIES = {
         _llama_like("Llama", "llama", "LlamaForCausalLM", "llama"),
         _llama_like("Mistral", "mistral", "MistralForCausalLM", "llama"),
         _llama_like("Qwen2", "qwen2", "Qwen2ForCausalLM", "qwen2"),
+        _llama_like(
+            "Qwen3",
+            "qwen3",
+            "Qwen3ForCausalLM",
+            "qwen3",
+            kept=("self_attn.q_norm", "self_attn.k_norm"),
+            kept_as="qk-norms",
+        ),
     )
 }
 """By model_type. Pythia is a GPT-NeoX; SmolLM2 and Llama 3 are Llamas."""
@@ -192,7 +213,7 @@ SIZES = {
 
 def known_families() -> str:
     """The families, for messages, behind "a"."""
-    return "GPT-2, GPT-NeoX (Pythia), Llama (SmolLM2), Mistral or Qwen2"
+    return "GPT-2, GPT-NeoX (Pythia), Llama (SmolLM2), Mistral, Qwen2 or Qwen3"
 
 
 def family_of(config: PretrainedConfig) -> Family:

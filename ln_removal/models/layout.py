@@ -104,12 +104,15 @@ def all_sites(n_layer: int) -> list[Site]:
     return [*blocks, Site("ln_f")]
 
 
-def check_supported(model: nn.Module) -> Family:
+def check_supported(model: nn.Module, *, keep: Sequence[str] | None = None) -> Family:
     """Check that `model` is a language model of a known family whose norms are all still there; returns the family.
 
+    Args:
+        keep: the norms that the caller knows to stay when the others are removed: "qk-norms" for a Qwen3. None: nothing is removed.
+
     Raises:
-        UserError: another architecture, cross-attention, norms that are already replaced or gone, or a module that computes
-            something else than the family's; see `check_plain`.
+        UserError: another architecture, cross-attention, norms that a removal would leave without being told so, norms that are
+            already replaced or gone, or a module that computes something else than the family's; see `check_plain`.
     """
     config = getattr(model, "config", None)
     classes = {kind.__name__ for kind in type(model).__mro__}
@@ -126,7 +129,21 @@ def check_supported(model: nn.Module) -> Family:
             "the model has cross-attention, whose LayerNorms have no site; pass a decoder-only GPT-2 "
             "(add_cross_attention false in its config.json)"
         )
-    norms = family.norms(config.num_hidden_layers)
+    if unknown := [name for name in keep or () if name != family.kept_as]:
+        raise UserError(f"a {family.title} has no {', '.join(unknown)} to keep; leave that out")
+    if family.kept and keep is not None and not keep:
+        raise UserError(
+            f"a {family.title} also has norms of queries and keys, which cannot be removed yet; with --keep {family.kept_as} (in a "
+            f'recipe: schedule.keep = ["{family.kept_as}"]) all others are removed and these stay'
+        )
+    layers = config.num_hidden_layers
+    if family.centred and (
+        lacking := [path for path in family.readers(layers) if path != "lm_head" and _lacks_bias(loaded, path)]
+    ):
+        raise UserError(
+            f"{lacking[0]} has no bias, which the fold of a LayerNorm needs; such a {family.title} is not supported"
+        )
+    norms = family.norms(layers)
     if any(type(module).__name__ == "FreezableNorm" for module in loaded.modules()):
         raise UserError(
             "the freezable norms are already installed in this model; load it afresh, "
@@ -135,14 +152,17 @@ def check_supported(model: nn.Module) -> Family:
     for path in norms.values():
         norm = loaded.get_submodule(path)
         if not _is_norm(norm, family):
-            kind = "LayerNorm" if family.centred else "RMSNorm"
             raise UserError(
-                f"{path} is of type {type(norm).__name__}, not {kind}; pass a {family.title} that still has its norms"
+                f"{path} is of type {type(norm).__name__}, not {family.norm_name}; pass a {family.title} that still has its norms"
             )
         if getattr(norm, "weight", None) is None or (family.centred and getattr(norm, "bias", None) is None):
             raise UserError(f"{path} has no weight or no bias; pass a {family.title} whose norms have both")
     check_plain(loaded, norms=list(norms.values()))
     return family
+
+
+def _lacks_bias(model: PreTrainedModel, path: str) -> bool:
+    return getattr(model.get_submodule(path), "bias", 0) is None
 
 
 def _is_norm(module: nn.Module, family: Family) -> bool:
@@ -198,7 +218,7 @@ def check_plain(model: PreTrainedModel, *, norms: Sequence[str], projections: Se
                 f"{name} is of type {described}, not a plain {kind.__name__}, and what it does besides would be lost; if it holds "
                 f"an adapter, {MERGE_FIRST}; if it is quantised, load the model in float32"
             )
-    known = {*norms, *expected}
+    known = {*norms, *expected, *family.kept_norms(model.config.num_hidden_layers)}
     if added := [name for name, _ in model.named_parameters() if name.rpartition(".")[0] not in known]:
         raise UserError(
             f"the model has {len(added)} parameters that a {family.title} does not have, such as {added[0]}, which would be lost; "

@@ -38,6 +38,8 @@ from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2ForCausalLM
+from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
+from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from ln_removal.config.family_parts import REVIVAL_CHOICES
@@ -236,6 +238,7 @@ _CLASSES: dict[tuple[str, bool], tuple[Any, Any]] = {
     ("pythia", False): (RevivalGPTNeoXConfig, RevivalGPTNeoXForCausalLM),
     ("llama", True): (LlamaConfig, LlamaForCausalLM),
     ("qwen2", True): (Qwen2Config, Qwen2ForCausalLM),
+    ("qwen3", True): (Qwen3Config, Qwen3ForCausalLM),
 }
 """By the family in [architecture], and whether it is plain."""
 
@@ -251,7 +254,6 @@ def build_model(architecture: ArchitectureSpec, *, eot_token_id: int) -> PreTrai
         "vocab_size": architecture.vocab_size,
         "bos_token_id": eot_token_id,
         "eos_token_id": eot_token_id,
-        "head_dim": architecture.head_width,
         "tie_word_embeddings": architecture.tied,
         "attention_bias": architecture.attention_bias,
         "mlp_bias": architecture.mlp_bias,
@@ -263,8 +265,11 @@ def build_model(architecture: ArchitectureSpec, *, eot_token_id: int) -> PreTrai
     else:
         entries |= {theirs: getattr(architecture, ours) for ours, theirs in SIZES.items()}
         entries |= {"intermediate_size": architecture.width_of_mlp}
-        if "n_kv_head" in architecture.parts.choices:  # Qwen2's configuration has 32 by itself
+        if (
+            "n_kv_head" in architecture.parts.choices
+        ):  # some configurations have 32 by themselves, and heads of width 128
             entries |= {"num_key_value_heads": architecture.n_kv_head or architecture.n_head}
+            entries |= {"head_dim": architecture.width_of_head}
     if not architecture.is_plain:
         entries |= architecture.model_dump(include=set(REVIVAL_CHOICES))
     elif architecture.activation == "relu":

@@ -67,18 +67,25 @@ def from_folded(
         state = _split(state) if split_qkv else _joined(state)
     else:
         assert not split_qkv, "only a GPT-2 has one map to split"
+    model = built(model_class(own.model_type), own, state)
+    if generation_config is not None:
+        model.generation_config = copy.deepcopy(generation_config)
+    return model
+
+
+def built(model_class: Any, config: PretrainedConfig, state: Mapping[str, Tensor]) -> PreTrainedModel:
+    """A model of a class of transformers or of ours around the tensors of `state`, without a copy, in evaluation mode."""
     # On the meta device: no time and memory for random weights that are replaced at once.
     with torch.device("meta"):
-        model = model_class(own.model_type)(own)
+        model: PreTrainedModel = model_class(config)
     model.load_state_dict({name: nn.Parameter(value) for name, value in state.items()}, strict=True, assign=True)
+    model.tie_weights()  # where the configuration says so
     body = model.base_model
     if hasattr(body, "rotary_emb"):  # its frequencies are computed, not loaded
         with torch.device(model.device):
-            body.rotary_emb = type(body.rotary_emb)(own)
+            body.rotary_emb = type(body.rotary_emb)(config)
     left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     assert not left, left
-    if generation_config is not None:
-        model.generation_config = copy.deepcopy(generation_config)
     return model.eval()
 
 

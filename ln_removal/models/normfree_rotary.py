@@ -1,7 +1,8 @@
-"""GPT-NeoX, Llama, Mistral and Qwen2 without norms as transformers models: what `fold` fills and users load.
+"""GPT-NeoX, Llama, Mistral, Qwen2 and Qwen3 without norms as transformers models: what `fold` fills and users load.
 
 As `normfree_gpt2`: norms are identities, their frozen maps sit in the weights behind them, and the unembedding is a matrix of its
-own. Behind LayerNorms (GPT-NeoX) it has a bias; a frozen RMSNorm adds none. Everything else is transformers' own model.
+own. Behind LayerNorms (GPT-NeoX) it has a bias; a frozen RMSNorm adds none. Qwen3 keeps its norms of queries and keys. Everything
+else is transformers' own model.
 
 This file needs PyTorch and transformers and nothing else: `ln-export --with-code` puts it beside a model's weights, for
 users who load the model with trust_remote_code=True.
@@ -20,6 +21,8 @@ from transformers.models.mistral.configuration_mistral import MistralConfig
 from transformers.models.mistral.modeling_mistral import MistralForCausalLM
 from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2ForCausalLM
+from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
+from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM
 
 
 class NormFreeGPTNeoXConfig(GPTNeoXConfig):
@@ -50,6 +53,14 @@ class NormFreeQwen2Config(Qwen2Config):
     """Configuration of `NormFreeQwen2ForCausalLM`: Qwen2's, with an unembedding of its own. Nothing reads rms_norm_eps."""
 
     model_type = "normfree_qwen2"
+
+    tie_word_embeddings: bool = False
+
+
+class NormFreeQwen3Config(Qwen3Config):
+    """Configuration of `NormFreeQwen3ForCausalLM`: Qwen3's, with an unembedding of its own. The norms that stay read rms_norm_eps."""
+
+    model_type = "normfree_qwen3"
 
     tie_word_embeddings: bool = False
 
@@ -104,5 +115,16 @@ class NormFreeQwen2ForCausalLM(Qwen2ForCausalLM):
     _tied_weights_keys: ClassVar[dict[str, str]] = {}
 
     def __init__(self, config: NormFreeQwen2Config) -> None:
+        super().__init__(config)
+        _take_norms_away(self, "norm", bias=False)
+
+
+class NormFreeQwen3ForCausalLM(Qwen3ForCausalLM):
+    """Qwen3 language model with identities for norms, except those of queries and keys, and an untied unembedding."""
+
+    config_class = NormFreeQwen3Config
+    _tied_weights_keys: ClassVar[dict[str, str]] = {}
+
+    def __init__(self, config: NormFreeQwen3Config) -> None:
         super().__init__(config)
         _take_norms_away(self, "norm", bias=False)

@@ -19,6 +19,7 @@ from typing import Any
 import wrapt
 
 from ln_removal.errors import UserError
+from ln_removal.models.families import FAMILIES, Family
 
 _NORMFREE = "ln_removal.models.normfree_gpt2"
 
@@ -32,6 +33,7 @@ MODEL_CLASSES = {
     "normfree_llama": (_ROTARY, "NormFreeLlamaConfig", "NormFreeLlamaForCausalLM"),
     "normfree_mistral": (_ROTARY, "NormFreeMistralConfig", "NormFreeMistralForCausalLM"),
     "normfree_qwen2": (_ROTARY, "NormFreeQwen2Config", "NormFreeQwen2ForCausalLM"),
+    "normfree_qwen3": (_ROTARY, "NormFreeQwen3Config", "NormFreeQwen3ForCausalLM"),
     "revival_gpt2": (_NORM_CHOICE, "RevivalGPT2Config", "RevivalGPT2LMHeadModel"),
     "revival_gpt_neox": (_NORM_CHOICE, "RevivalGPTNeoXConfig", "RevivalGPTNeoXForCausalLM"),
 }
@@ -39,9 +41,6 @@ MODEL_CLASSES = {
 
 Saved models have these names in their files, so they stay.
 """
-
-ARCHITECTURE = "NormFreeGPT2LMHeadModel"
-"""What TransformerLens finds in the list of architectures of an LN-free model."""
 
 
 def watch_imports() -> None:
@@ -88,22 +87,26 @@ def _register_classes(module: ModuleType) -> None:
 def _register_adapter(architecture_adapter_factory: ModuleType) -> None:
     """Make TransformerBridge.boot_transformers take directories of LN-free models."""
 
-    def adapter(cfg: Any) -> Any:
-        return _adapter_class()(cfg)
+    def adapter_of(family: Family) -> Any:
+        return lambda cfg: _adapter_class(family)(cfg)  # a class, when it is needed
 
-    architecture_adapter_factory.ArchitectureAdapterFactory.register_adapter(ARCHITECTURE, adapter)
-    # boot_transformers reads this table, which register_adapter leaves as it is.
-    architecture_adapter_factory.SUPPORTED_ARCHITECTURES[ARCHITECTURE] = adapter
+    for family in FAMILIES.values():
+        architecture, adapter = MODEL_CLASSES[family.norm_free_type][2], adapter_of(family)
+        architecture_adapter_factory.ArchitectureAdapterFactory.register_adapter(architecture, adapter)
+        # boot_transformers reads this table, which register_adapter leaves as it is.
+        architecture_adapter_factory.SUPPORTED_ARCHITECTURES[architecture] = adapter
 
 
 @cache
-def _adapter_class() -> Any:
-    """The adapter's class; it cannot be defined while TransformerLens is still being imported."""
+def _adapter_class(family: Family) -> Any:
+    """The adapter's class of a family; it cannot be defined while TransformerLens is still being imported."""
+    from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
     from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
-    from transformer_lens.model_bridge.supported_architectures.gpt2 import GPT2ArchitectureAdapter
 
-    class NormFreeGPT2Adapter(GPT2ArchitectureAdapter):
-        """TransformerLens' GPT-2 with identities where it expects norms.
+    theirs: Any = SUPPORTED_ARCHITECTURES[family.model_class]
+
+    class NormFreeAdapter(theirs):
+        """TransformerLens' adapter of the family with identities where it expects norms.
 
         The slots ln1, ln2 and ln_final keep their hooks, which see the residual stream itself.
         """
@@ -111,11 +114,13 @@ def _adapter_class() -> Any:
         def __init__(self, cfg: Any) -> None:
             super().__init__(cfg)
             self.cfg.normalization_type = None
-            assert self.component_mapping is not None
-            blocks = self.component_mapping["blocks"].submodules
-            blocks["ln1"] = GeneralizedComponent(name="ln_1", config=self.cfg)
-            blocks["ln2"] = GeneralizedComponent(name="ln_2", config=self.cfg)
-            self.component_mapping["ln_final"] = GeneralizedComponent(name="transformer.ln_f", config=self.cfg)
+            self.cfg.uses_rms_norm = self.cfg.final_rms = False
+            for parts, slot in (
+                (self.components["blocks"].submodules, "ln1"),
+                (self.components["blocks"].submodules, "ln2"),
+                (self.components, "ln_final"),
+            ):
+                parts[slot] = GeneralizedComponent(name=parts[slot].name, config=self.cfg)
 
         def prepare_model(self, hf_model: Any) -> None:
             """Refuse a model whose attention scores TransformerLens would scale although the model does not."""
@@ -127,4 +132,4 @@ def _adapter_class() -> Any:
                 )
             super().prepare_model(hf_model)
 
-    return NormFreeGPT2Adapter
+    return NormFreeAdapter

@@ -142,6 +142,8 @@ class FreezableNorm(nn.Module):
         eps: added to the variance or the mean square.
         classes: the model's shared position classes.
         readers: R, how many readers with a mix of their own the norm has.
+        cap: what the norm gives has at most this std (before gamma), until `cap_lifted` is 1: a position whose std is more than
+            cap times the constant is still normalised. None: without a cap.
         median: the statistic of a batch's ordinary positions is the median of their stds, not the mean. A few positions with
             massive activations then do not move the constant.
 
@@ -153,6 +155,8 @@ class FreezableNorm(nn.Module):
         running_std: (K,) running mean over steps of the batch's mean (or median) std of each class, a std being sqrt(var + eps).
         running_initialized: (K,) bool, whether a class was ever seen.
         std_sum, std_count: (K,) sum and number of the stds since the last `update_running`.
+        cap_lifted: scalar v, of a norm with a cap: the cap is now cap / (1 - v), none at 1.
+        over_cap: scalar, of a norm with a cap: at how many positions and readers it acted since this was last set to 0.
     """
 
     mix: Tensor
@@ -163,6 +167,8 @@ class FreezableNorm(nn.Module):
     running_initialized: Tensor
     std_sum: Tensor
     std_count: Tensor
+    cap_lifted: Tensor
+    over_cap: Tensor
 
     def __init__(
         self,
@@ -173,6 +179,7 @@ class FreezableNorm(nn.Module):
         classes: PositionClasses,
         readers: int = 1,
         median: bool = False,
+        cap: float | None = None,
     ) -> None:
         super().__init__()
         assert weight.ndim == 1 and (bias is None or weight.shape == bias.shape), weight.shape
@@ -182,6 +189,7 @@ class FreezableNorm(nn.Module):
         self.eps = eps
         self.readers = readers
         self.median = median
+        self.cap = cap
         self.classes = classes
         dtype = torch.promote_types(weight.dtype, torch.float32)
 
@@ -197,6 +205,9 @@ class FreezableNorm(nn.Module):
         buffer("running_initialized", torch.zeros(N_CLASSES, dtype=torch.bool))
         buffer("std_sum", torch.zeros(N_CLASSES, dtype=dtype))
         buffer("std_count", torch.zeros(N_CLASSES, dtype=dtype))
+        if cap is not None:
+            buffer("cap_lifted", torch.zeros((), dtype=dtype))
+            buffer("over_cap", torch.zeros((), dtype=dtype))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FreezableNorm:
         """Keep the buffers exact when `.to(dtype)`, `.half()` or `.bfloat16()` makes the weights narrower than float32."""
@@ -245,7 +256,13 @@ class FreezableNorm(nn.Module):
         mix, constants = self.mix[reader], self.frozen_std[reader]
         frozen = (mix * constants.log())[classes].unsqueeze(-1)
         between = torch.exp((mix - 1) / 2 * log_variance - frozen)
-        return torch.where(mix == 1, constants.reciprocal()[classes].unsqueeze(-1), between)
+        scale = torch.where(mix == 1, constants.reciprocal()[classes].unsqueeze(-1), between)
+        if self.cap is None:
+            return scale
+        most = self.cap / (1 - self.cap_lifted) * torch.exp(-log_variance / 2)
+        if self.training:
+            self.over_cap.add_((scale > most).sum())
+        return torch.minimum(scale, most)
 
     @torch.no_grad()
     def _observe(self, variance: Tensor, classes: Tensor) -> None:

@@ -17,13 +17,20 @@ from ln_removal.models.layout import SITE_KINDS, SPECIALS, Site, all_sites
 if TYPE_CHECKING:
     from ln_removal.config.recipe import ScheduleSpec
 
-Action = Literal["freeze", "drop_special"]
+Action = Literal["freeze", "drop_special", "lift_cap"]
+
+CAP = "cap"
+"""Name of the event in which the bound of what the norms give is lifted."""
+
+_ACTIONS: dict[str, Action] = {**dict.fromkeys(SPECIALS, "drop_special"), CAP: "lift_cap"}
+"""What happens to everything that is no site."""
+
 _SHADES = ".-+=#"
 
 
 @dataclass(frozen=True)
 class Event:
-    """One site freezes, or one special constant is dropped (then `site` is "eot" or "first"), from `step` on."""
+    """From `step` on one site freezes, one special constant is dropped (`site` is "eot" or "first"), or the cap is lifted ("cap")."""
 
     step: int
     site: str
@@ -56,18 +63,20 @@ class RemovalSchedule:
     """The events of one removal, sorted by step and, within a step, in the order of removal.
 
     Attributes:
-        events: one freeze for each site of the model and one drop for each special constant.
+        events: one freeze for each site of the model, one drop for each special constant, and with a cap one that lifts it.
         n_layer: layers of the model.
         steps: optimizer steps of the whole run, recovery included.
+        cap: of `NormSites.set_cap`, until it is lifted; None for norms without one.
     """
 
     events: tuple[Event, ...]
     n_layer: int
     steps: int
+    cap: float | None = None
     _order: dict[str, int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        names = [*map(str, all_sites(self.n_layer)), *SPECIALS]
+        names = [*map(str, all_sites(self.n_layer)), *SPECIALS, *([CAP] if self.cap is not None else [])]
         order = {name: place for place, name in enumerate(names)}
         events = sorted(self.events, key=lambda event: (event.step, order.get(event.site, len(order))))
         object.__setattr__(self, "_order", order)
@@ -75,7 +84,7 @@ class RemovalSchedule:
 
     @property
     def complete_at(self) -> int:
-        """The first step at which everything is frozen and both special constants are gone."""
+        """The first step at which everything is frozen, both special constants are gone and there is no cap."""
         return max(event.complete_at for event in self.events)
 
     @property
@@ -101,7 +110,7 @@ class RemovalSchedule:
         return found
 
     def stage(self, step: int) -> str:
-        """A label for the progress bar: "real", "ln_2 3/12", "ln_1_qk 1/12", "ln_f", "special" or "recovery".
+        """A label for the progress bar: "real", "ln_2 3/12", "ln_1_qk 1/12", "ln_f", "special", "cap" or "recovery".
 
         The counts are those of the latest kind of which a site has begun to freeze. "freezing 35 %" where all sites begin together.
         """
@@ -112,6 +121,8 @@ class RemovalSchedule:
         if not begun:
             return "real"
         share = sum(event.value(step) for event in freezes) / len(freezes)
+        if share == 1 and any(event.value(step) for event in self.events if event.action == "lift_cap"):
+            return CAP
         if share == 1 and any(self.special_values(step).values()):
             return "special"
         if share < 1 and freezes[0].step == freezes[-1].step:
@@ -144,7 +155,8 @@ class RemovalSchedule:
         rows = [["layer", *layered]]
         for layer in range(self.n_layer):
             rows.append([str(layer), *(spans.get(str(Site(kind, layer)), "-") for kind in layered)])
-        rows += [[name, spans.get(name, "-"), "", ""] for name in ("ln_f", *SPECIALS)]
+        last = ("ln_f", *SPECIALS, *([CAP] if self.cap is not None else []))
+        rows += [[name, spans.get(name, "-"), "", ""] for name in last]
         return rows
 
     def timeline(self, width: int = 80) -> str:
@@ -155,7 +167,7 @@ class RemovalSchedule:
         Args:
             width: characters of a line, at least 30.
         """
-        labels = [*SITE_KINDS, *SPECIALS]
+        labels = [*SITE_KINDS, *SPECIALS, *([CAP] if self.cap is not None else [])]
         margin = max(map(len, labels)) + 2
         columns = max(width, 30) - margin
         lines = []
@@ -190,7 +202,7 @@ class RemovalSchedule:
         unknown = [site for site in counts if site not in self._order]
         missing = [site for site in self._order if site not in counts]
         repeated = [site for site, count in counts.items() if count > 1]
-        wrong = [event.site for event in self.events if (event.action == "drop_special") != (event.site in SPECIALS)]
+        wrong = [event.site for event in self.events if event.action != _ACTIONS.get(event.site, "freeze")]
         if unknown:
             faults.append(f"{_listed(unknown)}: not in a model of {self.n_layer} layers; remove")
         if missing:
@@ -198,7 +210,9 @@ class RemovalSchedule:
         if repeated:
             faults.append(f"{_listed(repeated)}: more than one event; keep one")
         if wrong:
-            faults.append(f"{_listed(wrong)}: wrong action; sites freeze, only {' and '.join(SPECIALS)} are dropped")
+            faults.append(
+                f"{_listed(wrong)}: wrong action; sites freeze, only {' and '.join(SPECIALS)} are dropped, only a cap is lifted"
+            )
         return faults
 
     def _time_faults(self) -> list[str]:
@@ -232,8 +246,8 @@ def expand(spec: ScheduleSpec, n_layer: int, steps: int) -> RemovalSchedule:
     ln_2.i freezes at ln_2_start + i * ln_2_gap. The queries' and keys' sites start where the last ln_2 gap ends, at
     ln_2_start + n_layer * ln_2_gap; the values' sites, then ln_f, follow in the same way, unless the recipe gives their
     starts. The end-of-text constant is dropped eot_after steps after ln_f, that of position 0 first_after steps after
-    that. Order and chaining: Heimersheim 2024 (arXiv 2409.13710), Baroni et al. 2025 (arXiv 2507.02559); the tapers are
-    ours.
+    that. A cap begins to rise cap_after steps after everything is constant. Order and chaining: Heimersheim 2024 (arXiv
+    2409.13710), Baroni et al. 2025 (arXiv 2507.02559); tapers and cap are ours.
 
     Raises:
         UserError: the schedule does not fit the run (see `RemovalSchedule.validate`).
@@ -257,7 +271,10 @@ def expand(spec: ScheduleSpec, n_layer: int, steps: int) -> RemovalSchedule:
     eot_at = ln_f_at + spec.eot_after
     events.append(Event(eot_at, "eot", "drop_special", spec.special_taper))
     events.append(Event(eot_at + spec.first_after, "first", "drop_special", spec.special_taper))
-    schedule = RemovalSchedule(tuple(events), n_layer, steps)
+    if spec.cap is not None:
+        constant_at = max(event.complete_at for event in events)
+        events.append(Event(constant_at + spec.cap_after, CAP, "lift_cap", spec.cap_taper))
+    schedule = RemovalSchedule(tuple(events), n_layer, steps, spec.cap)
     schedule.validate()
     return schedule
 

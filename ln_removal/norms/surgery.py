@@ -19,6 +19,7 @@ Shapes: B batch, T positions, D model width, V vocabulary, L layers, R readers o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -44,7 +45,13 @@ _CLASS_OF_SPECIAL = dict(zip(SPECIALS, (END_OF_TEXT, FIRST), strict=True))
 
 
 def install(
-    model: PreTrainedModel, *, eot_token_id: int | None, bos_token_id: int | None = None, median: bool = False
+    model: PreTrainedModel,
+    *,
+    eot_token_id: int | None,
+    bos_token_id: int | None = None,
+    median: bool = False,
+    cap: float | None = None,
+    keep: Sequence[str] = (),
 ) -> NormSites:
     """Replace every norm of `model`, in place, by a freezable norm at mix 0. Its outputs stay the same.
 
@@ -57,12 +64,15 @@ def install(
             None when the vocabulary has none.
         bos_token_id: id of the token that begins every text, if it is another one: it shares the constant of position 0.
         median: the constants are running medians of the stds, not running means; see `FreezableNorm`.
+        cap: bound of what every norm gives, as a multiple of its usual size, until `NormSites.lift_cap`; None for norms
+            without one.
+        keep: norms that stay as they are, which a family may require: ("qk-norms",) for a Qwen3.
 
     Raises:
-        UserError: the model is of no known family, its norms are already replaced, a linear map holds an adapter or is
-            quantised, or a module that is replaced has hooks.
+        UserError: the model is of no known family, it has norms that would stay without being named in `keep`, its norms are
+            already replaced, a linear map holds an adapter or is quantised, or a module that is replaced has hooks.
     """
-    family = check_supported(model)
+    family = check_supported(model, keep=keep)
     _check_no_hooks(model, family)
     classes = PositionClasses(eot_token_id, bos_token_id)
     classes.watch(model.base_model)
@@ -71,7 +81,7 @@ def install(
         weight, bias = norm.get_parameter("weight"), norm.get_parameter("bias") if family.centred else None
         eps = norm.eps if isinstance(norm, nn.LayerNorm) else norm.variance_epsilon
         assert isinstance(eps, float), eps
-        return FreezableNorm(weight, bias, eps, classes=classes, readers=readers, median=median)
+        return FreezableNorm(weight, bias, eps, classes=classes, readers=readers, median=median, cap=cap)
 
     for block in blocks_of(model):
         norm = freezable(block.get_submodule(family.attention_norm), readers=2)
@@ -175,6 +185,29 @@ class NormSites:
         _check_fraction(dropped, f"dropped share of {which!r}")
         for norm in self.norms.values():
             norm.write_dropped(_CLASS_OF_SPECIAL[which], dropped)
+
+    def lift_cap(self, share: float) -> None:
+        """Raise the cap of all norms to cap / (1 - share): 0 is the one of `install`, 1 is none. Norms without a cap stay as they are.
+
+        Raises:
+            UserError: the share is outside [0, 1].
+        """
+        _check_fraction(share, "lifted share of the cap")
+        for norm in self.norms.values():
+            if norm.cap is not None:
+                norm.cap_lifted.fill_(share)
+
+    def has_cap(self) -> bool:
+        """Whether a cap may still act. Waits for the device."""
+        return any(norm.cap is not None and bool(norm.cap_lifted < 1) for norm in self.norms.values())
+
+    def over_cap(self) -> dict[str, int]:
+        """At how many positions and readers of each norm the cap acted in training since the last call. Waits for the device."""
+        capped = {name: norm for name, norm in self.norms.items() if norm.cap is not None}
+        found = {name: int(norm.over_cap) for name, norm in capped.items()}
+        for norm in capped.values():
+            norm.over_cap.zero_()
+        return found
 
     def update_running(self, momentum: float, discard: Tensor | None = None) -> None:
         """Fold the statistics gathered since the last call into the running stds; call once an optimizer step.
@@ -288,8 +321,8 @@ def fold(model: PreTrainedModel) -> dict[str, Tensor]:
         parameters.
 
     Raises:
-        UserError: norms are not installed, a site is not frozen, special positions still have their own constant, or a linear
-            map holds an adapter or is quantised.
+        UserError: norms are not installed, a site is not frozen, special positions still have their own constant, the norms
+            have a cap, or a linear map holds an adapter or is quantised.
     """
     sites = NormSites.of(model)
     if left := sites.unfrozen():
@@ -302,6 +335,8 @@ def fold(model: PreTrainedModel) -> dict[str, Tensor]:
             "cannot fold: position 0 or end-of-text tokens still have a constant of their own; "
             "call set_special('eot', 1) and set_special('first', 1), or let the schedule do it"
         )
+    if sites.has_cap():
+        raise UserError("cannot fold: the norms still have a cap; call lift_cap(1), or let the schedule do it")
     family = family_of(model.config)
     norms = [name for name, module in model.named_modules() if isinstance(module, FreezableNorm)]
     check_plain(model, norms=norms, projections=(NormedProjection, ReadingProjection))

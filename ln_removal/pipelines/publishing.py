@@ -18,7 +18,9 @@ from ln_removal.evaluation.scoring import recipe_of, run_of
 from ln_removal.export.hub import Files, HubTarget, Published, publish
 from ln_removal.files.hub import first_answer
 from ln_removal.files.run_directory import RECIPE_FILE
+from ln_removal.models.families import family_of
 from ln_removal.models.identity import model_of_run
+from ln_removal.models.loading import load_config
 from ln_removal.report.model_card import (
     REPOSITORIES,
     UNKNOWN_LICENSE,
@@ -144,9 +146,17 @@ def _beside(run: Path) -> dict[str, Path | bytes]:
 
 def _card(files: Files, source: str, run: Path | None, target: HubTarget, *, form: Form) -> bytes:
     has_code = any(fnmatch(path, "model*.py") for path in files)
+    config = files["config.json"]
+    assert isinstance(config, Path), config
+    family = family_of(load_config(config.parent))
     if run is None:
         card = converted_model_card(
-            source, repo_id=target.repo_id, form=form, has_code=has_code, license_id=_hub_license(source)
+            source,
+            family=family,
+            repo_id=target.repo_id,
+            form=form,
+            has_code=has_code,
+            license_id=_hub_license(source),
         )
         return card.encode()
     recipe = recipe_of(run)
@@ -159,6 +169,7 @@ def _card(files: Files, source: str, run: Path | None, target: HubTarget, *, for
     card = model_card(
         recipe,
         results,
+        family=family,
         model=model,
         repo_id=target.repo_id,
         form=form,

@@ -46,6 +46,7 @@ from ln_removal.training.checkpoint import checkpoints
 from ln_removal.training.divergence import WaitingSchedule
 from ln_removal.training.loop import TrainResult, train
 from ln_removal.training.loss import as_teacher
+from ln_removal.training.low_rank import adapt, merge
 from ln_removal.training.session import Removal, Session, sampler_of
 
 if TYPE_CHECKING:
@@ -195,7 +196,7 @@ def prepare(context: RunContext, recipe: Recipe, *, control: bool = False) -> In
     warn_of_days(context, recipe, control=control)
     loaded = load_model(recipe.model)
     schedule = _fitting_schedule(recipe, loaded.model)
-    check_savable(loaded.model, loaded.tokenizer, recipe.export.formats)
+    check_savable(loaded.model, loaded.tokenizer, recipe.export.formats, dtype=recipe.export.dtype)
     with context.accelerator.main_process_first():  # what the main process makes, the other ranks find
         if context.given is None:
             data = _own_tokens(context, recipe, loaded.tokenizer)
@@ -211,10 +212,10 @@ def _fitting_schedule(recipe: Recipe, model: PreTrainedModel) -> RemovalSchedule
     """The schedule for this model's depth; checks what recipe and model must agree on."""
     if is_norm_free(model.config) or is_disarmed(model.config):
         raise UserError(f"{recipe.model} is LN-free already; give a model that still has its norms")
-    check_supported(model)
+    assert recipe.schedule is not None
+    check_supported(model, keep=recipe.schedule.keep)
     if recipe.data.context > (positions := trainable_positions(model.config)):
         raise UserError(f"data.context is {recipe.data.context}, {recipe.model} has {positions} positions; lower it")
-    assert recipe.schedule is not None
     schedule = expand(recipe.schedule, model.config.num_hidden_layers, recipe.training.steps)
     return schedule if recipe.schedule.on_spike == "ignore" else WaitingSchedule(schedule)
 
@@ -271,12 +272,17 @@ def removal_session(context: RunContext, recipe: Recipe, inputs: Inputs) -> Iter
     """The training through the schedule; installs freezable norms in the model and keeps a copy of it as the teacher."""
     spec = recipe.training
     teacher = as_teacher(copy.deepcopy(inputs.model), spec.precision) if spec.distillation > 0 else None
+    assert recipe.schedule is not None
     sites = install(
         inputs.model,
         eot_token_id=inputs.data.eot_token_id,
         bos_token_id=first_token(inputs.tokenizer, inputs.model.config),
         median=spec.std_statistic == "median",
+        cap=recipe.schedule.cap,
+        keep=recipe.schedule.keep,
     )
+    if spec.lora_rank is not None:
+        adapt(inputs.model, spec.lora_rank)
     with context.session(
         inputs.model,
         recipe,
@@ -339,6 +345,7 @@ def export(context: RunContext, recipe: Recipe, inputs: Inputs, trained: TrainRe
         held_out = validation.beginnings(count, length)
     if held_out is None:
         held_out = next(validation.windows(length, limit_tokens=VERIFY_TOKENS, batch=VERIFY_TOKENS))
+    merge(inputs.model)
     write_exports(inputs.model, inputs.tokenizer, context.out, held_out=held_out, export=recipe.export)
 
 
@@ -355,11 +362,14 @@ def train_control(context: RunContext, recipe: Recipe, data: TokenDataset, *, mo
     if context.resume and _is_model(directory / "model"):
         return
     loaded = load_model(model or recipe.model)
+    if recipe.training.lora_rank is not None:
+        adapt(loaded.model, recipe.training.lora_rank)
     with context.session(
         loaded.model, recipe, data, label="control", directory=directory, tokenizer=loaded.tokenizer
     ) as session:
         train(session)
     if context.is_main:
+        merge(loaded.model)
         save_model(loaded.model, loaded.tokenizer, directory / "model", dtype=recipe.export.dtype)
 
 

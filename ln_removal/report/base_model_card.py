@@ -112,6 +112,7 @@ def _kind(shape: ArchitectureSpec) -> str:
         "gpt2": "GPT-2",
         "pythia": "Pythia (GPT-NeoX: rotary positions, parallel residual)",
         "llama": "Llama (rotary positions, gated MLP)",
+        "qwen3": "Qwen3 (rotary positions, gated MLP, norms of queries and keys)",
         "qwen2": "Qwen2 (rotary positions, gated MLP, biases in queries, keys and values)",
     }[shape.family]
     if shape.is_plain and shape.activation == shape.parts.activation:

@@ -28,7 +28,7 @@ WIDE, NARROW = 760, 350
 TRACK_HEIGHT = 15
 LEFT, RIGHT, TOP, BOTTOM = 58, 12, 10, 40
 
-TRACK_NAMES = {"ln_2": "ln_2", "ln_1_qk": "qk", "ln_1_v": "v", "ln_f": "ln_f", "special": "special"}
+TRACK_NAMES = {"ln_2": "ln_2", "ln_1_qk": "qk", "ln_1_v": "v", "ln_f": "ln_f", "special": "special", "cap": "cap"}
 
 
 @dataclass(frozen=True)

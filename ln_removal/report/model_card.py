@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ln_removal.errors import UserError
 from ln_removal.evaluation.results import TITLES
 from ln_removal.files.hub import PUBLISHED, is_hub_id
+from ln_removal.models.families import FAMILIES, Family, family_of
 from ln_removal.report.tables import (
     PROMPTS_TITLE,
     Score,
@@ -41,7 +42,7 @@ LICENSES = {
 
 UNKNOWN_LICENSE = "unknown"
 
-TAGS = ["gpt2", "layernorm-free", "mechanistic-interpretability"]
+GPT2 = FAMILIES["gpt2"]
 
 Form = Literal["normfree", "stock"]
 
@@ -164,13 +165,17 @@ def write_model_card(directory: Path, recipe: Recipe, results: Results, *, model
     Raises:
         UserError: the file cannot be written.
     """
-    write_card(directory, model_card(recipe, results, model=model))
+    from ln_removal.models.loading import load_config
+
+    family = family_of(load_config(directory)) if (directory / "config.json").is_file() else GPT2
+    write_card(directory, model_card(recipe, results, family=family, model=model))
 
 
 def model_card(
     recipe: Recipe,
     results: Results | None,
     *,
+    family: Family = GPT2,
     model: str | None = None,
     repo_id: str | None = None,
     form: Form = "normfree",
@@ -182,6 +187,7 @@ def model_card(
 
     Args:
         results: the scores of the model, the original and the control; None when it was not scored.
+        family: of the model.
         model: where the model is that the run was made from, see `identity.model_of_run`. Default: what the recipe names.
         repo_id: the Hub repository that the card is written for; None for a directory.
         form: without norms, or the stock form.
@@ -190,20 +196,20 @@ def model_card(
         license_id: of the model that it was made from. Default: `license_of`.
     """
     model = model or recipe.model
-    title = f"{_base_name(recipe.model)} without LayerNorm"
+    title = f"{_base_name(recipe.model)} without {family.norm_name}"
     front = front_matter(
         title,
         base_model=hub_id(model),
         datasets=hub_datasets(recipe.data.corpus),
-        tags=TAGS,
+        tags=_tags(family),
         license_id=license_id or license_of(model),
         measured=[] if results is None else _measured(results),
     )
     stock = form == "normfree" and ("stock" in recipe.export.formats if has_stock is None else has_stock)
     sections = [
-        f"# {title}\n\n{_about(recipe)}",
-        f"## Use\n\n{_loading(repo_id, form=form, has_stock=stock, has_code=has_code)}",
-        *([] if results is None else [f"## Scores\n\n{_scores(results)}"]),
+        f"# {title}\n\n{_about(recipe, family)}",
+        f"## Use\n\n{_loading(repo_id, family, form=form, has_stock=stock, has_code=has_code)}",
+        *([] if results is None else [f"## Scores\n\n{_scores(results, family)}"]),
         f"## How it was made\n\n{_making(recipe, model)}",
         f"## Limits\n\n{_limits(recipe)}",
     ]
@@ -213,6 +219,7 @@ def model_card(
 def converted_model_card(
     source: str,
     *,
+    family: Family = GPT2,
     repo_id: str | None = None,
     form: Form = "normfree",
     has_code: bool = False,
@@ -222,41 +229,43 @@ def converted_model_card(
 
     Args:
         source: the model that it was converted from: a Hub id or a directory.
-        repo_id, form, has_code, license_id: as for `model_card`.
+        family, repo_id, form, has_code, license_id: as for `model_card`.
     """
     name, base = _base_name(source), hub_id(source)
     front = front_matter(
-        name, base_model=base, datasets=[], tags=TAGS, license_id=license_id or license_of(source), measured=[]
+        name, base_model=base, datasets=[], tags=_tags(family), license_id=license_id or license_of(source), measured=[]
     )
     about = (
-        f"[{base}](https://huggingface.co/{base})" if base else f"`{name}`"
-    ) + ", a GPT-2 that needs no LayerNorm, in another form. It computes the same function as the original."
+        (f"[{base}](https://huggingface.co/{base})" if base else f"`{name}`")
+        + f", a {family.title} that needs no {family.norm_name}, in another form. It computes the same function as the original."
+    )
     sections = [
         f"# {name}\n\n{about}",
-        f"## Use\n\n{_loading(repo_id, form=form, has_stock=False, has_code=has_code)}",
+        f"## Use\n\n{_loading(repo_id, family, form=form, has_stock=False, has_code=has_code)}",
         "## How it was made\n\nConverted with `ln-export` of ln-removal; the weights were folded, not trained.",
     ]
     return assemble(front, sections)
 
 
-def _about(recipe: Recipe) -> str:
+def _tags(family: Family) -> list[str]:
+    return [family.model_type, f"{family.norm_name.lower()}-free", "mechanistic-interpretability"]
+
+
+def _about(recipe: Recipe, family: Family) -> str:
     return (
-        f"{_base_name(recipe.model)}, fine-tuned until it needs no LayerNorm. Every norm was replaced, one after the "
+        f"{_base_name(recipe.model)}, fine-tuned until it needs no {family.norm_name}. Every norm was replaced, one after the "
         "other, by a constant scale, and the constants were folded into the weights behind them. Nothing in this model "
         "depends on a token's own statistics: what attention, MLPs and unembedding read is an affine function of the "
         "residual stream, so contributions to the logits add up exactly."
     )
 
 
-def _loading(repo_id: str | None, *, form: Form, has_stock: bool, has_code: bool) -> str:
-    place = repo_id or "THIS-DIRECTORY"
+def _loading(repo_id: str | None, family: Family, *, form: Form, has_stock: bool, has_code: bool) -> str:
+    place, stock_class = repo_id or "THIS-DIRECTORY", family.model_class
+    plain = f"a plain `{stock_class}`, whose norms are still there and do nothing. {_stock_needs(family)}:"
     if form == "stock":
-        return "\n\n".join(
-            (
-                "A plain `GPT2LMHeadModel`, whose norms are still there and do nothing. It needs transformers alone:",
-                snippet("from transformers import AutoTokenizer, GPT2LMHeadModel", "GPT2LMHeadModel", place),
-            )
-        )
+        imports = f"from transformers import AutoTokenizer, {stock_class}"
+        return "\n\n".join((f"A{plain[1:]}", snippet(imports, stock_class, place)))
     imports = "import ln_removal  # makes transformers know the class\nfrom transformers import AutoModelForCausalLM, AutoTokenizer"
     parts = [
         "The model class comes with the Python package ln-removal; no remote code is run.",
@@ -275,18 +284,27 @@ model = AutoModelForCausalLM.from_pretrained("{place}", trust_remote_code=True)
         where = "The folder `stock` that was written beside this one" if repo_id is None else "The folder `stock`"
         stock = f'"{place}/../stock"' if repo_id is None else f'"{place}", subfolder="stock"'
         parts += [
-            f"{where} holds the same model as a plain `GPT2LMHeadModel`, whose norms are still there and do nothing. It needs "
-            "transformers alone:",
+            f"{where} holds the same model as {plain}",
             f"""\
 ```python
-from transformers import GPT2LMHeadModel
+from transformers import {stock_class}
 
-model = GPT2LMHeadModel.from_pretrained({stock})
+model = {stock_class}.from_pretrained({stock})
 ```""",
         ]
     else:
-        parts.append(f"`ln-export {place} --format stock --out stock` writes a plain `GPT2LMHeadModel`.")
+        parts.append(f"`ln-export {place} --format stock --out stock` writes a plain `{stock_class}`.")
     return "\n\n".join(parts)
+
+
+def _stock_needs(family: Family) -> str:
+    """What the stock form needs, without the end of the sentence."""
+    if family.centred:
+        return "It needs transformers alone"
+    return (
+        "Load it in float32 or bfloat16, because in float16 transformers rounds inside of its norms what they hand on, and the "
+        "logits are wrong. It needs transformers alone"
+    )
 
 
 def snippet(imports: str, model_class: str, place: str) -> str:
@@ -299,7 +317,7 @@ tokenizer = AutoTokenizer.from_pretrained("{place}")
 ```"""
 
 
-def _scores(results: Results) -> str:
+def _scores(results: Results, family: Family) -> str:
     """The tables of scores and how they were taken."""
     roles = shown_roles(results)
     rows = [(row.label, *map(row.value, roles)) for row in score_rows(results, _LABELS)]
@@ -313,7 +331,7 @@ def _scores(results: Results) -> str:
         )
     if results.gap is not None:
         notes.append(
-            "The control was fine-tuned on the same batches and kept its LayerNorms; the gap, LN-free minus control, "
+            f"The control was fine-tuned on the same batches and kept its {family.norm_name}s; the gap, LN-free minus control, "
             f"is {results.gap:+.4f} nats per token."
         )
     parts = [markdown_table(("", *(TITLES[role] for role in roles)), rows), " ".join(notes)]

@@ -19,6 +19,7 @@ from ln_removal.errors import UserError
 from ln_removal.files.metrics_log import METRICS_FILE, metrics_rows
 from ln_removal.files.run_directory import RECIPE_FILE
 from ln_removal.models.layout import SITE_KINDS, SPECIALS
+from ln_removal.norms.schedule import CAP
 
 if TYPE_CHECKING:
     from ln_removal.config.recipe import Recipe
@@ -53,7 +54,7 @@ class Curve:
     Attributes:
         steps, losses: of the optimizer steps; NaN where the loss was not finite.
         evaluations: steps done, and cross-entropy on held-out tokens.
-        freezes: the first and the last step of each change, by kind of site; "special" are the special constants.
+        freezes: the first and the last step of each change, by kind of site; "special" are the special constants, "cap" the cap.
     """
 
     steps: list[int] = field(default_factory=list)
@@ -136,7 +137,7 @@ def read_curve(path: Path) -> Curve:
     for site, steps in changes.items():
         kind = "special" if site in SPECIALS else site.partition(".")[0]
         curve.freezes.setdefault(kind, []).append((min(steps), max(steps)))
-    order = {kind: place for place, kind in enumerate((*SITE_KINDS, "special"))}
+    order = {kind: place for place, kind in enumerate((*SITE_KINDS, "special", CAP))}
     ordered = dict(sorted(curve.freezes.items(), key=lambda item: order.get(item[0], len(order))))
     return Curve(curve.steps, curve.losses, curve.evaluations, ordered)
 

@@ -410,4 +410,4 @@ class WaitingSchedule:
                 self.progress.begun[number] if number < len(self.progress.begun) else event.step + self.progress.delay
             )
             events.append(replace(event, step=step))
-        return RemovalSchedule(tuple(events), self.planned.n_layer, self.planned.steps)
+        return replace(self.planned, events=tuple(events))

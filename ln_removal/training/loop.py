@@ -157,8 +157,10 @@ class _Training:
             for change in session.removal.schedule.changes(step):
                 if change.action == "freeze":
                     session.removal.sites.set_mix(change.site, change.value)
-                else:
+                elif change.action == "drop_special":
                     session.removal.sites.set_special(change.site, change.value)
+                else:
+                    session.removal.sites.lift_cap(change.value)
                 session.tracker.log(
                     "event", step, {"site": change.site, "action": change.action, "value": change.value}
                 )
@@ -221,13 +223,16 @@ class _Training:
         Raises:
             DivergedError: the run has gone back to its last sound checkpoint.
         """
-        tracker, state = self.session.tracker, self.state
+        session, state = self.session, self.state
+        tracker = session.tracker
         rows = self.pending.read()
         elapsed = self._elapsed()
         state.seconds = self._before.seconds + elapsed
         speed = self._tokens_per_second(elapsed)
         for number, (loss, norm, rate) in enumerate(rows, start=state.step - len(rows)):
             row = {"loss": loss, "gradient_norm": norm, "learning_rate": rate, "tokens_per_second": speed}
+            if number == state.step - 1 and session.removal is not None and (over := session.removal.sites.over_cap()):
+                row["over_cap"] = sum(over.values())  # since the last log
             tracker.log("train", number, row)
             self.bad_steps.note(number, loss, norm, tracker)
             if self.waiting is not None:
