@@ -287,7 +287,8 @@ def as_in_file(tokenizer: PreTrainedTokenizerBase, directory: Path) -> PreTraine
             "tokenizer again with PreTrainedTokenizerFast(tokenizer_file=...).save_pretrained"
         )
     logger.warning(
-        "%s: tokenizer_config.json names the class %s, which has a %s of its own; the tokenizer is the one of tokenizer.json",
+        "%s: transformers takes the class %s, by tokenizer_config.json or by the kind of model, which has a %s of its own; the "
+        "tokenizer is the one of tokenizer.json",
         directory,
         type(tokenizer).__name__,
         " and a ".join(changed),
