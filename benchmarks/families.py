@@ -4,9 +4,10 @@
     python benchmarks/families.py --tokens /tmp/python --out /tmp/families
 
 Each family has a model of 4 layers, by default of width 128, trained on Python source with Muon. Its norms are removed twice on the
-same batches: "staged" is the schedule of recipe `tiny`, in which every site begins one step after the one before, and in "together" all sites begin
-in step 1. Both have that recipe's losses, with the original as the teacher. The control is fine-tuned on the same batches with its
-norms. All runs are complete ones: folded, verified, exported, scored and reported. What is done already is not done again.
+same batches: "staged" is the schedule of recipe `tiny`, in which every site begins one step after the one before, and in "together"
+all sites begin in step 1. Both have that recipe's losses, with the original as the teacher. The control is fine-tuned on the same
+batches with its norms. All runs are complete ones: folded, verified, exported, scored and reported. What is done already is not done
+again.
 """
 
 from __future__ import annotations

@@ -19,10 +19,9 @@ from ln_removal.config.estimate import KNOWN_ARCHITECTURES, count_parameters
 from ln_removal.config.presets import default_recipe, is_borrowed
 from ln_removal.config.recipe import ArchitectureSpec, load_recipe
 from ln_removal.errors import UserError
-from ln_removal.evaluation.loss import position_losses
 from ln_removal.models.checks import begins_texts, first_token
 from ln_removal.models.families import family_of
-from ln_removal.models.loading import NO_LIMIT, load_model, load_tokenizer, positions_of, trainable_positions
+from ln_removal.models.loading import load_model, load_tokenizer, trainable_positions
 from ln_removal.models.norm_choice import build_model
 from ln_removal.norms.freezable import FIRST, PositionClasses
 from ln_removal.norms.surgery import install
@@ -392,99 +391,6 @@ def test_a_removal_of_a_model_with_a_token_in_front_knows_it(place: Path, tmp_pa
     (only,) = classes.values()
     only.fill(torch.tensor([[5, 1, 2, 5]]))
     assert only.current.tolist()[0][:2] == [FIRST, FIRST]
-
-
-# -------------------------------------------------------------------------------------------------- any causal model
-
-_SIZES = {
-    "vocab_size": 320,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "intermediate_size": 64,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-}
-
-OTHERS: dict[str, dict[str, Any]] = {
-    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 16, "max_position_embeddings": 64},
-    "bloom": {},  # no limit of positions
-    "gemma2": {"query_pre_attn_scalar": 16, "final_logit_softcapping": 0.5},  # it bends its logits behind lm_head
-    "granite": {"logits_scaling": 8.0, "max_position_embeddings": 64},
-    "mamba": {"state_size": 4},  # no attention, no cache
-}
-
-
-def other_model(kind: str, directory: Path) -> Path:
-    config = transformers.AutoConfig.for_model(kind, **{**_SIZES, **OTHERS.get(kind, {})})
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = transformers.AutoModelForCausalLM.from_config(config)
-        for parameter in model.parameters():
-            parameter.data.mul_(2)
-        model.save_pretrained(directory)
-    write_tokenizer(directory)
-    return directory
-
-
-@pytest.mark.parametrize("kind", OTHERS)
-def test_any_causal_model_is_scored_by_its_own_logits(kind: str, tmp_path: Path) -> None:
-    loaded = load_model(other_model(kind, tmp_path))
-    tokens = torch.randint(320, (2, 17), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        logits = loaded.model(tokens[:, :-1]).logits.flatten(0, 1).float()
-        found = position_losses(loaded.model, tokens[:, :-1], tokens[:, 1:].flatten())
-    expected = torch.nn.functional.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="none")
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    limit = {"bloom": NO_LIMIT, "mamba": NO_LIMIT, "gemma2": 8192}.get(kind, 64)
-    assert positions_of(loaded.model.config) == limit
-
-
-@pytest.mark.slow
-def test_both_commands_take_a_model_of_no_known_family(place: Path, tmp_path: Path, families: Commands) -> None:
-    model = str(other_model("gemma2", tmp_path / "gemma2"))
-    texts = ("--corpus", "texts", "--context", "32", "--max-tokens", "500", "--prompt", "def f", "--device", "cpu")
-    families.run("ln-evaluate", model, *texts, "--out", str(tmp_path / "scores.json"))
-    scores = json.loads((tmp_path / "scores.json").read_text())
-    assert scores["cross_entropy"]["original"] == pytest.approx(5.77, abs=0.3)
-    assert scores["residual_std"]["original"] is None
-    question = {
-        "ind": 0, "activity_label": "a", "ctx_a": "def f", "ctx_b": "", "ctx": "def f", "split": "val", "label": 0,
-        "endings": ["(value)", "(number)", "(x)", "()"],
-    }  # fmt: skip
-    (tmp_path / "questions.jsonl").write_text(json.dumps(question) + "\n")
-    families.run("evaluate-hellaswag", model, "llama", "--data", str(tmp_path / "questions.jsonl"), "--device", "cpu")
-
-
-@pytest.mark.parametrize("kind", ["bert", "roberta"])
-def test_a_model_that_reads_what_comes_behind_is_refused(kind: str, tmp_path: Path) -> None:
-    other_model(kind, tmp_path)
-    with pytest.raises(UserError, match="text behind them"):
-        load_model(tmp_path)
-    settings = json.loads((tmp_path / "config.json").read_text())
-    named = settings | {"architectures": [f"{kind.title()}ForMaskedLM"]}
-    (tmp_path / "config.json").write_text(json.dumps(named))
-    with pytest.raises(UserError, match="not a causal language model"):
-        load_model(tmp_path)
-
-
-def test_code_that_comes_with_a_model_is_never_run(tmp_path: Path) -> None:
-    (tmp_path / "modeling.py").write_text("raise SystemExit('it ran')")
-    config = {"model_type": "brand_new", "auto_map": {"AutoConfig": "modeling.Config"}}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"brand_new.*never run"):
-        load_model(tmp_path)
-
-
-def test_a_configuration_of_a_far_larger_model_takes_no_memory(place: Path, tmp_path: Path) -> None:
-    """transformers would fill up what the files lack with random numbers: 28 GB for a Llama of the usual size."""
-    for file in (place / "llama").iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(UserError, match="6,738,415,616 parameters"):
-        load_model(tmp_path)
 
 
 def test_the_family_of_every_random_model_is_known(place: Path) -> None:

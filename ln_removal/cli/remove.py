@@ -76,15 +76,13 @@ def remove(
 ) -> None:
     """Remove the LayerNorms or RMSNorms of a model by fine-tuning, fold them away, export and score the result.
 
-    It takes GPT-2, GPT-NeoX (Pythia), Llama (SmolLM2), Mistral, Qwen2 and Qwen3. A model without a recipe of its own gets that of the
-    GPT-2 of the closest depth, fitted to it.
+    Models are GPT-2, Pythia, Llama, Mistral, Qwen2 and Qwen3. One without a recipe gets that of the GPT-2 of the closest depth.
 
     \b
     Examples:
       ln-remove --model tiny --control --out checkpoints/demo
-      ln-remove --model gpt2 --dry-run
-      ln-remove --model gpt2 --control --out checkpoints/gpt2
       ln-remove --model EleutherAI/pythia-70m --dry-run
+      ln-remove --model gpt2 --control --out checkpoints/gpt2
       ln-remove --recipe gpt2-fast --set seed=1 --set data.corpus=texts/ --out checkpoints/mine
       ln-remove --control --out checkpoints/gpt2 --resume
       ln-remove --model gpt2 --control --out checkpoints/gpt2 --push-to-hub alice/gpt2-without-layernorm
@@ -94,8 +92,8 @@ def remove(
     from ln_removal.pipelines.plan import resolve_recipe
 
     recipe = recipe or (_recipe_of_run(out) if resume and out is not None and model is None else None)
-    at, overrides = _place_of_model(model, out, resume=resume), parse_overrides(settings or [])
-    overrides |= {"schedule.keep": keep} if keep else {}
+    at = _place_of_model(model, out, resume=resume)
+    overrides = parse_overrides(settings or []) | ({"schedule.keep": keep} if keep else {})
     resolved = resolve_recipe(model=model, recipe=recipe, overrides=overrides, steps=steps, place=at)
     target = named_target(push_to_hub, private=private, tag=tag)
     if dry_run:

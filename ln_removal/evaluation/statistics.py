@@ -198,8 +198,7 @@ def residual_std(
     if family is None:
         return None
     device = next(model.parameters()).device
-    inside = zip(blocks_of(model), mlp_norms_of(model), strict=True)
-    places = [*itertools.chain.from_iterable(inside), final_norm_of(model)]
+    places = _places(model)
     found: list[Tensor] = []  # (B, T) for each place, in the order of the forward pass
     hooks = [
         place.register_forward_pre_hook(
@@ -226,8 +225,11 @@ def residual_std(
     finally:
         for hook in hooks:
             hook.remove()
-    if not counts.all():
-        return None
+    return _as_result(sums, counts, tokens) if counts.all() else None
+
+
+def _as_result(sums: Tensor, counts: Tensor, tokens: int) -> ResidualStd:
+    """From sums (2, places) and counts (2,) of ordinary positions and of position 0."""
     ordinary_means, first_means = (sums / counts[:, None]).tolist()
     return ResidualStd(
         ordinary_pre=tuple(ordinary_means[0::2]),
@@ -236,6 +238,12 @@ def residual_std(
         first_mid=tuple(first_means[1::2]),
         tokens=tokens,
     )
+
+
+def _places(model: Any) -> list[nn.Module]:
+    """The blocks, the norm between attention and MLP of each, and the final norm, in the order of the forward pass."""
+    inside = zip(blocks_of(model), mlp_norms_of(model), strict=True)
+    return [*itertools.chain.from_iterable(inside), final_norm_of(model)]
 
 
 def _texts(split: TokenSplit, context: int, max_tokens: int, windows: WindowKind) -> Iterator[tuple[Tensor, Tensor]]:

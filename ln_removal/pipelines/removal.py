@@ -129,8 +129,6 @@ def remove(
         data = inputs.data
         if not (resume and _is_exported(out, recipe.export)):
             with removal_session(context, recipe, inputs) as session:
-                if is_borrowed(recipe) and not resume:
-                    session.tracker.say(recipe.description)
                 check_windows(session, recipe, data)
                 trained = train(session)
             export(context, recipe, inputs, trained)
@@ -292,6 +290,8 @@ def removal_session(context: RunContext, recipe: Recipe, inputs: Inputs) -> Iter
         teacher=teacher,
         tokenizer=inputs.tokenizer,
     ) as session:
+        if is_borrowed(recipe) and not context.resume:
+            session.tracker.say(recipe.description)
         yield session
 
 
