@@ -170,7 +170,7 @@ def lose_a_shard(folder: Path) -> None:
     [
         (lambda f: (f / "config.json").unlink(), ["config.json"]),
         (lambda f: (f / "config.json").write_text("{"), ["config.json"]),
-        (lambda f: (f / "config.json").write_text("[]"), ["not a GPT-2"]),
+        (lambda f: (f / "config.json").write_text("[]"), ["config.json", "no JSON object"]),
         (
             lambda f: edit_config(f, model_type="llama", architectures=["LlamaForCausalLM"]),
             ["llama", "LlamaForCausalLM"],

@@ -73,20 +73,32 @@ def test_flops_per_token_of_gpt2() -> None:
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_activation_bytes_are_what_autograd_keeps(precision: str) -> None:
+@pytest.mark.parametrize(
+    "family",
+    [
+        {},
+        {"family": "pythia"},
+        {"family": "llama"},
+        {"family": "llama", "n_inner": 384},
+        {"family": "qwen2"},
+        {"family": "qwen3"},
+    ],
+    ids=["gpt2", "pythia", "llama", "llama with a wide MLP", "qwen2", "qwen3"],
+)
+def test_activation_bytes_are_what_autograd_keeps(precision: str, family: dict[str, Any]) -> None:
     """The constant c, measured as the growth from 2 to 4 layers of the installed model, not compiled."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
+    from ln_removal.models.norm_choice import build_model
     from ln_removal.norms.surgery import install
 
     batch, context, width = 2, 64, 64
 
+    def shape(n_layer: int) -> ArchitectureSpec:
+        sizes = SMALL.model_dump(exclude_defaults=True)
+        return ArchitectureSpec(**sizes | {"n_layer": n_layer, "n_embd": width, "n_positions": context} | family)
+
     def kept(n_layer: int) -> int:
-        shape = SMALL.model_dump() | {"n_layer": n_layer, "n_embd": width, "n_positions": context}
-        off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0}
-        config = GPT2Config.from_dict(shape | off)
-        model = GPT2LMHeadModel(config).train()
-        install(model, eot_token_id=None)
+        model = build_model(shape(n_layer), eot_token_id=0).train()
+        install(model, eot_token_id=None, keep=("qk-norms",) if family.get("family") == "qwen3" else ())
         own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
         storages: dict[int, tuple[int, torch.Tensor]] = {}
 
@@ -101,14 +113,14 @@ def test_activation_bytes_are_what_autograd_keeps(precision: str) -> None:
             torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
             torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"),
         ):
-            alive = model.transformer(tokens).last_hidden_state
+            alive = model.base_model(tokens).last_hidden_state
         assert alive.requires_grad
         return sum(size for size, _ in storages.values())
 
     grown = kept(4) - kept(2)
-    copies = 2 * 12 * width**2 * 2 if precision == "bfloat16" else 0  # autocast's weights
+    copies = 2 * estimate.block_matrices(shape(2)) * 2 if precision == "bfloat16" else 0  # autocast's weights
     found = (grown - copies) / (2 * batch * context * width)
-    assert found == pytest.approx(estimate.ACTIVATION_BYTES[precision, False], rel=0.1)
+    assert found == pytest.approx(estimate.activation_bytes(shape(2), precision, compiled=False), rel=0.1)
 
 
 def test_memory_follows_the_formula_and_the_settings() -> None:
@@ -300,8 +312,8 @@ def test_other_models_are_read_from_their_config(tmp_path: Path, monkeypatch: py
 def test_models_that_cannot_be_planned(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such directory"):
         plan(recipe_for(str(tmp_path / "absent")))
-    with pytest.raises(UserError, match="not a GPT-2"):
-        plan(recipe_for(write_config(tmp_path / "other", SMALL, model_type="llama")))
+    with pytest.raises(UserError, match=r"opt; this kind of model can only be scored: .* GPT-2, GPT-NeoX"):
+        plan(recipe_for(write_config(tmp_path / "other", SMALL, model_type="opt", architectures=["OPTForCausalLM"])))
     with pytest.raises(UserError, match="32"):
         plan(recipe_for(write_config(tmp_path / "short", SMALL)))
 

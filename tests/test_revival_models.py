@@ -271,5 +271,5 @@ def test_a_removal_refuses_them(family: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="GPT-2"):
         architecture_of_model(str(tmp_path))
     if family == "pythia":
-        with pytest.raises(UserError, match="RevivalGPTNeoXForCausalLM"):
+        with pytest.raises(UserError, match="LeakyReLU"):
             check_supported(model)

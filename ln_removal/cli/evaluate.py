@@ -37,7 +37,12 @@ ControlOption = Annotated[
     str | None, typer.Option(metavar="MODEL", help="The vanilla control, for comparison.", show_default=False)
 ]
 ContextOption = Annotated[
-    int | None, typer.Option(min=1, help="Tokens in a window. Default: the run's.", show_default=False)
+    int | None,
+    typer.Option(
+        min=1,
+        help="Tokens in a window. Default: the run's, else the model's positions, 2,048 at most.",
+        show_default=False,
+    ),
 ]
 MaxTokensOption = Annotated[
     int | None,

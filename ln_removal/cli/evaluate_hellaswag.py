@@ -13,7 +13,11 @@ from ln_removal.cli import console
 
 ModelsArgument = Annotated[
     list[str],
-    typer.Argument(metavar="MODEL", help="tiny, a directory, or a Hub id such as gpt2.", show_default=False),
+    typer.Argument(
+        metavar="MODEL",
+        help="Any causal language model: tiny, a directory, or a Hub id such as gpt2.",
+        show_default=False,
+    ),
 ]
 DataOption = Annotated[
     str | None,

@@ -111,10 +111,12 @@ def _prepared(
     from ln_removal.data.open_corpus import Writer, open_corpus
     from ln_removal.data.prepare import prepare as run_prepare
     from ln_removal.data.prepare import prepare_bar
+    from ln_removal.models.checks import say_what_is_left_out
     from ln_removal.models.loading import load_tokenizer, tokenizer_fingerprint
 
     source = open_corpus(corpus, writer=Writer(tokenizer, max_tokens), **options)
     loaded = load_tokenizer(tokenizer)
+    say_what_is_left_out(loaded, tokenizer)
     with prepare_bar(source.name, total=max_tokens, enabled=sys.stderr.isatty()) as show:
         return run_prepare(
             source,

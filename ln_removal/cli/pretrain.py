@@ -65,7 +65,7 @@ def pretrain(
     debug: console.DebugOption = False,
     version: console.VersionOption = False,
 ) -> None:
-    """Train a GPT-2 or a Pythia from scratch, or the arms of a grid, and compare them.
+    """Train a GPT-2, a Pythia, a Llama or a Qwen2 from scratch, or the arms of a grid, and compare them.
 
     \b
     Examples:

@@ -1,4 +1,4 @@
-"""`ln-remove`: take the LayerNorms out of a GPT-2."""
+"""`ln-remove`: take the norms out of a language model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 ModelOption = Annotated[
     str | None,
     typer.Option(
-        help="tiny, gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2, a directory or a Hub id.", show_default=False
+        help="tiny, gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2, a directory or a Hub id such as EleutherAI/pythia-70m.",
+        show_default=False,
     ),
 ]
 RecipeOption = Annotated[
@@ -33,7 +34,15 @@ OutOption = Annotated[
     Path | None,
     typer.Option(help="Directory of the run. Default: checkpoints/NAME of the recipe or model.", show_default=False),
 ]
-ControlOption = Annotated[bool, typer.Option("--control", help="Also train the control that keeps its LayerNorms.")]
+ControlOption = Annotated[bool, typer.Option("--control", help="Also train the control that keeps its norms.")]
+KeepOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NORMS",
+        help="Norms that stay: qk-norms, which Qwen3 requires (its norms of queries and keys). The same as schedule.keep.",
+        show_default=False,
+    ),
+]
 QuestionsOption = Annotated[
     str, typer.Option(metavar="auto|completions|hellaswag|none|FILE", help="What accuracy is measured on.")
 ]
@@ -52,6 +61,7 @@ def remove(
     out: OutOption = None,
     tokens: console.TokensOption = None,
     control: ControlOption = False,
+    keep: KeepOption = None,
     questions: QuestionsOption = "auto",
     resume: ResumeOption = False,
     dry_run: DryRunOption = False,
@@ -64,12 +74,14 @@ def remove(
     debug: console.DebugOption = False,
     version: console.VersionOption = False,
 ) -> None:
-    """Remove the LayerNorms of a GPT-2 by fine-tuning, fold them away, export and score the result.
+    """Remove the LayerNorms or RMSNorms of a model by fine-tuning, fold them away, export and score the result.
+
+    Models are GPT-2, Pythia, Llama, Mistral, Qwen2 and Qwen3. One without a recipe gets that of the GPT-2 of the closest depth.
 
     \b
     Examples:
       ln-remove --model tiny --control --out checkpoints/demo
-      ln-remove --model gpt2 --dry-run
+      ln-remove --model EleutherAI/pythia-70m --dry-run
       ln-remove --model gpt2 --control --out checkpoints/gpt2
       ln-remove --recipe gpt2-fast --set seed=1 --set data.corpus=texts/ --out checkpoints/mine
       ln-remove --control --out checkpoints/gpt2 --resume
@@ -80,7 +92,8 @@ def remove(
     from ln_removal.pipelines.plan import resolve_recipe
 
     recipe = recipe or (_recipe_of_run(out) if resume and out is not None and model is None else None)
-    at, overrides = _place_of_model(model, out, resume=resume), parse_overrides(settings or [])
+    at = _place_of_model(model, out, resume=resume)
+    overrides = parse_overrides(settings or []) | ({"schedule.keep": keep} if keep else {})
     resolved = resolve_recipe(model=model, recipe=recipe, overrides=overrides, steps=steps, place=at)
     target = named_target(push_to_hub, private=private, tag=tag)
     if dry_run:

@@ -6,8 +6,9 @@ pass: for B sequences of T tokens, L layers of width D and a vocabulary of V,
     activations = B T (L c D + 12 D)  +  10 V min(B T, positions of one chunk)        [bytes]
 
 (and with a teacher its weights in the run's precision and twice the last term; with the entropy penalty 15 B H T T L
-for H heads), with c measured on this project's model (bytes kept by autograd per layer, token and unit of width, with
-dropout off and fused attention): 40 compiled and 82 not in bfloat16 autocast, 76 and 140 in float32. Time is estimated
+for H heads), with c measured on a GPT-2 (bytes kept by autograd per layer, token and unit of width, with dropout off and
+fused attention): 40 compiled and 82 not in bfloat16 autocast, 76 and 140 in float32. Other families keep less when they are
+not compiled, as `KEPT_NOT_COMPILED` says; compiled they are taken to keep less in the same proportion. Time is estimated
 as tokens * (6 N + 12 L D T) FLOPs (N parameters, the second term for attention; a third more with a teacher) at an
 assumed share of the device's peak.
 """
@@ -24,14 +25,44 @@ def _published(n_layer: int, n_head: int, n_embd: int) -> ArchitectureSpec:
     return ArchitectureSpec(n_layer=n_layer, n_head=n_head, n_embd=n_embd, n_positions=1024, vocab_size=50257)
 
 
+def _pythia(n_layer: int, n_head: int, n_embd: int) -> ArchitectureSpec:
+    return ArchitectureSpec(
+        family="pythia", n_layer=n_layer, n_head=n_head, n_embd=n_embd, n_positions=2048, vocab_size=50304
+    )
+
+
 KNOWN_ARCHITECTURES = {
     "gpt2": _published(12, 12, 768),
     "distilgpt2": _published(6, 12, 768),
     "gpt2-medium": _published(24, 16, 1024),
     "gpt2-large": _published(36, 20, 1280),
     "gpt2-xl": _published(48, 25, 1600),
+    "EleutherAI/pythia-70m": _pythia(6, 8, 512),
+    "EleutherAI/pythia-160m": _pythia(12, 12, 768),
+    "HuggingFaceTB/SmolLM2-135M": ArchitectureSpec(
+        family="llama",
+        n_layer=30,
+        n_head=9,
+        n_kv_head=3,
+        n_embd=576,
+        n_inner=1536,
+        n_positions=8192,
+        vocab_size=49152,
+        tied=True,
+    ),
+    "Qwen/Qwen2.5-0.5B": ArchitectureSpec(
+        family="qwen2",
+        n_layer=24,
+        n_head=14,
+        n_kv_head=2,
+        n_embd=896,
+        n_inner=4864,
+        n_positions=32768,
+        vocab_size=151936,
+        tied=True,
+    ),
 }
-"""The published sizes. Planning a run of one of them needs no network."""
+"""Published sizes. Planning a run of one of them needs no network."""
 
 _OWNERS = ("openai-community/", "distilbert/")
 
@@ -67,7 +98,14 @@ ASSUMED_UTILISATION = 0.30
 """Share of the peak. nanoGPT reaches this share with GPT-2 small on an A100 (107k tokens/s), llm.c 0.41 on an H100."""
 
 ACTIVATION_BYTES = {("bfloat16", True): 40, ("bfloat16", False): 82, ("float32", True): 76, ("float32", False): 140}
-"""c of the module's formula, by (precision, compiled)."""
+"""c of the module's formula, by (precision, compiled), of a GPT-2."""
+
+KEPT_NOT_COMPILED = {
+    "bfloat16": {"gpt2": (82, 0), "pythia": (53, 0), "llama": (35, 8), "qwen2": (35, 8), "qwen3": (47, 8)},
+    "float32": {"gpt2": (140, 0), "pythia": (91, 0), "llama": (45, 16), "qwen2": (45, 16), "qwen3": (69, 16)},
+}
+"""c of a model that is not compiled, by precision and family: a constant, and what comes for each multiple of the width that the MLP
+has inside. GPT-2's activation is written as eight operations, each of which keeps its input."""
 
 # The same numbers as in training/cross_entropy.py and training/setup.py. Those import torch, which planning does without.
 POSITIONS_IN_A_CHUNK = 8192  # on a GPU
@@ -94,34 +132,67 @@ class Memory:
 def count_parameters(shape: ArchitectureSpec) -> int:
     """Parameters of a model of this architecture, with a tied unembedding counted once.
 
-    The published GPT-2 has V D + P D + L (12 D^2 + 13 D) + 2 D with P positions, and Pythia 2 V D in place of V D + P D. A model
-    without norms lacks L 4 D and 2 D of these. With the paper's biases a layer has 2 D in place of 9 D biases.
+    The published GPT-2 has V D + P D + L (12 D^2 + 13 D) + 2 D with P positions. Pythia has 2 V D in place of V D + P D. A Llama
+    with H heads of width K, G heads of keys and values and an MLP of width I has L (2 H K D + 2 G K D + 3 I D + 2 D) + D beside its
+    embeddings, and Qwen2 L (H + 2 G) K biases more. A model without norms lacks theirs; with the paper's biases a layer has 2 D
+    in place of 9 D biases.
     """
-    width, layers = shape.n_embd, shape.n_layer
-    embeddings = 2 * shape.vocab_size if shape.family == "pythia" else shape.vocab_size + shape.n_positions
-    layer = 12 * width * width + (2 if shape.biases == "paper" else 9) * width
-    layer += 4 * width if shape.block_norm == "layernorm" else 0
-    count = embeddings * width + layers * layer + (2 * width if shape.final_norm == "layernorm" else 0)
+    rows = shape.vocab_size * (1 if shape.is_tied else 2) + (shape.n_positions if shape.parts.learned_positions else 0)
+    layer = block_matrices(shape) + _biases(shape) + 2 * _norm(shape, shape.block_norm)
+    layer += 2 * shape.width_of_head if shape.parts.norms_of_heads else 0
+    count = rows * shape.n_embd + shape.n_layer * layer + _norm(shape, shape.final_norm)
     if shape.activation == "learnable_leaky_relu":
-        count += layers if shape.slopes == "layer" else 1
+        count += shape.n_layer if shape.slopes == "layer" else 1
     return count
 
 
+def block_matrices(shape: ArchitectureSpec) -> int:
+    """Weights of the linear maps of one block."""
+    queries, keys = _attention_widths(shape)
+    mlp = (3 if shape.parts.gated else 2) * shape.width_of_mlp
+    return shape.n_embd * (2 * queries + 2 * keys + mlp)
+
+
+def _attention_widths(shape: ArchitectureSpec) -> tuple[int, int]:
+    """Width of all queries, and of all keys, which is that of all values."""
+    return shape.n_head * shape.width_of_head, (shape.n_kv_head or shape.n_head) * shape.width_of_head
+
+
+def _biases(shape: ArchitectureSpec) -> int:
+    """Biases of the linear maps of one block."""
+    if shape.biases == "paper":
+        return 2 * shape.n_embd
+    parts, (queries, keys) = shape.parts, _attention_widths(shape)
+    attention = parts.attention_biases
+    if shape.attention_bias is not None:
+        attention = "all" if shape.attention_bias else "none"
+    count = 0 if attention == "none" else queries + 2 * keys
+    count += shape.n_embd if attention == "all" else 0
+    if parts.mlp_biases if shape.mlp_bias is None else shape.mlp_bias:
+        count += shape.width_of_mlp * (2 if parts.gated else 1) + shape.n_embd
+    return count
+
+
+def _norm(shape: ArchitectureSpec, kind: str) -> int:
+    """Parameters of one norm: a LayerNorm has a bias, an RMSNorm none."""
+    return {"layernorm": 2, "rmsnorm": 1, "none": 0}[kind] * shape.n_embd
+
+
 def flops_per_token(shape: ArchitectureSpec, context: int) -> int:
-    """Training FLOPs of one token: 6 N + 12 L D T (Chowdhery et al. 2022, arXiv 2204.02311, appendix B)."""
-    return 6 * count_parameters(shape) + 12 * shape.n_layer * shape.n_embd * context
+    """Training FLOPs of one token: 6 N + 12 L H K T (Chowdhery et al. 2022, arXiv 2204.02311, appendix B)."""
+    return 6 * count_parameters(shape) + 12 * shape.n_layer * shape.n_head * shape.width_of_head * context
 
 
 def estimate_memory(recipe: Recipe, shape: ArchitectureSpec, micro_batch: int) -> Memory:
     """Bytes at the peak of a training step with `micro_batch` sequences a pass (formula: see the module's text)."""
     count = count_parameters(shape)
     training = recipe.training
-    matrices = 12 * shape.n_layer * shape.n_embd**2
+    matrices = shape.n_layer * block_matrices(shape)
     # AdamW keeps two moments of every parameter, Muon one of the matrices inside the blocks.
     moments = 2 * count - (matrices if training.optimizer == "muon" else 0)
     tokens = micro_batch * recipe.data.context
-    kept = ACTIVATION_BYTES["float32" if training.precision == "float32" else "bfloat16", training.compile is not False]
-    activations = tokens * (shape.n_layer * kept + 12) * shape.n_embd
+    kept = activation_bytes(shape, training.precision, compiled=training.compile is not False)
+    activations = round(tokens * (shape.n_layer * kept + 12) * shape.n_embd)
     # bfloat16 logits, their float32 copy and its gradient, for one chunk at a time.
     logits = 10 * min(tokens, POSITIONS_IN_A_CHUNK) * shape.vocab_size
     activations += logits
@@ -136,6 +207,14 @@ def estimate_memory(recipe: Recipe, shape: ArchitectureSpec, micro_batch: int) -
     return Memory(
         parameters=4 * count, gradients=4 * count, optimizer=4 * moments, activations=activations, teacher=teacher
     )
+
+
+def activation_bytes(shape: ArchitectureSpec, precision: str, *, compiled: bool) -> float:
+    """c of the module's formula for a family."""
+    width = "float32" if precision == "float32" else "bfloat16"
+    constant, inside = KEPT_NOT_COMPILED[width][shape.family]
+    share = (constant + inside * shape.width_of_mlp / shape.n_embd) / ACTIVATION_BYTES[width, False]
+    return ACTIVATION_BYTES[width, compiled] * share
 
 
 def has_teacher(recipe: Recipe) -> bool:

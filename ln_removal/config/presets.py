@@ -18,25 +18,40 @@ _WRITTEN_FOR = {"distilgpt2": 6, "gpt2": 12, "gpt2-medium": 24, "gpt2-large": 36
 def default_recipe(model: str | Path, shape: ArchitectureSpec) -> Recipe:
     """The removal recipe for a model when none is named.
 
-    That is the built-in recipe of the model's own name, without a Hub owner and a commit. For any other model it is the recipe
-    written for the closest depth, with gaps and context fitted to the model.
+    That is the built-in recipe of the model's own name, without a Hub owner and a commit. For any other model, also of another
+    family, it is the GPT-2 recipe written for the closest depth, with gaps and context fitted to the model. Its description then says
+    so.
 
     Args:
         model: "tiny", a local directory or a Hub id.
         shape: the model's architecture, see `plan.architecture_of`.
     """
     model = str(model)
-    own = model.rpartition("/")[2].partition("@")[0]
-    if model == "tiny" or _WRITTEN_FOR.get(own) == shape.n_layer:
+    own = own_name(model)
+    if model == "tiny" or (_WRITTEN_FOR.get(own) == shape.n_layer and shape.family == "gpt2"):
         recipe = load_recipe(own)
     else:
         closest = min(_WRITTEN_FOR, key=lambda name: abs(_WRITTEN_FOR[name] - shape.n_layer))
         recipe = with_layers(load_recipe(closest), written_for=_WRITTEN_FOR[closest], n_layer=shape.n_layer)
+        origin = f"Recipe {closest}, written for a GPT-2 of {_WRITTEN_FOR[closest]} layers"
+        recipe = recipe.model_copy(
+            update={"description": f"{origin} and fitted to the {shape.n_layer} layers of {model}."}
+        )
     tokens = recipe.training.tokens_per_step
     fitting = range(min(recipe.data.context, shape.n_positions), 0, -1)
     context = next(length for length in fitting if tokens % length == 0)
     data = recipe.data.model_copy(update={"context": context})
     return Recipe.model_validate(dict(recipe) | {"model": model, "data": data})
+
+
+def own_name(model: str | Path) -> str:
+    """The name of a model without the owner or directory in front and the commit behind it."""
+    return str(model).rpartition("/")[2].partition("@")[0]
+
+
+def is_borrowed(recipe: Recipe) -> bool:
+    """Whether a built-in recipe removes the norms of another model than the one that it was written for."""
+    return recipe.name in _WRITTEN_FOR and own_name(recipe.model) != recipe.name
 
 
 def resolve_pretraining(

@@ -25,6 +25,7 @@ from pydantic import (
     model_validator,
 )
 
+from ln_removal.config.family_parts import FAMILY_PARTS, FamilyParts, with_family_defaults
 from ln_removal.config.validation import all_faults, cross_field_faults, did_you_mean, follow, without_removed_keys
 from ln_removal.errors import UserError
 from ln_removal.files.resources import recipes_directory
@@ -133,31 +134,63 @@ class TrainingSpec(_Spec):
 
 
 class ArchitectureSpec(_Spec):
-    """The model to pretrain from scratch: a GPT-2, or a Pythia (GPT-NeoX: rotary positions, parallel residual).
+    """The model to pretrain from scratch, or the sizes of a model: a GPT-2, a Pythia (GPT-NeoX), a Llama, a Qwen2 or 3.
 
-    With nothing chosen it is the family's published architecture. `block_norm` is in front of attention and MLP,
-    `final_norm` in front of the unembedding. `biases` "paper" leaves those of queries and keys only (and of norms).
+    With nothing chosen it is the family's published architecture (see `FAMILY_PARTS`). `block_norm` is in front of attention and
+    MLP, `final_norm` in front of the unembedding. `biases` "paper" leaves those of queries and keys only (and of norms).
     `negative_slope` is that of a leaky ReLU, or where a learnable one begins; `slopes` says whether each layer learns its own.
     """
 
-    family: Literal["gpt2", "pythia"] = "gpt2"
+    family: Literal["gpt2", "pythia", "llama", "qwen2", "qwen3"] = "gpt2"
     n_layer: PositiveInt
     n_head: PositiveInt
     n_embd: PositiveInt
     n_positions: PositiveInt
     vocab_size: PositiveInt
-    block_norm: Literal["layernorm", "none"] = "layernorm"
-    final_norm: Literal["layernorm", "none"] = "layernorm"
+    n_kv_head: PositiveInt | None = None  # heads of keys and values; None: n_head
+    n_inner: PositiveInt | None = None  # width of the MLP; None: 4 n_embd, of a gated one 8/3 n_embd
+    head_width: PositiveInt | None = None  # None: n_embd / n_head
+    tied: bool | None = None  # whether the unembedding is the embedding; None: as the family
+    attention_bias: bool | None = None  # for all maps of attention; None: as the family
+    mlp_bias: bool | None = None
+    block_norm: Literal["layernorm", "rmsnorm", "none"] = "layernorm"
+    final_norm: Literal["layernorm", "rmsnorm", "none"] = "layernorm"
     biases: Literal["all", "paper"] = "all"
-    activation: Literal["gelu", "relu", "leaky_relu", "learnable_leaky_relu"] = "gelu"
+    activation: Literal["gelu", "silu", "relu", "leaky_relu", "learnable_leaky_relu"] = "gelu"
     negative_slope: float = 0.01
     slopes: Literal["layer", "network"] = "layer"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, data: Any) -> Any:
+        return with_family_defaults(data)
+
+    @property
+    def parts(self) -> FamilyParts:
+        """What the family is made of."""
+        return FAMILY_PARTS[self.family]
 
     @property
     def is_plain(self) -> bool:
         """Whether transformers' own class can be it: all norms, all biases, and an activation without a slope."""
+        norm = self.parts.norm
         chosen = (self.block_norm, self.final_norm, self.biases)
-        return chosen == ("layernorm", "layernorm", "all") and self.activation in ("gelu", "relu")
+        return chosen == (norm, norm, "all") and self.activation in (self.parts.activation, "relu")
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the unembedding is the embedding."""
+        return self.parts.tied if self.tied is None else self.tied
+
+    @property
+    def width_of_head(self) -> int:
+        """K, the width of one head."""
+        return self.head_width or self.n_embd // self.n_head
+
+    @property
+    def width_of_mlp(self) -> int:
+        """Width inside the MLP: by default 4 n_embd, and of a gated one 8/3 n_embd, rounded up to a multiple of 32."""
+        return self.n_inner or (-(-8 * self.n_embd // 96) * 32 if self.parts.gated else 4 * self.n_embd)
 
 
 class ObservationSpec(_Spec):
@@ -244,6 +277,8 @@ def validate_recipe(document: Mapping[str, Any], *, source: str) -> Recipe:
         UserError: one line for each fault (unknown keys, wrong types, fields that contradict one another).
     """
     document = without_removed_keys(document)
+    if "architecture" in document:  # now, so that its faults are found in what it means
+        document["architecture"] = with_family_defaults(document["architecture"])
     try:
         return Recipe.model_validate(document)
     except ValidationError as error:

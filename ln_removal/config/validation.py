@@ -9,6 +9,8 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
+from ln_removal.config.family_parts import FAMILY_PARTS, REVIVAL_CHOICES, SHAPE_CHOICES
+
 REMOVED_KEYS = {
     "schedule.layers": "first to last",
     "schedule.constant": "mean",
@@ -117,12 +119,6 @@ def cross_field_faults(value: Callable[[str], Any]) -> list[str]:
     if value("data.corpus") == "generated" and value("data.weights"):  # now, not after an hour of writing
         faults.append("data.weights: names sources of another corpus, generated text has one; set data.weights={}")
     faults += _pretraining_faults(value) if pretraining else _removal_faults(value)
-    width, heads = value("architecture.n_embd"), value("architecture.n_head")
-    if width is not None and heads is not None and width % heads:
-        faults.append(f"architecture.n_embd: must be a multiple of n_head ({heads}), found {width}")
-    elif width is not None and heads is not None and value("architecture.family") == "pythia" and width // heads % 8:
-        rule = f"must be a multiple of 8 n_head ({8 * heads}): a quarter of each head is rotated, in pairs"
-        faults.append(f"architecture.n_embd: {rule}; found {width}")
     return faults
 
 
@@ -142,6 +138,9 @@ def _batch_faults(tokens: int | None, context: int | None, micro_batch: int | st
     return []
 
 
+ROTARY = ("llama", "qwen2", "qwen3")
+"""Families of [architecture] whose heads are rotated as a whole."""
+
 ONLY_IN_REMOVALS = (
     "data.odd_text",
     "training.auxiliary_weight",
@@ -158,6 +157,7 @@ def _pretraining_faults(value: Callable[[str], Any]) -> list[str]:
         for key in ONLY_IN_REMOVALS
         if value(key)
     ]
+    faults += _shape_faults(value)
     activation = value("architecture.activation")
     if value("architecture.slopes") == "network" and activation not in (None, "learnable_leaky_relu"):
         rule = "has no effect unless activation is 'learnable_leaky_relu'"
@@ -167,6 +167,49 @@ def _pretraining_faults(value: Callable[[str], Any]) -> list[str]:
     if value("architecture.negative_slope") not in (None, 0.01) and activation in ("gelu", "relu"):
         rule = "has no effect unless activation is 'leaky_relu' or 'learnable_leaky_relu'"
         faults.append(f"architecture.negative_slope: {rule}, found activation {activation!r}; leave it out")
+    return faults
+
+
+def _shape_faults(value: Callable[[str], Any]) -> list[str]:
+    """Sizes of [architecture] that no model can have, and choices that its family does not have."""
+    faults: list[str] = []
+    family, width, heads = (value(f"architecture.{key}") for key in ("family", "n_embd", "n_head"))
+    own, groups = value("architecture.head_width"), value("architecture.n_kv_head")
+    if width is not None and heads is not None and own is None and width % heads:
+        faults.append(f"architecture.n_embd: must be a multiple of n_head ({heads}), found {width}")
+    elif width is not None and heads is not None and family == "pythia" and width // heads % 8:
+        rule = f"must be a multiple of 8 n_head ({8 * heads}): a quarter of each head is rotated, in pairs"
+        faults.append(f"architecture.n_embd: {rule}; found {width}")
+    elif width is not None and heads is not None and family in ROTARY and (own or width // heads) % 2:
+        rule = "the width of a head must be even, because it is rotated in pairs"
+        faults.append(
+            f"architecture.{'n_embd' if own is None else 'head_width'}: {rule}; found {own or width // heads}"
+        )
+    if heads is not None and groups is not None and heads % groups:
+        faults.append(f"architecture.n_kv_head: must divide n_head ({heads}), found {groups}")
+    return faults + _family_faults(value, family)
+
+
+def _family_faults(value: Callable[[str], Any], family: str | None) -> list[str]:
+    """Keys of [architecture] that its family does not take, with a value that is not the family's own."""
+    if family is None:
+        return []
+    parts = FAMILY_PARTS[family]
+    own = {"block_norm": parts.norm, "final_norm": parts.norm, "activation": parts.activation}
+    faults = []
+    for key in SHAPE_CHOICES:
+        if (found := value(f"architecture.{key}")) is not None and key not in parts.choices:
+            faults.append(f"architecture.{key}: {family!r} has no such choice, found {found!r}; leave it out")
+    for key in REVIVAL_CHOICES:
+        found = value(f"architecture.{key}")
+        usual = own.get(key, {"biases": "all", "negative_slope": 0.01, "slopes": "layer"}.get(key))
+        if key not in parts.choices and found not in (None, usual):
+            rule = f"norms, biases and activations can be chosen for 'gpt2' and 'pythia' only, and the family is {family!r}"
+            faults.append(f"architecture.{key}: {rule}; found {found!r}; leave it out, or change the family")
+        elif key in parts.choices and found in ("rmsnorm", "silu"):
+            faults.append(
+                f"architecture.{key}: {family!r} has no {found!r}, which 'llama' and 'qwen2' have; leave it out"
+            )
     return faults
 
 

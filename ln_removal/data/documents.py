@@ -96,7 +96,9 @@ class DocumentSampler(Sampler):
         row = np.full(self._context + 1, self._split.eot_token_id, dtype=np.int64)
         at = 0
         for piece in pieces:
-            at += int(packed.bos[piece])  # the token is there already
+            if packed.bos[piece]:
+                row[at] = self._first_token
+                at += 1
             count = int(packed.tokens[piece])
             row[at : at + count] = self._split.read(int(packed.shard[piece]), int(packed.start[piece]), count)
             at += count

@@ -1,7 +1,8 @@
 """Text that a model writes itself, as a corpus: for a model whose training text nobody has.
 
-Every document begins behind an end-of-text token, which is the model's only input at first, and is drawn token by token from the
-model's own probabilities, until it draws an end-of-text token or has no position left.
+Every document begins behind an end-of-text token, or behind the token that the model's tokenizer puts in front of texts. That is the
+model's only input at first. The document is drawn token by token from the model's own probabilities, until it draws an end-of-text
+token or has no position left.
 
 Shape legend: B documents written together, P positions of the model, V entries of the tokenizer.
 """
@@ -21,7 +22,8 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from ln_removal.data.corpora import GENERATED, VALIDATION_FRACTION, TokenDocument, check_fraction, hash_split
 from ln_removal.errors import UserError
-from ln_removal.models.loading import load_model
+from ln_removal.models.checks import begins_texts
+from ln_removal.models.loading import load_model, positions_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,6 +46,9 @@ STILL_WRITTEN = 0.75
 """Ended documents leave the batch when no more than this share of it is still written."""
 
 MOST_EMPTY_IN_A_ROW = 64
+
+LONGEST_DOCUMENT = 2048
+"""Tokens of a document at most, whatever the model could read: each takes a forward pass."""
 
 
 class GeneratedText:
@@ -114,11 +119,11 @@ class GeneratedText:
                 "with tokenizer.eos_token and save it again"
             )
         together, empty = documents_together(model), 0
+        first_input = begins_texts(tokenizer)
         for first in count(skip - skip % together, together):
             numbers = range(first, first + together)
-            for number, tokens in zip(
-                numbers, write_documents(model, numbers, eot_token_id=eot, entries=len(tokenizer)), strict=True
-            ):
+            written = write_documents(model, numbers, eot_token_id=eot, entries=len(tokenizer), first_input=first_input)
+            for number, tokens in zip(numbers, written, strict=True):
                 empty = 0 if tokens else empty + 1
                 if empty == MOST_EMPTY_IN_A_ROW:
                     raise UserError(
@@ -140,7 +145,12 @@ def documents_together(model: PreTrainedModel) -> int:
 
 @torch.inference_mode()
 def write_documents(
-    model: PreTrainedModel, numbers: Sequence[int], *, eot_token_id: int, entries: int
+    model: PreTrainedModel,
+    numbers: Sequence[int],
+    *,
+    eot_token_id: int,
+    entries: int,
+    first_input: int | None = None,
 ) -> list[list[int]]:
     """The documents with these numbers, as tokens that end with the end-of-text token; empty for one that ended at once.
 
@@ -149,15 +159,16 @@ def write_documents(
     Args:
         model: a language model in evaluation mode.
         numbers: (B,) of the documents; they seed what is drawn.
-        eot_token_id: the first input, and the token at which a document ends.
+        eot_token_id: the token at which a document ends.
         entries: V, of the tokenizer. A model may have more rows, which stand for nothing and are not drawn.
+        first_input: default: the end-of-text token.
     """
     device, positions = model.device, _positions(model)
     draws = [np.random.default_rng((SEED, number)).random(positions) for number in numbers]
     uniform = torch.from_numpy(np.stack(draws)).to(device)  # (B, P)
     written = torch.full((len(numbers), positions), eot_token_id, device=device)
     rows = torch.arange(len(numbers), device=device)  # of `written`: those in the batch
-    tokens = written[:, :1]
+    tokens = torch.full_like(written[:, :1], eot_token_id if first_input is None else first_input)
     layers = [_Layer(positions) for _ in range(model.config.num_hidden_layers)]
     cache = Cache(layers=layers)
     for position in range(positions):
@@ -185,7 +196,7 @@ def _document(written: list[int], eot: int) -> list[int]:
 
 
 def _positions(model: PreTrainedModel) -> int:
-    return int(model.config.max_position_embeddings)
+    return min(positions_of(model.config), LONGEST_DOCUMENT)
 
 
 def _weights_sha256(model: PreTrainedModel) -> str:

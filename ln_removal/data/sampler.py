@@ -60,6 +60,7 @@ class Sampler(ABC):
             token.
         copies: share of the sequences that say the same again and again: text in half of them, random tokens in the others. Only
             a model that copies from its context, as induction heads do, can predict them (Olsson et al. 2022, arXiv 2209.11895).
+        first_token: what `bos_rows` and half of the copies have in front; default: the end-of-text token.
 
     Attributes:
         windows_per_epoch: sequences in an epoch.
@@ -81,8 +82,10 @@ class Sampler(ABC):
         mixed_in: Mixture | None = None,
         bos_rows: float = 0.0,
         copies: float = 0.0,
+        first_token: int | None = None,
     ) -> None:
         self._split = split
+        self._first_token = split.eot_token_id if first_token is None else first_token
         self._mixed_in = mixed_in
         self._bos_rows = bos_rows
         self._copies = copies
@@ -129,7 +132,7 @@ class Sampler(ABC):
             drawn = generator.integers(self._split.vocab_size - 1, size=period)
             first = drawn + (drawn >= self._split.eot_token_id)  # every token but that one
         row: Tokens = np.resize(first, self._context + 1)
-        return np.concatenate([[self._split.eot_token_id], row[:-1]]) if begins else row
+        return np.concatenate([[self._first_token], row[:-1]]) if begins else row
 
     def _numbers(self, step: int, first: int, count: int) -> range:
         begin = step * self._sequences_per_step + first
@@ -229,7 +232,7 @@ class WindowSampler(Sampler):
         if draw < self._bos_rows / 2:
             starts = self._split.document_starts[shard]
             start = int(starts[np.searchsorted(starts, start, side="right") - 1])
-        return np.concatenate([[self._split.eot_token_id], self._split.read(shard, start, self._context)])
+        return np.concatenate([[self._first_token], self._split.read(shard, start, self._context)])
 
 
 def read_ahead(items: Iterable[Item], depth: int = 4) -> Generator[Item, None, None]:

@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from ln_removal.errors import UserError
 from ln_removal.evaluation.loss import BATCH_TOKENS, position_losses, scoring
+from ln_removal.models.loading import positions_of
 from ln_removal.models.precision import Precision
 
 CONTEXT, PADDING = 0, -1  # segments of a row; ending e is segment e + 1
@@ -207,4 +208,4 @@ def _tree_mask(model: Any, segments: Tensor) -> Tensor:
 
 
 def _positions(model: Any) -> int:
-    return int(model.config.max_position_embeddings)
+    return positions_of(model.config)

@@ -32,6 +32,7 @@ from ln_removal.evaluation.results import (
     spread_of,
 )
 from ln_removal.evaluation.statistics import by_position, token_statistics
+from ln_removal.models.loading import positions_of
 from ln_removal.models.precision import Precision
 
 if TYPE_CHECKING:
@@ -317,7 +318,7 @@ def sample_text(
     Raises:
         UserError: the prompt gives no token, or leaves no room in the model's context.
     """
-    positions = int(model.config.max_position_embeddings)
+    positions = positions_of(model.config)
     ids = encode_prompt(tokenizer, prompt, positions)
     device = next(model.parameters()).device
     uniform = torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).tolist()
@@ -326,12 +327,13 @@ def sample_text(
     step = torch.tensor([ids], device=device)
     for number in range(min(max_new_tokens, positions - len(ids))):
         output = model(input_ids=step, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        cache = getattr(output, "past_key_values", None)
         chosen = _draw(output.logits[0, -1], uniform[number], temperature, top_k)
         if chosen == tokenizer.eos_token_id:
             break
         written.append(chosen)
-        step = torch.tensor([[chosen]], device=device)
+        # A model without a cache, such as a Mamba, reads everything again.
+        step = torch.tensor([[*ids, *written] if cache is None else [chosen]], device=device)
     return str(tokenizer.decode(written))
 
 

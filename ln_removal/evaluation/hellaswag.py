@@ -290,11 +290,13 @@ def score_models(
     Raises:
         UserError: a model does not load, or as `evaluate_choices`.
     """
+    from ln_removal.models.checks import say_what_is_left_out
     from ln_removal.models.loading import load_model
 
     results: dict[str, ChoiceResult] = {}
     for name in dict.fromkeys(map(str, models)):
         loaded = load_model(name, device=device)
+        say_what_is_left_out(loaded.tokenizer, name)
         results[name] = evaluate_choices(
             loaded.model,
             loaded.tokenizer,

@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from ln_removal.data.documents import plan_documents
 from ln_removal.data.sampler import Window, evenly, plan_windows
 from ln_removal.errors import UserError
+from ln_removal.models.families import known_family
 from ln_removal.models.precision import Precision, autocast, fused_gelu
 
 if TYPE_CHECKING:
@@ -276,7 +277,8 @@ def position_losses(
     """Negative log-probability in nats of a target at each chosen position, or what `measure` computes from the logits.
 
     The unembedding is applied to a chunk of positions at a time, so the logits of the whole batch never exist together.
-    This needs a transformers model with a body and an `lm_head`; any other model is called as a whole.
+    This needs a model of a known family, whose logits are `lm_head` of what its body returns. Any other model is called as a whole:
+    some scale or bend their logits afterwards.
 
     Args:
         model: a language model in evaluation mode.
@@ -332,11 +334,13 @@ def _measured_halving(
 
 
 def _has_body(model: nn.Module) -> bool:
-    return hasattr(model, "lm_head") and getattr(model, "base_model", model) is not model
+    config: Any = getattr(model, "config", None)
+    known = hasattr(config, "model_type") and known_family(config) is not None
+    return known and hasattr(model, "lm_head") and getattr(model, "base_model", model) is not model
 
 
 def _vocabulary(model: Any) -> int:
-    return int(model.config.vocab_size)
+    return int(model.config.get_text_config().vocab_size)
 
 
 def _batch_tokens(model: nn.Module, device: torch.device) -> int:

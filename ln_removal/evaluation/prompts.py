@@ -126,7 +126,7 @@ def prompt_losses(
     Args:
         model: a language model, on the device where it is to run; T is at most its positions.
         prompts: from `prompt_sets`.
-        eot_token_id: the token that is put in front.
+        eot_token_id: the token that is put in front: the end-of-text token, or the one with which the model's texts begin.
 
     Returns:
         float64 means of losses that are computed in float32, or in float64 for a float64 model.

@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from ln_removal.evaluation.prompts import PromptSet
     from ln_removal.evaluation.results import ResidualStd, Results, Samples, StressText
 
+DEFAULT_CONTEXT = 2048
+"""Tokens in a window of models with more positions, where neither a run nor the user says: windows of 131,072 tokens, as Llama 3 could
+read them, would hold many documents and take hours."""
+
 STRESS_SEQUENCES = 16
 """Sequences of each kind of stress text that `ln-evaluate --odd-text` scores."""
 
@@ -170,6 +174,7 @@ def _comparisons(inputs: ScoringInputs, options: ScoringOptions) -> list[Compari
 def _checked_tokenizer(inputs: ScoringInputs, options: ScoringOptions) -> PreTrainedTokenizerBase:
     """The tokenizer of the models, once everything is checked that can be known without loading their weights."""
     from ln_removal.evaluation.compare import encode_prompt
+    from ln_removal.models.checks import say_what_is_left_out
     from ln_removal.models.loading import load_tokenizer
 
     positions = {name: _positions(name) for name in inputs.models.values()}
@@ -183,7 +188,9 @@ def _checked_tokenizer(inputs: ScoringInputs, options: ScoringOptions) -> PreTra
             check_same_tokenizer(load_tokenizer(name), name, data)
     if options.stride is not None and options.stride > context:
         raise UserError(f"the stride of {options.stride} tokens is longer than the context of {context}; lower it")
-    tokenizer = load_tokenizer(next(iter(inputs.models.values())))
+    name = next(iter(inputs.models.values()))
+    tokenizer = load_tokenizer(name)
+    say_what_is_left_out(tokenizer, inputs.names.get("original", name))
     for prompt in options.prompts:
         encode_prompt(tokenizer, prompt, min(positions.values()))
     return tokenizer
@@ -204,6 +211,7 @@ def _score_model(
     from ln_removal.evaluation.hellaswag import evaluate_choices
     from ln_removal.evaluation.prompts import prompt_losses
     from ln_removal.evaluation.statistics import residual_std
+    from ln_removal.models.checks import begins_texts
     from ln_removal.models.loading import load_model
 
     loaded = load_model(name, device=options.device)
@@ -212,6 +220,8 @@ def _score_model(
         label = role if len(comparisons) == 1 else f"{role}, {comparison.name}"
         losses.append(comparison.add(role, loaded.model, progress=f"{label}: loss" if options.progress else False))
     first, questions = comparisons[0].data, options.questions
+    front = begins_texts(loaded.tokenizer)
+    front = first.eot_token_id if front is None else front
     return _ModelScores(
         loss=losses[0],
         residual_std=residual_std(
@@ -231,10 +241,8 @@ def _score_model(
             prompts=asked,
             progress=f"{role}: questions" if options.progress else False,
         ),
-        prompt_losses=prompt_losses(loaded.model, prompts, eot_token_id=first.eot_token_id),
-        stress_losses={
-            bos: stress_losses(loaded.model, stress, bos=first.eot_token_id if bos else None) for bos in (False, True)
-        },
+        prompt_losses=prompt_losses(loaded.model, prompts, eot_token_id=front),
+        stress_losses={bos: stress_losses(loaded.model, stress, bos=front if bos else None) for bos in (False, True)},
         texts=[sample_text(loaded.model, loaded.tokenizer, prompt, seed=options.seed) for prompt in options.prompts],
     )
 
@@ -328,7 +336,7 @@ def scoring_inputs(
         found["original"], names["original"] = model_of_run(run, recipe.model), recipe.model
     models: dict[str, str] = {role: found[role] for role in ("original", "control", "ln_free") if role in found}
     if context is None:
-        context = recipe.data.context if recipe is not None else min(map(_positions, models.values()))
+        context = recipe.data.context if recipe is not None else min(DEFAULT_CONTEXT, *map(_positions, models.values()))
     if windows is None:
         windows = recipe.data.windows if recipe is not None else "stream"
     if tokens or corpora:
@@ -418,14 +426,15 @@ def recipe_of(run: Path | str) -> Recipe:
 
 
 def _is_ln_free(name: str) -> bool:
+    from ln_removal.models.families import is_norm_free, known_family
     from ln_removal.models.layout import is_disarmed
     from ln_removal.models.loading import load_config
 
     config = load_config(name)
-    return config.model_type == "normfree_gpt2" or is_disarmed(config)
+    return is_norm_free(config) or (known_family(config) is not None and is_disarmed(config))
 
 
 def _positions(name: str) -> int:
-    from ln_removal.models.loading import load_config
+    from ln_removal.models.loading import load_config, positions_of
 
-    return int(load_config(name).max_position_embeddings)
+    return positions_of(load_config(name))

@@ -2,7 +2,7 @@
 
 One pass over the tokens keeps four numbers of each token: loss, entropy, top-1 probability and whether the top-1 token was
 right. Calibration, loss by position and the worst windows follow from them. The standard deviation of the residual stream
-is what LayerNorm divides by; an LN-free model divides by a constant in its place.
+is what LayerNorm divides by (and its root mean square what RMSNorm does); an LN-free model divides by a constant in its place.
 
 Shape legend: B batch, T positions, D width, L layers, V vocabulary, M scored tokens, N windows, m positions of a chunk.
 """
@@ -31,7 +31,7 @@ from ln_removal.evaluation.loss import (
     windows_to_score,
 )
 from ln_removal.evaluation.results import Calibration, PositionLoss, ResidualStd
-from ln_removal.models.families import blocks_of, final_norm_of, mlp_norms_of
+from ln_removal.models.families import blocks_of, final_norm_of, known_family, mlp_norms_of
 from ln_removal.models.precision import Precision
 
 if TYPE_CHECKING:
@@ -182,24 +182,28 @@ def residual_std(
     precision: Precision = "float32",
 ) -> ResidualStd | None:
     """Standard deviation of the residual stream over its width, at the input of every block, between attention and MLP, and
-    at the input of the final norm; mean over positions.
+    at the input of the final norm; mean over positions. Of a model whose norms are RMSNorms, the root mean square.
 
     Args:
-        model: a GPT-2 or GPT-NeoX with norms, with freezable norms, or with identities in place of its norms.
+        model: a language model with norms, with freezable norms, or with identities in place of its norms.
         context: tokens in a window.
         eot_token_id: such tokens, and position 0, are no ordinary positions.
         windows: whole windows of the stream, or documents.
         max_tokens: read about this many at most.
 
     Returns:
-        None for a split without a whole window, or without an ordinary position.
+        None for a model of no known family, and for a split without a whole window or without an ordinary position.
     """
+    family = known_family(model.config)
+    if family is None:
+        return None
     device = next(model.parameters()).device
-    inside = zip(blocks_of(model), mlp_norms_of(model), strict=True)
-    places = [*itertools.chain.from_iterable(inside), final_norm_of(model)]
+    places = _places(model)
     found: list[Tensor] = []  # (B, T) for each place, in the order of the forward pass
     hooks = [
-        place.register_forward_pre_hook(lambda _, args, kwargs: found.append(_std(args, kwargs)), with_kwargs=True)
+        place.register_forward_pre_hook(
+            lambda _, args, kwargs: found.append(_std(args, kwargs, centred=family.centred)), with_kwargs=True
+        )
         for place in places
     ]
     sums = torch.zeros(2, len(places), dtype=torch.float64)
@@ -221,8 +225,11 @@ def residual_std(
     finally:
         for hook in hooks:
             hook.remove()
-    if not counts.all():
-        return None
+    return _as_result(sums, counts, tokens) if counts.all() else None
+
+
+def _as_result(sums: Tensor, counts: Tensor, tokens: int) -> ResidualStd:
+    """From sums (2, places) and counts (2,) of ordinary positions and of position 0."""
     ordinary_means, first_means = (sums / counts[:, None]).tolist()
     return ResidualStd(
         ordinary_pre=tuple(ordinary_means[0::2]),
@@ -231,6 +238,12 @@ def residual_std(
         first_mid=tuple(first_means[1::2]),
         tokens=tokens,
     )
+
+
+def _places(model: Any) -> list[nn.Module]:
+    """The blocks, the norm between attention and MLP of each, and the final norm, in the order of the forward pass."""
+    inside = zip(blocks_of(model), mlp_norms_of(model), strict=True)
+    return [*itertools.chain.from_iterable(inside), final_norm_of(model)]
 
 
 def _texts(split: TokenSplit, context: int, max_tokens: int, windows: WindowKind) -> Iterator[tuple[Tensor, Tensor]]:
@@ -246,8 +259,8 @@ def _texts(split: TokenSplit, context: int, max_tokens: int, windows: WindowKind
         yield tokens[:, :-1], text
 
 
-def _std(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """(B, T) standard deviation over the width of the residual stream (B, T, D) that a module was called with."""
+def _std(args: tuple[Any, ...], kwargs: dict[str, Any], *, centred: bool) -> Tensor:
+    """(B, T) standard deviation over the width, or root mean square, of the residual stream (B, T, D) that a module was called with."""
     x: Tensor = args[0] if args else kwargs["hidden_states"]
     wide = x if x.dtype == torch.float64 else x.float()
-    return wide.std(dim=-1, correction=0)
+    return wide.std(dim=-1, correction=0) if centred else wide.square().mean(dim=-1).sqrt()

@@ -354,6 +354,7 @@ def _check_tokens(model: PreTrainedModel, *, rows: int, length: int = CHECK_TOKE
 
 def _fold_checkpoint(run: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from ln_removal.evaluation.scoring import recipe_of
+    from ln_removal.models.checks import first_token
     from ln_removal.models.identity import model_of_run
     from ln_removal.models.loading import load_model
     from ln_removal.norms.surgery import install
@@ -367,7 +368,11 @@ def _fold_checkpoint(run: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
         )
     loaded = load_model(model_of_run(run, recipe.model))
     install(
-        loaded.model, eot_token_id=loaded.tokenizer.eos_token_id, cap=recipe.schedule.cap, keep=recipe.schedule.keep
+        loaded.model,
+        eot_token_id=loaded.tokenizer.eos_token_id,
+        bos_token_id=first_token(loaded.tokenizer, loaded.model.config),
+        cap=recipe.schedule.cap,
+        keep=recipe.schedule.keep,
     )
     if recipe.training.lora_rank is not None:
         adapt(loaded.model, recipe.training.lora_rank)

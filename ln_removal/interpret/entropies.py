@@ -118,10 +118,10 @@ def measure(
     """
     from ln_removal.data.tokens import TokenDataset
     from ln_removal.evaluation.scoring import check_same_tokenizer
-    from ln_removal.models.loading import load_config, load_model, load_tokenizer, sizes_of
+    from ln_removal.models.loading import load_config, load_model, load_tokenizer, positions_of
 
     assert (tokens is None) != (text is None), "either tokens or text"
-    positions = {name: int(sizes_of(load_config(name))["n_positions"]) for name in models}
+    positions = {name: positions_of(load_config(name)) for name in models}
     shortest = min(positions, key=lambda name: positions[name])
     if context is not None and context > positions[shortest]:
         raise UserError(

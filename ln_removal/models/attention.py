@@ -162,7 +162,8 @@ def document_inputs(model: PreTrainedModel, document_starts: Tensor) -> dict[str
         return (starts[row, query] == starts[row, key]) & (query >= key)
 
     config = model.config
-    wide_enough = config.hidden_size // config.num_attention_heads >= NARROWEST_FLEX_HEAD
+    own = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    wide_enough = own >= NARROWEST_FLEX_HEAD
     mask: Tensor | BlockMask
     if starts.is_cuda and wide_enough and config._attn_implementation != EXPLICIT_ATTENTION:
         mask = create_block_mask(sees, rows, None, length, length, device=starts.device)

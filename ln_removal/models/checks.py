@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ln_removal.errors import UserError
+from ln_removal.files.hub import one_line
+from ln_removal.models.families import FAMILIES, SIZES, known_families, known_family
+from ln_removal.models.registration import MODEL_CLASSES
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -42,19 +45,75 @@ logger = logging.getLogger(__name__)
 # -------------------------------------------------------------------------------------------------------- configuration
 
 
-def check_activation(config: PretrainedConfig, path: Path) -> None:
-    """Make sure that transformers knows the activation of a GPT-2 or GPT-NeoX.
+def check_causal(raw: Mapping[str, Any], directory: Path) -> None:
+    """Make sure that a config.json is of a causal language model of transformers or of this project.
+
+    No code from the directory is ever run, so a model that brings its own class is not one of these. An encoder such as BERT is not
+    one either, although transformers can load it as one.
+
+    Args:
+        raw: the contents of config.json.
+        directory: of the model.
 
     Raises:
-        UserError: it does not; the message names the field of `path`.
+        UserError: it is not.
     """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KNOWN
+
+    kind, named = raw.get("model_type"), raw.get("architectures")
+    described = f"config.json says model_type {kind!r}, architectures {named}"
+    if kind in MODEL_CLASSES:
+        return
+    if not isinstance(kind, str) or kind not in KNOWN:
+        raise UserError(
+            f"{directory} is not a causal language model that transformers knows: {described}; name one, such as a "
+            f"{known_families()} (code that comes with a model is never run)"
+        )
+    expected = KNOWN[kind] if isinstance(KNOWN[kind], str) else KNOWN[kind][0]
+    if kind not in FAMILIES and isinstance(named, list) and named and expected not in named:
+        raise UserError(
+            f"{directory} is not a causal language model: {described}, where {expected} would be one; name one that predicts "
+            "each token from those before it"
+        )
+
+
+def check_sizes(config: PretrainedConfig, path: Path) -> None:
+    """Make sure that the sizes of a configuration are whole numbers above 0, its heads fit, and its activation is known.
+
+    Of a model outside of the known families only the vocabulary is looked at: others have other fields.
+
+    Raises:
+        UserError: the message names the field of `path`.
+    """
+    text = config.get_text_config()
+    known = known_family(config)
+    kind = config.model_type if known is None else known.title
+
+    def fault(what: str) -> UserError:
+        return UserError(f"{path} is not a valid {kind} configuration: {what}")
+
+    fields = ["vocab_size"] if known is None else list(SIZES.values())
+    for name in fields:
+        size = getattr(text, name, None)
+        if type(size) is not int or size < 1:
+            shown = next(ours for ours, theirs in SIZES.items() if theirs == name) if kind == "GPT-2" else name
+            raise fault(f"{shown} is {size!r}; it must be a whole number above 0")
+    if known is None:
+        return
+    width, heads, groups = text.hidden_size, text.num_attention_heads, getattr(text, "num_key_value_heads", None)
+    names = ("n_embd", "n_head") if kind == "GPT-2" else ("hidden_size", "num_attention_heads")
+    if width % heads and getattr(text, "head_dim", None) in (None, width // heads):
+        raise fault(f"{names[0]} {width} is no multiple of {names[1]} {heads}; correct it")
+    if groups is not None and (type(groups) is not int or groups < 1 or heads % groups):
+        raise fault(f"num_key_value_heads is {groups!r}, which does not divide the {heads} heads; correct it")
     from transformers.activations import ACT2FN
 
-    field, usual = ("hidden_act", "gelu") if hasattr(config, "hidden_act") else ("activation_function", "gelu_new")
+    field = known.activation_field
     if (activation := getattr(config, field)) not in ACT2FN:
-        raise UserError(
-            f"{path} is not a valid GPT-2 configuration: {field} is {activation!r}, which transformers does not know; the usual "
-            f"one is {usual!r}, and the others are {', '.join(sorted(set(ACT2FN) - {usual}))}"
+        usual = {"GPT-2": "gelu_new", "GPT-NeoX": "gelu"}.get(kind, "silu")
+        raise fault(
+            f"{field} is {activation!r}, which transformers does not know; the usual one is {usual!r}, and the others are "
+            f"{', '.join(sorted(set(ACT2FN) - {usual}))}"
         )
 
 
@@ -79,6 +138,32 @@ def reset_generation_flags(model: PreTrainedModel) -> None:
 # -------------------------------------------------------------------------------------------------------------- weights
 
 
+def check_size_of_weights(config: PretrainedConfig, directory: Path, found: int) -> None:
+    """Raises UserError when config.json is of a far larger model than the weight files are.
+
+    transformers would fill up what is missing with random numbers, in all of the memory that this takes.
+
+    Args:
+        found: how many numbers the weight files hold.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if getattr(config, "quantization_config", None) is not None:  # several weights in a number
+        return
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception:  # noqa: BLE001  # of an unknown family; loading it says more
+        return
+    expected = sum(parameter.numel() for parameter in model.parameters())
+    if found < expected / 2:
+        raise UserError(
+            f"{directory}: config.json is of a {config.model_type} ({type(model).__name__}) with {expected:,} parameters, and the "
+            f"weight files hold {found:,}; use the config.json that the weights were saved with"
+        )
+
+
 def check_tensors(directory: Path, config: PretrainedConfig, report: dict[str, Any]) -> None:
     """Check that the weight files hold the tensors of the configuration. What they hold besides is left out with a warning.
 
@@ -99,7 +184,7 @@ def check_tensors(directory: Path, config: PretrainedConfig, report: dict[str, A
     missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
     if adapted := [name for name in unexpected if any(part in name for part in ADAPTED)]:
         raise UserError(
-            f"{directory}: the weights are of a model with an adapter, whose tensors GPT-2 does not have, such as {adapted[0]}; "
+            f"{directory}: the weights are of a model with an adapter, and have tensors that the model lacks, such as {adapted[0]}; "
             "merge the adapter (with peft: model = model.merge_and_unload()) and save that model with save_pretrained"
         )
     if missing:
@@ -140,6 +225,32 @@ def check_finite(model: PreTrainedModel, directory: Path) -> None:
             )
 
 
+def check_no_look_ahead(model: PreTrainedModel, directory: Path) -> None:
+    """Raises UserError when a prediction depends on what comes behind it, or the model does not read plain text.
+
+    Such a model would have a loss that means nothing. Those of the known families need no such test.
+    """
+    import torch
+
+    length, vocabulary = 12, model.config.get_text_config().vocab_size
+    tokens = torch.arange(2 * length).remainder(vocabulary).view(2, length)
+    tokens[1, : length // 2] = tokens[0, : length // 2]
+    try:
+        with torch.inference_mode():
+            one, other = (model(row[None], use_cache=False).logits[0, : length // 2].float() for row in tokens)
+    except Exception as error:
+        raise UserError(
+            f"{directory}: this {type(model).__name__} cannot read a text by itself ({one_line(error)}); name a language model that "
+            "needs token ids alone"
+        ) from error
+    rounding = 1e-4 if model.dtype == torch.float32 else 1e-2
+    if not torch.allclose(one, other, rtol=rounding, atol=rounding * float(one.abs().max())):
+        raise UserError(
+            f"{directory}: the predictions of this {type(model).__name__} depend on the text behind them, so its loss would mean "
+            "nothing; name a causal language model"
+        )
+
+
 # ------------------------------------------------------------------------------------------------------------ tokenizer
 
 
@@ -176,12 +287,46 @@ def as_in_file(tokenizer: PreTrainedTokenizerBase, directory: Path) -> PreTraine
             "tokenizer again with PreTrainedTokenizerFast(tokenizer_file=...).save_pretrained"
         )
     logger.warning(
-        "%s: tokenizer_config.json names the class %s, which has a %s of its own; the tokenizer is the one of tokenizer.json",
+        "%s: transformers takes the class %s, by tokenizer_config.json or by the kind of model, which has a %s of its own; the "
+        "tokenizer is the one of tokenizer.json",
         directory,
         type(tokenizer).__name__,
         " and a ".join(changed),
     )
     return read
+
+
+def begins_texts(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that a tokenizer puts in front of every text by itself, as that of Llama 3 does; None if there is none.
+
+    Nothing here asks a tokenizer for it: corpora are streams of documents with an end-of-text token behind each, and questions and
+    prompts are text. What reads position 0 as a class of its own has to know it.
+    """
+    ids = tokenizer("a", verbose=False)["input_ids"]
+    first = tokenizer.bos_token_id
+    return first if isinstance(first, int) and ids[:1] == [first] and first != tokenizer.eos_token_id else None
+
+
+def first_token(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> int | None:
+    """The token with which a model's texts begin: what `norms.surgery.install` takes as `bos_token_id`.
+
+    It is the one of `begins_texts`, or the special token that config.json names, if that is not the end-of-text token. Else None.
+    """
+    found, named = begins_texts(tokenizer), getattr(config, "bos_token_id", None)
+    if found is None and named != tokenizer.eos_token_id and named in tokenizer.all_special_ids:
+        found = named
+    return found
+
+
+def say_what_is_left_out(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Warn that a token which the tokenizer would put in front of every text is left out."""
+    if (first := begins_texts(tokenizer)) is not None:
+        logger.warning(
+            "the tokenizer of %s puts %s in front of every text; here it is left out, and each document has %s behind it",
+            name,
+            tokenizer.convert_ids_to_tokens(first),
+            tokenizer.eos_token,
+        )
 
 
 def _differences(tokenizer: PreTrainedTokenizerBase, file: Tokenizer) -> list[str]:

@@ -45,6 +45,8 @@ class Family:
         centred: whether the norm subtracts the mean and adds a bias (LayerNorm), or does neither (RMSNorm).
         input_first: whether the maps of the blocks keep their weights input-first (transformers' Conv1D).
         epsilon: the norm's epsilon in the configuration.
+        inner: the width inside of the MLP in the configuration.
+        architecture: the family in a recipe's [architecture] whose models have the same parameters.
         kept: paths of norms that a removal leaves as they are, and `kept_as` what the option `keep` calls them.
     """
 
@@ -67,6 +69,8 @@ class Family:
     centred: bool
     input_first: bool
     epsilon: str
+    inner: str
+    architecture: str
     kept: tuple[str, ...] = ()
     kept_as: str = ""
 
@@ -105,7 +109,7 @@ class Family:
         return [f"{self.block(layer)}.{path}" for layer in range(layers) for path in self.kept]
 
 
-def _llama_like(title: str, model_type: str, model_class: str, **differences: Any) -> Family:
+def _llama_like(title: str, model_type: str, model_class: str, architecture: str, **differences: Any) -> Family:
     return Family(
         title=title,
         model_type=model_type,
@@ -126,6 +130,8 @@ def _llama_like(title: str, model_type: str, model_class: str, **differences: An
         centred=False,
         input_first=False,
         epsilon="rms_norm_eps",
+        inner="intermediate_size",
+        architecture=architecture,
         **differences,
     )
 
@@ -153,6 +159,8 @@ FAMILIES = {
             centred=True,
             input_first=True,
             epsilon="layer_norm_epsilon",
+            inner="n_inner",
+            architecture="gpt2",
         ),
         Family(
             title="GPT-NeoX",
@@ -174,14 +182,17 @@ FAMILIES = {
             centred=True,
             input_first=False,
             epsilon="layer_norm_eps",
+            inner="intermediate_size",
+            architecture="pythia",
         ),
-        _llama_like("Llama", "llama", "LlamaForCausalLM"),
-        _llama_like("Mistral", "mistral", "MistralForCausalLM"),
-        _llama_like("Qwen2", "qwen2", "Qwen2ForCausalLM"),
+        _llama_like("Llama", "llama", "LlamaForCausalLM", "llama"),
+        _llama_like("Mistral", "mistral", "MistralForCausalLM", "llama"),
+        _llama_like("Qwen2", "qwen2", "Qwen2ForCausalLM", "qwen2"),
         _llama_like(
             "Qwen3",
             "qwen3",
             "Qwen3ForCausalLM",
+            "qwen3",
             kept=("self_attn.q_norm", "self_attn.k_norm"),
             kept_as="qk-norms",
         ),
@@ -190,9 +201,19 @@ FAMILIES = {
 """By model_type. Pythia is a GPT-NeoX; SmolLM2 and Llama 3 are Llamas."""
 
 
+SIZES = {
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_embd": "hidden_size",
+    "n_positions": "max_position_embeddings",
+    "vocab_size": "vocab_size",
+}
+"""A model's sizes: the names in GPT-2's configuration, and those that the configurations of all families have."""
+
+
 def known_families() -> str:
-    """The families, for messages."""
-    return "GPT-2, GPT-NeoX (Pythia), Llama (SmolLM2), Mistral, Qwen2 and Qwen3"
+    """The families, for messages, behind "a"."""
+    return "GPT-2, GPT-NeoX (Pythia), Llama (SmolLM2), Mistral, Qwen2 or Qwen3"
 
 
 def family_of(config: PretrainedConfig) -> Family:
@@ -201,12 +222,18 @@ def family_of(config: PretrainedConfig) -> Family:
     Raises:
         UserError: the model is of none.
     """
+    family = known_family(config)
+    if family is None:
+        raise UserError(f"models of the type {config.model_type!r} are not supported; give a {known_families()}")
+    return family
+
+
+def known_family(config: PretrainedConfig) -> Family | None:
+    """The family of a model, with its norms or without them; None for a model of no known one."""
     model_type = str(config.model_type)
     for prefix in _PREFIXES:
         model_type = model_type.removeprefix(prefix)
-    if model_type not in FAMILIES:
-        raise UserError(f"models of the type {config.model_type!r} are not supported; give a {known_families()}")
-    return FAMILIES[model_type]
+    return FAMILIES.get(model_type)
 
 
 def is_norm_free(config: PretrainedConfig) -> bool:

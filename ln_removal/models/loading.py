@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,19 +31,22 @@ from ln_removal.files.run_directory import RECIPE_FILE
 from ln_removal.models.checks import (
     RUNTIME_FLAGS,
     as_in_file,
-    check_activation,
+    check_causal,
     check_finite,
+    check_no_look_ahead,
+    check_size_of_weights,
+    check_sizes,
     check_tensors,
     reset_generation_flags,
     reset_runtime_flags,
 )
+from ln_removal.models.families import known_family
 
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 EMBEDDED_MODEL = "tiny"
-MODEL_TYPES = ("gpt2", "normfree_gpt2", "revival_gpt2", "gpt_neox", "revival_gpt_neox")
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 GENERATION = "generation_config.json"
@@ -50,14 +54,11 @@ TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json"),
     *("added_tokens.json", "chat_template.jinja"),
 )
-SIZES = {
-    "n_layer": "num_hidden_layers",
-    "n_head": "num_attention_heads",
-    "n_embd": "hidden_size",
-    "n_positions": "max_position_embeddings",
-    "vocab_size": "vocab_size",
-}
-"""A model's sizes: the names in GPT-2's configuration, and those that every configuration of transformers knows."""
+NO_LIMIT = 1 << 30
+"""Positions of a model whose configuration names no limit, such as one without positions."""
+
+_POSITION_FIELDS = ("max_position_embeddings", "seq_length", "max_seq_len", "n_ctx", "max_seq_length")
+"""Under one of these names a configuration has the longest text that the model reads."""
 ADAPTER = "adapter_config.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -84,7 +85,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     tokenizer_from: str | Path | None = None,
 ) -> LoadedModel:
-    """Load a GPT-2-architecture model (with LayerNorm, or a norm-free export of this project) and its tokenizer.
+    """Load a causal language model that transformers or this project knows, and its tokenizer.
 
     Args:
         name: `tiny`, a directory in Hugging Face format, or a Hub id, which may have a commit or a branch: `gpt2@main`.
@@ -94,7 +95,7 @@ def load_model(
 
     Raises:
         UserError: when there is no such model, the Hub is out of reach, a file is missing or damaged, the weights are
-            only there as a pickle, the architecture is another one, the device does not exist, or the tokenizer has
+            only there as a pickle, it is no causal language model, the device does not exist, or the tokenizer has
             more entries than the model's embedding.
     """
     import torch
@@ -103,11 +104,13 @@ def load_model(
         raise UserError(f"device {device!r} was asked for, but PyTorch sees no CUDA GPU; pass --device cpu")
     directory = model_directory(name, weights=True, tokenizer=tokenizer_from is None)
     config = _read_config(directory)
-    _check_weight_files(directory)
+    check_size_of_weights(config, directory, _check_weight_files(directory))
     tokenizer = _read_tokenizer(directory) if tokenizer_from is None else load_tokenizer(tokenizer_from)
     check_tokenizer(config, tokenizer)
     model = _read_weights(directory, config, dtype or torch.float32)
     check_finite(model, directory)
+    if known_family(config) is None:
+        check_no_look_ahead(model, directory)
     return LoadedModel(model.to(device).eval(), tokenizer, str(name))
 
 
@@ -149,9 +152,20 @@ def load_config(name: str | Path) -> PretrainedConfig:
     return _read_config(model_directory(name))
 
 
-def sizes_of(config: PretrainedConfig) -> dict[str, Any]:
-    """Layers, heads, width, positions and vocabulary by GPT-2's names, of a GPT-2 or a GPT-NeoX; None where there is none."""
-    return {ours: getattr(config, theirs, None) for ours, theirs in SIZES.items()}
+def positions_of(config: PretrainedConfig) -> int:
+    """The longest text that a model reads, in tokens; NO_LIMIT where its configuration does not say."""
+    text = config.get_text_config()
+    found = (getattr(text, name, None) for name in _POSITION_FIELDS)
+    return next((size for size in found if type(size) is int and size > 0), NO_LIMIT)
+
+
+def trainable_positions(config: PretrainedConfig) -> int:
+    """The longest text that a model of a known family reads as it was trained to, without a sliding window that forgets.
+
+    The attention of a training has no window, and up to its length neither has the model's own.
+    """
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    return min(positions_of(config), NO_LIMIT if window is None else window)
 
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
@@ -188,10 +202,10 @@ def check_tokenizer(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
     Raises:
         UserError: when the vocabulary is larger than the embedding.
     """
-    entries = max(tokenizer.get_vocab().values(), default=-1) + 1
-    if entries > config.vocab_size:
+    entries, rows = max(tokenizer.get_vocab().values(), default=-1) + 1, config.get_text_config().vocab_size
+    if entries > rows:
         raise UserError(
-            f"the tokenizer has {entries} entries and the model's embedding {config.vocab_size} rows; use the "
+            f"the tokenizer has {entries} entries and the model's embedding {rows} rows; use the "
             "tokenizer that the model was trained with"
         )
 
@@ -276,31 +290,18 @@ def _read_config(directory: Path) -> PretrainedConfig:
         raise UserError(f"{directory} is a run, not a model; give its model, {directory / 'model'}{hub}")
     path = directory / _required("config.json", _names(directory), str(directory))
     raw = _read_json(path)
-    if not isinstance(raw, dict) or raw.get("model_type") not in MODEL_TYPES:
-        fields = raw if isinstance(raw, dict) else {}
-        raise UserError(
-            f"{directory} is not a GPT-2: config.json says model_type {fields.get('model_type')!r}, architectures "
-            f"{fields.get('architectures')}; ln-removal works on GPT2LMHeadModel checkpoints (and scores GPT-NeoX ones)"
-        )
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} holds no JSON object with the settings of a model; copy or download it again")
+    check_causal(raw, directory)
+    kind = str(raw["model_type"])
     try:
         loader: Any = AutoConfig
         config: PretrainedConfig = loader.from_pretrained(
             directory, local_files_only=True, trust_remote_code=False, **RUNTIME_FLAGS
         )
     except Exception as error:
-        raise UserError(f"{path} is not a valid GPT-2 configuration: {one_line(error)}; correct it") from error
-    sizes = sizes_of(config)
-    if wrong := {name: size for name, size in sizes.items() if type(size) is not int or size < 1}:
-        name, size = next(iter(wrong.items()))
-        raise UserError(
-            f"{path} is not a valid GPT-2 configuration: {name} is {size!r}; it must be a whole number above 0"
-        )
-    if sizes["n_embd"] % sizes["n_head"]:
-        raise UserError(
-            f"{path} is not a valid GPT-2 configuration: n_embd {sizes['n_embd']} is no multiple of n_head {sizes['n_head']}; "
-            "correct it"
-        )
-    check_activation(config, path)
+        raise UserError(f"{path} is not a valid {kind} configuration: {one_line(error)}; correct it") from error
+    check_sizes(config, path)
     reset_runtime_flags(config)
     return config
 
@@ -320,8 +321,12 @@ def _read_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         raise UserError(f"the tokenizer in {directory} does not load: {one_line(error)}; save it again") from error
 
 
-def _check_weight_files(directory: Path) -> None:
-    """Open every safetensors header, so that a truncated or foreign file is named before transformers trips over it."""
+def _check_weight_files(directory: Path) -> int:
+    """Open every safetensors header, so that a truncated or foreign file is named before transformers trips over it.
+
+    Returns:
+        How many numbers the files hold.
+    """
     from safetensors import SafetensorError, safe_open
 
     names = _names(directory)
@@ -330,14 +335,17 @@ def _check_weight_files(directory: Path) -> None:
             f"{directory} holds the weights of a model and {ADAPTER}, the configuration of an adapter, which other tools may load "
             f"in its place; if the adapter is merged into the weights, delete {ADAPTER}"
         )
+    count = 0
     for file in weight_files(directory):
         path = directory / file
         try:
             with safe_open(path, framework="pt") as opened:
-                opened.keys()
+                held = opened.keys()
+                count += sum(math.prod(opened.get_slice(name).get_shape()) for name in held)
         except (SafetensorError, OSError) as error:
             found = f"{path.stat().st_size:,} bytes; {one_line(error)}" if file in names else "no such file"
             raise UserError(f"{path} is not a whole safetensors file ({found}); copy or download it again") from error
+    return count
 
 
 def weight_files(directory: Path) -> list[str]:
@@ -377,7 +385,7 @@ def _required(name: str, files: set[str], where: str) -> str:
         download = "" if folder == where else f"run `hf download {where} --local-dir {folder}` and, "
         raise UserError(
             f"{where} has no {WEIGHTS}, only {pickles[0]}, a pickle, which can run code and is never loaded; {download}"
-            'if you trust it, convert it: python -c "from transformers import GPT2LMHeadModel as M; '
+            'if you trust it, convert it: python -c "from transformers import AutoModelForCausalLM as M; '
             f"M.from_pretrained('{folder}').save_pretrained('{folder}')\""
         )
     if ADAPTER in files:

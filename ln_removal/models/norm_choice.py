@@ -1,7 +1,7 @@
-"""GPT-2 and GPT-NeoX (Pythia) with a choice of norms, biases and activation, as transformers models.
+"""The models that are pretrained here; among them GPT-2 and GPT-NeoX (Pythia) with a choice of norms, biases and activation.
 
-Underneath are transformers' own classes: attention, rotary positions, generation, saving and loading are theirs. What is
-chosen in the configuration replaces modules when the model is built:
+Underneath are transformers' own classes: attention, rotary positions, generation, saving and loading are theirs. Llama and
+Qwen2 are built as they are. In a GPT-2 or a Pythia, what is chosen in the configuration replaces modules when the model is built:
 
     block_norm, final_norm   "layernorm", or "none": an identity
     biases                   "all", or "paper": queries and keys have a bias, values and the other projections have none
@@ -34,9 +34,16 @@ from transformers.models.gpt2.configuration_gpt2 import GPT2Config
 from transformers.models.gpt2.modeling_gpt2 import GPT2LMHeadModel
 from transformers.models.gpt_neox.configuration_gpt_neox import GPTNeoXConfig
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXForCausalLM
+from transformers.models.llama.configuration_llama import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaForCausalLM
+from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
+from transformers.models.qwen2.modeling_qwen2 import Qwen2ForCausalLM
+from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
+from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from ln_removal.models.loading import SIZES
+from ln_removal.config.family_parts import REVIVAL_CHOICES
+from ln_removal.models.families import SIZES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -224,8 +231,16 @@ def _init_slope(module: nn.Module) -> None:
         module.reset_parameters()
 
 
-CHOICES = {"block_norm", "final_norm", "biases", "activation", "negative_slope", "slopes"}
-"""Entries of [architecture] that the configurations of this module take as they are."""
+_CLASSES: dict[tuple[str, bool], tuple[Any, Any]] = {
+    ("gpt2", True): (GPT2Config, GPT2LMHeadModel),
+    ("gpt2", False): (RevivalGPT2Config, RevivalGPT2LMHeadModel),
+    ("pythia", True): (GPTNeoXConfig, GPTNeoXForCausalLM),
+    ("pythia", False): (RevivalGPTNeoXConfig, RevivalGPTNeoXForCausalLM),
+    ("llama", True): (LlamaConfig, LlamaForCausalLM),
+    ("qwen2", True): (Qwen2Config, Qwen2ForCausalLM),
+    ("qwen3", True): (Qwen3Config, Qwen3ForCausalLM),
+}
+"""By the family in [architecture], and whether it is plain."""
 
 
 def build_model(architecture: ArchitectureSpec, *, eot_token_id: int) -> PreTrainedModel:
@@ -239,21 +254,26 @@ def build_model(architecture: ArchitectureSpec, *, eot_token_id: int) -> PreTrai
         "vocab_size": architecture.vocab_size,
         "bos_token_id": eot_token_id,
         "eos_token_id": eot_token_id,
+        "tie_word_embeddings": architecture.tied,
+        "attention_bias": architecture.attention_bias,
+        "mlp_bias": architecture.mlp_bias,
     }
+    entries = {name: value for name, value in entries.items() if value is not None}
     if architecture.family == "gpt2":
-        entries |= architecture.model_dump(include={"n_positions", "n_embd", "n_layer", "n_head"})
+        entries |= architecture.model_dump(include={"n_positions", "n_embd", "n_layer", "n_head", "n_inner"})
         entries |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     else:
         entries |= {theirs: getattr(architecture, ours) for ours, theirs in SIZES.items()}
-        entries |= {"intermediate_size": 4 * architecture.n_embd}
+        entries |= {"intermediate_size": architecture.width_of_mlp}
+        if (
+            "n_kv_head" in architecture.parts.choices
+        ):  # some configurations have 32 by themselves, and heads of width 128
+            entries |= {"num_key_value_heads": architecture.n_kv_head or architecture.n_head}
+            entries |= {"head_dim": architecture.width_of_head}
     if not architecture.is_plain:
-        entries |= architecture.model_dump(include=CHOICES)
+        entries |= architecture.model_dump(include=set(REVIVAL_CHOICES))
     elif architecture.activation == "relu":
         entries["activation_function" if architecture.family == "gpt2" else "hidden_act"] = "relu"
-    config_class, model_class = {
-        ("gpt2", True): (GPT2Config, GPT2LMHeadModel),
-        ("gpt2", False): (RevivalGPT2Config, RevivalGPT2LMHeadModel),
-        ("pythia", True): (GPTNeoXConfig, GPTNeoXForCausalLM),
-        ("pythia", False): (RevivalGPTNeoXConfig, RevivalGPTNeoXForCausalLM),
-    }[architecture.family, architecture.is_plain]
-    return model_class(config_class(**entries))
+    config_class, model_class = _CLASSES[architecture.family, architecture.is_plain]
+    model: PreTrainedModel = model_class(config_class(**entries))
+    return model

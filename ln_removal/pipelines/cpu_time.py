@@ -160,7 +160,8 @@ def _objective(recipe: Recipe, shape: ArchitectureSpec) -> Objective:
         distillation = Distillation(
             as_teacher(copy.deepcopy(model), spec.precision), spec.distillation, spec.distillation_lag
         )
-    install(model, eot_token_id=0, median=spec.std_statistic == "median")
+    schedule = recipe.schedule
+    install(model, eot_token_id=0, median=spec.std_statistic == "median", cap=schedule.cap, keep=schedule.keep)
     return Objective(model, eot_token_id=0, auxiliary=Auxiliary.of(spec), distillation=distillation).train()
 
 

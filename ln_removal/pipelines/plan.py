@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.rule import Rule
@@ -34,11 +35,12 @@ from ln_removal.config.recipe import ArchitectureSpec, Recipe, dump_toml, load_r
 from ln_removal.config.sweep import Sweep
 from ln_removal.errors import UserError
 from ln_removal.files.atomic import readable
-from ln_removal.models.loading import load_config, sizes_of
+from ln_removal.models.families import SIZES, Family, is_norm_free, known_families, known_family
+from ln_removal.models.loading import load_config, trainable_positions
 from ln_removal.norms.schedule import RemovalSchedule, expand
 
-REMOVABLE = ("gpt2", "normfree_gpt2")
-"""Model types that a removal may be planned for. An LN-free model is refused later, with a message that says so."""
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 @dataclass(frozen=True)
@@ -254,19 +256,37 @@ def architecture_of_model(name: str | Path) -> ArchitectureSpec:
     """The architecture of a model: that of a published size, which needs no Hub, or that of its config.json.
 
     Raises:
-        UserError: the model is neither a published size nor a readable GPT-2 (see `loading.load_config`).
+        UserError: the model is neither a published size nor a readable model of a known family (see `loading.load_config`).
     """
     published = published_architecture(str(name))
     # A local directory of that name comes first, as it does when the model is loaded.
     if published is not None and not Path(name).is_dir():
         return published
     config = load_config(name)
-    if config.model_type not in REMOVABLE:
+    family = known_family(config)
+    # An LN-free model is refused later, with a message that says so.
+    if family is None or not (config.model_type == family.model_type or is_norm_free(config)):
         raise UserError(
-            f"{name} is a {config.model_type}; LayerNorm can be removed from a GPT-2 (model_type 'gpt2'), and this kind of model "
-            "can only be scored, observed and pretrained; name a GPT-2"
+            f"{name} is a {config.model_type}; this kind of model can only be scored: norms can be removed from a {known_families()}, "
+            "so name one"
         )
-    return ArchitectureSpec.model_validate(sizes_of(config))
+    return _spec_of(config, family)
+
+
+def _spec_of(config: PretrainedConfig, family: Family) -> ArchitectureSpec:
+    """The sizes of a model by its configuration. What is the family's own is left out."""
+    sizes = {ours: getattr(config, theirs) for ours, theirs in SIZES.items()}
+    sizes |= {"family": family.architecture, "n_positions": trainable_positions(config)}
+    own = ArchitectureSpec.model_validate(sizes)
+    chosen = {
+        "n_kv_head": (getattr(config, "num_key_value_heads", None), own.n_head),
+        "n_inner": (getattr(config, family.inner), own.width_of_mlp),
+        "head_width": (getattr(config, "head_dim", None), own.width_of_head),
+        "tied": (config.tie_word_embeddings, own.is_tied),
+        "attention_bias": (getattr(config, "attention_bias", None), own.parts.attention_biases == "all"),
+        "mlp_bias": (getattr(config, "mlp_bias", None), own.parts.mlp_biases),
+    }
+    return own.model_copy(update={key: found for key, (found, usual) in chosen.items() if found not in (None, usual)})
 
 
 def resolve_recipe(

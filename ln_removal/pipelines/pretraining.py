@@ -1,4 +1,4 @@
-"""Pretrain a GPT-2 or a Pythia: prepare tokenizer and tokens, build the model, train it, write and measure it."""
+"""Pretrain a GPT-2, a Pythia, a Llama or a Qwen2: prepare tokenizer and tokens, build the model, train it, write and measure it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Remove the LayerNorms of a GPT-2: freeze them site by site while fine-tuning, then fold, export and score.
+"""Remove the norms of a language model: freeze them site by site while fine-tuning, then fold, export and score.
 
 Everything is written into one directory:
 
@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ln_removal.config.presets import check_is_removal
+from ln_removal.config.presets import check_is_removal, is_borrowed
 from ln_removal.data.corpora import GENERATED
 from ln_removal.data.open_corpus import Writer, open_corpus
 from ln_removal.data.tokens import TokenDataset, ids_sha256
@@ -32,8 +32,10 @@ from ln_removal.export.write import DIRECTORIES, check_savable, save_model, writ
 from ln_removal.files.atomic import write_json_atomically
 from ln_removal.files.metrics_log import METRICS_FILE, WINDOWS, last_logged, metrics_rows
 from ln_removal.files.run_directory import has_trained
+from ln_removal.models.checks import first_token
+from ln_removal.models.families import is_norm_free
 from ln_removal.models.layout import check_supported, is_disarmed
-from ln_removal.models.loading import load_model, load_tokenizer, tokenizer_fingerprint
+from ln_removal.models.loading import load_model, load_tokenizer, tokenizer_fingerprint, trainable_positions
 from ln_removal.norms.schedule import expand
 from ln_removal.norms.surgery import install
 from ln_removal.pipelines.context import RunContext, run_context
@@ -48,7 +50,7 @@ from ln_removal.training.low_rank import adapt, merge
 from ln_removal.training.session import Removal, Session, sampler_of
 
 if TYPE_CHECKING:
-    from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ln_removal.config.recipe import ExportSpec, Recipe
     from ln_removal.evaluation.hellaswag import QuestionSet
@@ -73,7 +75,7 @@ CLEARLY_WORSE = 0.1
 class Inputs:
     """What a removal starts from: the original model, the tokens, and the schedule for the model's depth."""
 
-    model: GPT2LMHeadModel
+    model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     data: TokenDataset
     schedule: RemovalSchedule | WaitingSchedule
@@ -91,7 +93,7 @@ def remove(
     wandb_project: str | None = None,
     progress: Progress = True,
 ) -> Results:
-    """Remove the LayerNorms of the recipe's model; returns the scores, as written to `out/results.json`.
+    """Remove the norms of the recipe's model; returns the scores, as written to `out/results.json`.
 
     Args:
         recipe: a removal recipe, as it comes from `load_recipe`; fitted to another depth with `presets.with_layers`.
@@ -204,17 +206,15 @@ def prepare(context: RunContext, recipe: Recipe, *, control: bool = False) -> In
     return Inputs(loaded.model, loaded.tokenizer, data, schedule)
 
 
-def _fitting_schedule(recipe: Recipe, model: GPT2LMHeadModel) -> RemovalSchedule | WaitingSchedule:
+def _fitting_schedule(recipe: Recipe, model: PreTrainedModel) -> RemovalSchedule | WaitingSchedule:
     """The schedule for this model's depth; checks what recipe and model must agree on."""
-    if model.config.model_type == "normfree_gpt2" or is_disarmed(model.config):
-        raise UserError(f"{recipe.model} is LN-free already; give a GPT-2 that still has its LayerNorms")
+    if is_norm_free(model.config) or is_disarmed(model.config):
+        raise UserError(f"{recipe.model} is LN-free already; give a model that still has its norms")
     assert recipe.schedule is not None
     check_supported(model, keep=recipe.schedule.keep)
-    if recipe.data.context > model.config.n_positions:
-        raise UserError(
-            f"data.context is {recipe.data.context}, {recipe.model} has {model.config.n_positions} positions; lower it"
-        )
-    schedule = expand(recipe.schedule, model.config.n_layer, recipe.training.steps)
+    if recipe.data.context > (positions := trainable_positions(model.config)):
+        raise UserError(f"data.context is {recipe.data.context}, {recipe.model} has {positions} positions; lower it")
+    schedule = expand(recipe.schedule, model.config.num_hidden_layers, recipe.training.steps)
     return schedule if recipe.schedule.on_spike == "ignore" else WaitingSchedule(schedule)
 
 
@@ -274,6 +274,7 @@ def removal_session(context: RunContext, recipe: Recipe, inputs: Inputs) -> Iter
     sites = install(
         inputs.model,
         eot_token_id=inputs.data.eot_token_id,
+        bos_token_id=first_token(inputs.tokenizer, inputs.model.config),
         median=spec.std_statistic == "median",
         cap=recipe.schedule.cap,
         keep=recipe.schedule.keep,
@@ -289,6 +290,8 @@ def removal_session(context: RunContext, recipe: Recipe, inputs: Inputs) -> Iter
         teacher=teacher,
         tokenizer=inputs.tokenizer,
     ) as session:
+        if is_borrowed(recipe) and not context.resume:
+            session.tracker.say(recipe.description)
         yield session
 
 
@@ -347,7 +350,7 @@ def export(context: RunContext, recipe: Recipe, inputs: Inputs, trained: TrainRe
 
 
 def train_control(context: RunContext, recipe: Recipe, data: TokenDataset, *, model: str | None = None) -> None:
-    """Make the same fine-tuning on the same batches with every LayerNorm kept, and write `control/model`, unless it is there.
+    """Make the same fine-tuning on the same batches with every norm kept, and write `control/model`, unless it is there.
 
     Args:
         model: where the original is, as `load_model` takes it. Default: what the recipe names.

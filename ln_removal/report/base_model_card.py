@@ -52,7 +52,7 @@ def write_base_model_card(
         recipe.name,
         base_model=None,
         datasets=hub_datasets(recipe.data.corpus),
-        tags=["gpt2" if shape.family == "gpt2" else "gpt_neox"],
+        tags=["gpt_neox" if shape.family == "pythia" else shape.family],
         license_id="mit",
         measured=measured,
     )
@@ -108,11 +108,18 @@ def _making(recipe: Recipe) -> str:
 
 def _kind(shape: ArchitectureSpec) -> str:
     """What a pretrained model is, in words: its family, and what was chosen."""
-    family = {"gpt2": "GPT-2", "pythia": "Pythia (GPT-NeoX: rotary positions, parallel residual)"}[shape.family]
-    if shape.is_plain and shape.activation == "gelu":
+    family = {
+        "gpt2": "GPT-2",
+        "pythia": "Pythia (GPT-NeoX: rotary positions, parallel residual)",
+        "llama": "Llama (rotary positions, gated MLP)",
+        "qwen3": "Qwen3 (rotary positions, gated MLP, norms of queries and keys)",
+        "qwen2": "Qwen2 (rotary positions, gated MLP, biases in queries, keys and values)",
+    }[shape.family]
+    if shape.is_plain and shape.activation == shape.parts.activation:
+        norm = {"layernorm": "LayerNorm", "rmsnorm": "RMSNorm"}[shape.parts.norm]
         return (
-            f"It is an ordinary {family} with LayerNorm, from scratch."
-            if shape.family == "pythia"
+            f"It is an ordinary {family} with {norm}, from scratch."
+            if shape.family != "gpt2"
             else "It is an ordinary GPT-2 with LayerNorm: the model that ln-removal removes LayerNorm from when no other is at "
             "hand (`ln-remove --model tiny`), small enough to do so on a laptop."
         )

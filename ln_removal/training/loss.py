@@ -388,6 +388,11 @@ def _check_same_layout(model: PreTrainedModel, teacher: PreTrainedModel) -> None
 
 
 def _switch_dropout_off(model: nn.Module) -> None:
+    module: Any
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        if hasattr(
+            module, "attention_dropout"
+        ):  # a number, of which the attention makes dropout itself (not in a GPT-2)
+            module.attention_dropout = 0.0

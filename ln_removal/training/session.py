@@ -17,6 +17,7 @@ from ln_removal.data.stress_text import Mixture, stress_sequences
 from ln_removal.errors import UserError
 from ln_removal.files.atomic import check_room_for_run
 from ln_removal.models.attention import EntropyRegulariser
+from ln_removal.models.checks import begins_texts
 from ln_removal.models.precision import export_bytes
 from ln_removal.training.checkpoint import BESIDE_TENSORS, checkpoints
 from ln_removal.training.divergence import WaitingSchedule
@@ -112,6 +113,7 @@ def sampler_of(recipe: Recipe, data: TokenDataset, tokenizer: PreTrainedTokenize
         mixed_in=None if tokenizer is None else _odd_text(recipe, tokenizer),
         bos_rows=recipe.data.bos_rows,
         copies=recipe.data.copies,
+        first_token=None if tokenizer is None else begins_texts(tokenizer),
     )
 
 
