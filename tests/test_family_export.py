@@ -270,7 +270,7 @@ class TestTransformerLens:
         model.set_submodule(path, Adapter(model.get_submodule(path)))
         with pytest.raises(UserError, match="merge"):
             to_bridge(model)
-        install(original, eot_token_id=EOT)
+        install(original, eot_token_id=EOT, keep=kept(original))
         with pytest.raises(UserError, match="freezable"):
             to_bridge(original)
 
