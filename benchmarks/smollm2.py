@@ -27,10 +27,17 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-import ln_removal.training.loss as objective_module
 from ln_removal.models.attention import fused_attention
 from ln_removal.norms.surgery import NormSites, install
-from ln_removal.training.loss import Auxiliary, Distillation, Objective, as_teacher
+from ln_removal.training.loss import (
+    Auxiliary,
+    Distillation,
+    Objective,
+    as_teacher,
+    constant_of,
+    constant_std_loss,
+    outlier_loss,
+)
 
 CONTEXT, ROWS, END_OF_TEXT = 256, 4, 0
 RATE, MOMENTUM, CALM = 1e-4, 0.9, 20.0
@@ -73,6 +80,21 @@ PHASES = (
 )
 
 
+class PulledObjective(Objective):
+    """An objective whose pull towards the constants has the weights of a phase."""
+
+    phase = PHASES[0]
+
+    def _auxiliary_loss(self, inputs: Tensor, documents: dict[str, Any]) -> Tensor:
+        losses = []
+        for number, (norm, residual) in enumerate(self._read):
+            constant, known = constant_of(norm)
+            pull = self.phase.pull * constant_std_loss(residual, constant, centred=False)
+            outlying = outlier_loss(residual, constant, centred=False, outlying=math.log(self.phase.outlying))
+            losses.append(known * (pull + self.phase.outlier * outlying) * (self.phase.early if number < 12 else 1.0))
+        return torch.stack(losses).mean()
+
+
 class Run:
     """The model in training, its teacher, its text and its log."""
 
@@ -82,14 +104,12 @@ class Run:
         self.model = LlamaForCausalLM.from_pretrained(options.model, dtype=torch.float32)
         self.teacher = as_teacher(copy.deepcopy(self.model), "bfloat16")
         self.sites: NormSites = install(self.model, eot_token_id=END_OF_TEXT, median=True, cap=PHASES[0].cap)
-        self.objective = Objective(
+        self.objective = PulledObjective(
             self.model,
             eot_token_id=END_OF_TEXT,
             auxiliary=None if self.control else Auxiliary(1.0, "constants", "all", 1.0),
             distillation=None if self.control else Distillation(self.teacher, 0.8, 1e-3),
         )
-        if not self.control:
-            self.objective._auxiliary_loss = self._pull  # type: ignore[method-assign]  # its weights change with the phase
         for model in (self.model, self.teacher):
             for block in model.model.layers:
                 block.compile()
@@ -103,20 +123,10 @@ class Run:
         self.order = torch.randperm(len(self.text), generator=torch.Generator().manual_seed(1))
         self.phase, self.mix, self.step, self.merged = PHASES[0], 0.0, 0, False
 
-    def _pull(self, inputs: Tensor, documents: dict[str, Any]) -> Tensor:
-        """The pull towards the constants with the weights of the phase, as the mean over the norms."""
-        phase, losses = self.phase, []
-        objective_module.OUTLYING = math.log(phase.outlying)
-        for number, (norm, residual) in enumerate(self.objective._read):
-            constant, known = objective_module._constant_of(norm)
-            pull = phase.pull * objective_module.constant_std_loss(residual, constant, centred=False)
-            pull = pull + phase.outlier * objective_module.outlier_loss(residual, constant, centred=False)
-            losses.append(known * pull * (phase.early if number < 12 else 1.0))
-        return torch.stack(losses).mean()
-
     def enter(self, phase: Phase) -> None:
         """Begin a phase."""
-        self.phase, self.mix = phase, phase.mix
+        self.phase = self.objective.phase = phase
+        self.mix = phase.mix
         for norm in self.sites.norms.values():
             norm.cap = phase.cap
 
@@ -170,10 +180,9 @@ class Run:
 
             return before
 
-        found: dict[str, Any] = {"step": self.step, "held_out": self._loss()}
         watched = {name: norm for name, norm in self.sites.norms.items() if name.startswith("ln_2")}
         handles = [norm.register_forward_pre_hook(look(name)) for name, norm in watched.items()]
-        self._loss()
+        found: dict[str, Any] = {"step": self.step, "held_out": self._loss()}
         for handle in handles:
             handle.remove()
         found["largest_ratio"] = ratios

@@ -45,6 +45,15 @@ def residual_and_special() -> tuple[Tensor, Tensor]:
     return residual, special
 
 
+@pytest.mark.parametrize("centred", [True, False], ids=["LayerNorm", "RMSNorm"])
+def test_a_position_without_any_spread_has_a_finite_gradient(centred: bool) -> None:
+    residual = torch.randn(1, 3, 4, generator=torch.Generator().manual_seed(0))
+    residual[0, 1] = 0.0
+    residual.requires_grad_()
+    residual_std_loss(residual, torch.zeros(1, 3, dtype=torch.bool), centred=centred).backward()
+    assert residual.grad is not None and residual.grad.isfinite().all()
+
+
 def test_residual_std_loss_is_its_definition() -> None:
     residual, special = residual_and_special()
     expected = plain_residual_std_loss(residual, special)

@@ -97,7 +97,9 @@ def residual_std_loss(
     Returns:
         Scalar in float32, in squared units of the residual stream.
     """
-    std = _variance(residual, centred=centred).sqrt()
+    wide = residual.float()
+    # Neither has an infinite gradient where it is 0, as a root has.
+    std = wide.std(dim=-1, correction=0) if centred else torch.linalg.vector_norm(wide, dim=-1) / wide.shape[-1] ** 0.5
     ordinary = (~special if observed is None else observed & ~special).to(std.dtype)
     target = (std.detach() * ordinary).sum() / ordinary.sum().clamp(min=1.0)
     return _mean((std - target).square(), observed)
@@ -123,19 +125,27 @@ def constant_std_loss(
     return _mean(_log_ratio(residual, constant, centred=centred).square(), observed)
 
 
-def outlier_loss(residual: Tensor, constant: Tensor, observed: Tensor | None = None, *, centred: bool = True) -> Tensor:
-    """Mean of max(0, |log(std / constant)| - log 1.5)^2 over the positions where it is not 0.
+def outlier_loss(
+    residual: Tensor,
+    constant: Tensor,
+    observed: Tensor | None = None,
+    *,
+    centred: bool = True,
+    outlying: float = OUTLYING,
+) -> Tensor:
+    """Mean of max(0, |log(std / constant)| - outlying)^2 over the positions where it is not 0.
 
     Unlike in `constant_std_loss`, a single position with a massive activation weighs as much as if all positions had one. While
     the norms are still real they hardly mind what they divide by, so this takes massive activations away before anything freezes.
 
     Args:
         residual, constant, observed, centred: as for `constant_std_loss`.
+        outlying: the logarithm of the ratio beyond which a position is outlying.
 
     Returns:
         Scalar in float32, without a unit; 0 where no position is outlying.
     """
-    beyond = (_log_ratio(residual, constant, centred=centred).abs() - OUTLYING).clamp(min=0)
+    beyond = (_log_ratio(residual, constant, centred=centred).abs() - outlying).clamp(min=0)
     if observed is not None:
         beyond = torch.where(observed, beyond, 0.0)
     return beyond.square().sum() / (beyond > 0).sum().clamp(min=1)
@@ -321,7 +331,7 @@ class Objective(nn.Module):
         if self.auxiliary.target == "constants":
             losses = []
             for norm, residual in self._read:
-                constant, known = _constant_of(norm)
+                constant, known = constant_of(norm)
                 losses.append(known * self._towards(residual, constant, observed))
         else:
             special = torch.zeros_like(inputs, dtype=torch.bool)
@@ -350,7 +360,7 @@ def _head(model: PreTrainedModel) -> Head:
     return Head(model.lm_head.weight, getattr(model.lm_head, "bias", None))
 
 
-def _constant_of(norm: nn.Module) -> tuple[Tensor, Tensor]:
+def constant_of(norm: nn.Module) -> tuple[Tensor, Tensor]:
     """The constant that a frozen norm divides ordinary positions by, or the running std of a norm that is not frozen.
 
     Both elements are scalars; the second says whether the first is known: in the first step there are no statistics yet.
@@ -392,7 +402,6 @@ def _switch_dropout_off(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        if hasattr(
-            module, "attention_dropout"
-        ):  # a number, of which the attention makes dropout itself (not in a GPT-2)
+        # Outside of GPT-2 a number, of which the attention makes dropout itself.
+        if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.0
