@@ -87,14 +87,12 @@ def remove(
       ln-remove --control --out checkpoints/gpt2 --resume
       ln-remove --model gpt2 --control --out checkpoints/gpt2 --push-to-hub alice/gpt2-without-layernorm
     """
-    from ln_removal.config.recipe import parse_overrides
     from ln_removal.export.hub import check_target, named_target
     from ln_removal.pipelines.plan import resolve_recipe
 
     recipe = recipe or (_recipe_of_run(out) if resume and out is not None and model is None else None)
     at = _place_of_model(model, out, resume=resume)
-    overrides = parse_overrides(settings or []) | ({"schedule.keep": keep} if keep else {})
-    resolved = resolve_recipe(model=model, recipe=recipe, overrides=overrides, steps=steps, place=at)
+    resolved = resolve_recipe(model=model, recipe=recipe, overrides=_overrides(settings, keep), steps=steps, place=at)
     target = named_target(push_to_hub, private=private, tag=tag)
     if dry_run:
         console.print_plan(resolved, control=control, device=device, as_json=as_json)
@@ -116,6 +114,12 @@ def remove(
         progress=console.progress(),
     )
     _publish_and_print(results, place, target, as_json=as_json)
+
+
+def _overrides(settings: list[str] | None, keep: list[str] | None) -> dict[str, object]:
+    from ln_removal.config.recipe import parse_overrides
+
+    return parse_overrides(settings or []) | ({"schedule.keep": keep} if keep else {})
 
 
 def _run_name(model: str | None, recipe: str | None, resolved: str) -> str:

@@ -97,8 +97,8 @@ DEVICE_PEAKS = {
 ASSUMED_UTILISATION = 0.30
 """Share of the peak. nanoGPT reaches this share with GPT-2 small on an A100 (107k tokens/s), llm.c 0.41 on an H100."""
 
-ACTIVATION_BYTES = {("bfloat16", True): 40, ("bfloat16", False): 82, ("float32", True): 76, ("float32", False): 140}
-"""c of the module's formula, by (precision, compiled), of a GPT-2."""
+KEPT_COMPILED = {"bfloat16": 40, "float32": 76}
+"""c of the module's formula of a compiled GPT-2, by precision."""
 
 KEPT_NOT_COMPILED = {
     "bfloat16": {"gpt2": (82, 0), "pythia": (53, 0), "llama": (35, 8), "qwen2": (35, 8), "qwen3": (47, 8)},
@@ -213,8 +213,8 @@ def activation_bytes(shape: ArchitectureSpec, precision: str, *, compiled: bool)
     """c of the module's formula for a family."""
     width = "float32" if precision == "float32" else "bfloat16"
     constant, inside = KEPT_NOT_COMPILED[width][shape.family]
-    share = (constant + inside * shape.width_of_mlp / shape.n_embd) / ACTIVATION_BYTES[width, False]
-    return ACTIVATION_BYTES[width, compiled] * share
+    kept = constant + inside * shape.width_of_mlp / shape.n_embd
+    return kept * KEPT_COMPILED[width] / KEPT_NOT_COMPILED[width]["gpt2"][0] if compiled else kept
 
 
 def has_teacher(recipe: Recipe) -> bool:

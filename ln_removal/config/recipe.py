@@ -111,9 +111,7 @@ class TrainingSpec(_Spec):
         BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value),
     ] = (0.9, 0.95)
     clip: PositiveFloat = 1.0
-    lora_rank: PositiveInt | None = (
-        None  # rank of the trained changes of the matrices, see low_rank; None: train them in full
-    )
+    lora_rank: PositiveInt | None = None  # of the changes of the matrices, see training/low_rank.py; None: all of them
     std_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     std_statistic: Literal["mean", "median"] = "mean"  # of a batch's stds, whose running mean becomes the constant
     auxiliary_weight: NonNegativeFloat = 0.0  # of the residual-std loss, see loss.Auxiliary

@@ -31,7 +31,7 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ from ln_removal.models.bridge import as_bridge, is_bridged
 from ln_removal.models.families import family_of, is_norm_free
 from ln_removal.models.layout import DISARMING_EPSILON, check_supported
 from ln_removal.models.norm_free import from_folded
-from ln_removal.norms.surgery import fold_affine
+from ln_removal.norms.surgery import fold_into
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -97,14 +97,10 @@ def from_disarmed(model: PreTrainedModel) -> PreTrainedModel:
     slots = tuple(f"{path}." for path in family.norms(model.config.num_hidden_layers).values())
     state = {name: value.detach().clone() for name, value in model.state_dict().items() if not name.startswith(slots)}
     for name, (_, reader) in readers(model).items():
-        weight, bias = reader.get_parameter("weight"), cast("Tensor | None", reader.bias)
-        sigma = torch.tensor(math.sqrt(epsilons[name]), dtype=torch.float64, device=weight.device)
-        input_first = family.input_first and name != "lm_head"
         gamma, beta = norms[name].get_parameter("weight"), norms[name].get_parameter("bias") if family.centred else None
-        folded, shift = fold_affine(weight if input_first else weight.T, bias, gamma, beta, sigma)
-        state[f"{name}.weight"] = (folded if input_first else folded.T).to(weight.dtype).contiguous()
-        if shift is not None:
-            state[f"{name}.bias"] = shift.to(weight.dtype)
+        sigma = torch.tensor(math.sqrt(epsilons[name]), dtype=torch.float64, device=gamma.device)
+        folded = fold_into(reader, gamma, beta, sigma, input_first=family.is_input_first(name))
+        state |= {f"{name}.{part}": value for part, value in folded.items()}
     return from_folded(model.config, state, model.generation_config)
 
 

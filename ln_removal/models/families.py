@@ -104,6 +104,10 @@ class Family:
             found |= {f"{self.block(layer)}.{path}": f"ln_2.{layer}" for path in self.mlp}
         return found | {"lm_head": "ln_f"}
 
+    def is_input_first(self, path: str) -> bool:
+        """Whether the linear map at a path in the language model keeps its weight input-first; the unembedding never does."""
+        return self.input_first and path != "lm_head"
+
     def kept_norms(self, layers: int) -> list[str]:
         """Paths of the norms that stay."""
         return [f"{self.block(layer)}.{path}" for layer in range(layers) for path in self.kept]

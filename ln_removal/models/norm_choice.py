@@ -265,9 +265,8 @@ def build_model(architecture: ArchitectureSpec, *, eot_token_id: int) -> PreTrai
     else:
         entries |= {theirs: getattr(architecture, ours) for ours, theirs in SIZES.items()}
         entries |= {"intermediate_size": architecture.width_of_mlp}
-        if (
-            "n_kv_head" in architecture.parts.choices
-        ):  # some configurations have 32 by themselves, and heads of width 128
+        # Some configurations have 32 heads of keys by themselves, and heads of width 128.
+        if "n_kv_head" in architecture.parts.choices:
             entries |= {"num_key_value_heads": architecture.n_kv_head or architecture.n_head}
             entries |= {"head_dim": architecture.width_of_head}
     if not architecture.is_plain:

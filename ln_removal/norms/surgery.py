@@ -306,6 +306,26 @@ def fold_affine(
     return scaled - scaled.mean(dim=0, keepdim=True), shift if bias is None else bias.double() + shift
 
 
+def fold_into(
+    reader: nn.Module, gamma: Tensor, beta: Tensor | None, sigma: Tensor, *, input_first: bool
+) -> dict[str, Tensor]:
+    """The parameters of a linear map after `fold_affine`: "weight", and "bias" if it has one then.
+
+    Args:
+        reader: has a `weight`, (D, out) if `input_first` (a Conv1D), else (out, D), and a `bias`, (out,) or None.
+        gamma, beta, sigma: as for `fold_affine`.
+
+    Returns:
+        New contiguous tensors of the weight's shape and of its dtype.
+    """
+    own, bias = reader.get_parameter("weight"), cast("Tensor | None", reader.bias)
+    weight, shift = fold_affine(own if input_first else own.T, bias, gamma, beta, sigma)
+    folded = {"weight": weight if input_first else weight.T}
+    if shift is not None:
+        folded["bias"] = shift
+    return {part: value.detach().to(own.dtype, copy=True).contiguous() for part, value in folded.items()}
+
+
 @torch.no_grad()
 def fold(model: PreTrainedModel) -> dict[str, Tensor]:
     """The state dict of the LN-free model that computes what `model` computes.
@@ -341,24 +361,18 @@ def fold(model: PreTrainedModel) -> dict[str, Tensor]:
     norms = [name for name, module in model.named_modules() if isinstance(module, FreezableNorm)]
     check_plain(model, norms=norms, projections=(NormedProjection, ReadingProjection))
     readers = family.readers(model.config.num_hidden_layers)
-    state: dict[str, Tensor] = {}
-
-    def keep(name: str, value: Tensor | None, like: Tensor) -> None:
-        if value is not None:
-            state[name] = value.detach().to(like.dtype, copy=True).contiguous()
-
-    for name, value in model.state_dict().items():
-        if not name.startswith((*(f"{path}." for path in readers), *(f"{path}." for path in norms))):
-            keep(name, value, value)
-    for path, norm in readers.items():
-        reader = model.get_submodule(path)
-        own, bias = reader.get_parameter("weight"), cast("Tensor | None", reader.bias)
-        input_first = family.input_first and path != "lm_head"
-        weight = own if input_first else own.T
-        sigma = _sigma(sites.norms[norm], reader)
-        folded, shift = fold_affine(weight, bias, sites.norms[norm].weight, sites.norms[norm].bias, sigma)
-        keep(f"{path}.weight", folded if input_first else folded.T, own)
-        keep(f"{path}.bias", shift, own)
+    replaced = tuple(f"{path}." for path in (*readers, *norms))
+    state = {
+        name: value.detach().clone(memory_format=torch.contiguous_format)
+        for name, value in model.state_dict().items()
+        if not name.startswith(replaced)
+    }
+    for path, name in readers.items():
+        norm, reader = sites.norms[name], model.get_submodule(path)
+        folded = fold_into(
+            reader, norm.weight, norm.bias, _sigma(norm, reader), input_first=family.is_input_first(path)
+        )
+        state |= {f"{path}.{part}": value for part, value in folded.items()}
     return state
 
 
