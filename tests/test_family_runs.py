@@ -24,6 +24,7 @@ from ln_removal.models.families import family_of
 from ln_removal.models.loading import load_model, load_tokenizer, trainable_positions
 from ln_removal.models.norm_choice import build_model
 from ln_removal.norms.freezable import FIRST, PositionClasses
+from ln_removal.norms.schedule import expand
 from ln_removal.norms.surgery import install
 from ln_removal.pipelines import cpu_time
 from ln_removal.pipelines.context import run_context
@@ -131,12 +132,28 @@ def test_a_plan_measures_the_family_that_it_is_of(place: Path, monkeypatch: pyte
     assert (drawn.architecture.family, drawn.architecture.n_kv_head) == ("llama", 1)
 
 
-@pytest.mark.parametrize(("family", "n_layer"), [("pythia", 6), ("llama", 30), ("qwen2", 24)])
-def test_a_model_of_another_family_gets_a_recipe_that_says_where_it_is_from(family: str, n_layer: int) -> None:
+@pytest.mark.parametrize(
+    ("family", "n_layer", "base"), [("pythia", 12, "gpt2"), ("llama", 30, "gated"), ("qwen2", 24, "gated")]
+)
+def test_a_model_of_another_family_gets_a_recipe_that_says_where_it_is_from(
+    family: str, n_layer: int, base: str
+) -> None:
     shape = ArchitectureSpec.model_validate({**SHAPE, "family": family, "n_layer": n_layer, "n_positions": 2048})
     recipe = default_recipe("owner/gpt2", shape)
-    assert f"{n_layer} layers of owner/gpt2" in recipe.description and "written for a GPT-2" in recipe.description
-    assert is_borrowed(default_recipe("owner/mine", shape)) and not is_borrowed(load_recipe("gpt2"))
+    assert recipe.name == base and recipe.schedule is not None
+    assert f"{n_layer} layers of owner/gpt2" in recipe.description and "written for" in recipe.description
+    assert is_borrowed(default_recipe("owner/mine", shape)) and not is_borrowed(load_recipe(base))
+    expand(recipe.schedule, n_layer, recipe.training.steps)
+
+
+def test_a_model_with_gated_mlps_has_its_massive_activations_shrunk_before_anything_freezes() -> None:
+    shape = ArchitectureSpec.model_validate({**SHAPE, "family": "llama", "n_layer": 30, "n_positions": 2048})
+    recipe = default_recipe("HuggingFaceTB/SmolLM2-135M", shape)
+    assert recipe.description == load_recipe("gated").description
+    schedule = expand(recipe.schedule, 30, recipe.training.steps)  # type: ignore[arg-type]
+    assert schedule.stage(99) == "real" and set(schedule.freeze_values(100).values()) == {1 / 250}
+    assert schedule.special_values(100) == {"eot": 1.0, "first": 1.0}, "one constant for all positions"
+    assert schedule.cap == 1.4 and schedule.complete_at == 100 + 249 + 350 < recipe.training.steps
 
 
 def test_a_context_beyond_the_sliding_window_is_refused(place: Path, tmp_path: Path) -> None:

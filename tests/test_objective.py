@@ -161,6 +161,10 @@ def test_the_loss_towards_the_constants(
     expected = torch.stack([part.mean() for part in parts]).mean()
     assert found.total.item() == pytest.approx(plain.total.item() + 0.5 * expected.item(), rel=1e-4)
     found.total.backward()
+    if sites == "all":
+        early = Objective(tiny_gpt2, eot_token_id=EOT, auxiliary=Auxiliary(0.5, "constants", sites, early=3.0)).eval()
+        expected = expected + 2 * parts[0].mean() / len(parts)  # the first of seven norms
+        assert early(token_ids).total.item() == pytest.approx(plain.total.item() + 0.5 * expected.item(), rel=1e-4)
 
 
 def test_the_loss_of_outlying_positions_is_their_own_mean() -> None:
@@ -170,8 +174,9 @@ def test_the_loss_of_outlying_positions_is_their_own_mean() -> None:
     assert outlier_loss(stream, torch.tensor(1.0)) == 0
     stream[0, 3] *= 40
     stream[1, 7] /= 5
-    expected = ((math.log(40) - math.log(1.5)) ** 2 + (math.log(5) - math.log(1.5)) ** 2) / 2
-    assert outlier_loss(stream, torch.tensor(1.0)).item() == pytest.approx(expected, rel=1e-3)
+    for ratio in (1.5, 1.1):
+        expected = ((math.log(40) - math.log(ratio)) ** 2 + (math.log(5) - math.log(ratio)) ** 2) / 2
+        assert outlier_loss(stream, torch.tensor(1.0), ratio=ratio).item() == pytest.approx(expected, rel=1e-3)
 
 
 def test_the_pull_on_outliers_is_added(tiny_gpt2: GPT2LMHeadModel, token_ids: Tensor) -> None:

@@ -43,6 +43,7 @@ tokens_per_step = 4096
 learning_rate = 1e-3
 """
 LAYERS = {"tiny": 6, "distilgpt2": 6, "gpt2": 12, "gpt2-medium": 24, "gpt2-large": 36, "gpt2-xl": 48}
+LAYERS["HuggingFaceTB/SmolLM2-135M"] = 30
 REMOVALS = [name for name in available_recipes() if load_recipe(name).schedule is not None]
 
 
@@ -246,6 +247,9 @@ def test_all_faults_at_once(tmp_path: Path) -> None:
         ({"training": 3}, "training"),
         ({"training.auxiliary_target": "constants"}, "training.auxiliary_target"),
         ({"training.auxiliary_sites": "all"}, "training.auxiliary_sites"),
+        ({"training.outlier_weight": 0.5}, "training.outlier_weight"),
+        ({"training.outlier_ratio": 1.2}, "training.outlier_ratio"),
+        ({"training.auxiliary_weight": 0.5, "training.auxiliary_early": 2.0}, "training.auxiliary_early"),
         ({"training.distillation_end": 0.5}, "training.distillation_end"),
         ({"schedule": None}, "schedule"),
     ],

@@ -11,29 +11,30 @@ from ln_removal.errors import UserError
 _MOMENTS = ("ln_2_start", "qk_start", "v_start", "ln_f_at")
 _GAPS = ("ln_2_gap", "qk_gap", "v_gap")
 
-_WRITTEN_FOR = {"distilgpt2": 6, "gpt2": 12, "gpt2-medium": 24, "gpt2-large": 36, "gpt2-xl": 48}
-"""The default recipes, and the number of layers of the models that they were written for."""
+_FOR_GPT2 = {"distilgpt2": 6, "gpt2": 12, "gpt2-medium": 24, "gpt2-large": 36, "gpt2-xl": 48}
+_FOR_GATED = {"gated": 30}
+"""The default recipes, for GPT-2 and for models with gated MLPs, and the number of layers of the models that they were written for."""
 
 
 def default_recipe(model: str | Path, shape: ArchitectureSpec) -> Recipe:
     """The removal recipe for a model when none is named.
 
-    That is the built-in recipe of the model's own name, without a Hub owner and a commit. For any other model, also of another
-    family, it is the GPT-2 recipe written for the closest depth, with gaps and context fitted to the model. Its description then says
-    so.
+    That is the built-in recipe of the model's own name, without a Hub owner and a commit. For any other model it is recipe `gated`, if
+    its MLPs are gated, or the GPT-2 recipe written for the closest depth, with gaps and context fitted to the model. Its description
+    then says so.
 
     Args:
         model: "tiny", a local directory or a Hub id.
         shape: the model's architecture, see `plan.architecture_of`.
     """
     model = str(model)
-    own = own_name(model)
-    if model == "tiny" or (_WRITTEN_FOR.get(own) == shape.n_layer and shape.family == "gpt2"):
-        recipe = load_recipe(own)
-    else:
-        closest = min(_WRITTEN_FOR, key=lambda name: abs(_WRITTEN_FOR[name] - shape.n_layer))
-        recipe = with_layers(load_recipe(closest), written_for=_WRITTEN_FOR[closest], n_layer=shape.n_layer)
-        origin = f"Recipe {closest}, written for a GPT-2 of {_WRITTEN_FOR[closest]} layers"
+    written_for = _FOR_GATED if shape.parts.gated else _FOR_GPT2
+    closest = min(written_for, key=lambda name: abs(written_for[name] - shape.n_layer))
+    recipe = load_recipe("tiny" if model == "tiny" else closest)
+    same = own_name(model) == own_name(recipe.model) and shape.n_layer == written_for[closest]
+    if model != "tiny" and not (same and (shape.parts.gated or shape.family == "gpt2")):
+        origin = f"Recipe {closest}, written for the {written_for[closest]} layers of {recipe.model}"
+        recipe = with_layers(recipe, written_for=written_for[closest], n_layer=shape.n_layer)
         recipe = recipe.model_copy(
             update={"description": f"{origin} and fitted to the {shape.n_layer} layers of {model}."}
         )
@@ -51,7 +52,8 @@ def own_name(model: str | Path) -> str:
 
 def is_borrowed(recipe: Recipe) -> bool:
     """Whether a built-in recipe removes the norms of another model than the one that it was written for."""
-    return recipe.name in _WRITTEN_FOR and own_name(recipe.model) != recipe.name
+    default = recipe.name in _FOR_GPT2 or recipe.name in _FOR_GATED
+    return default and own_name(recipe.model) != own_name(load_recipe(recipe.name).model)
 
 
 def resolve_pretraining(

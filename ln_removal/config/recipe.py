@@ -117,7 +117,11 @@ class TrainingSpec(_Spec):
     auxiliary_weight: NonNegativeFloat = 0.0  # of the residual-std loss, see loss.Auxiliary
     auxiliary_target: Literal["batch", "constants"] = "batch"
     auxiliary_sites: Literal["ln_f", "all"] = "ln_f"
+    auxiliary_early: PositiveFloat = (
+        1.0  # factor on the pulls in front of the first fifth of the norms, see loss.Auxiliary
+    )
     outlier_weight: NonNegativeFloat = 0.0  # of the pull on outlying positions, see loss.outlier_loss
+    outlier_ratio: Annotated[float, Field(gt=1)] = 1.5  # to the constant, beyond which a position is outlying
     distillation: Annotated[float, Field(ge=0, le=1)] = 0.0  # share of the loss that is KL from the original model
     distillation_lag: PositiveFloat = 0.3  # nats per token behind the teacher in a sequence for the whole share
     distillation_end: Annotated[float, Field(ge=0, le=1)] | None = None  # that share in the last step; None: the same

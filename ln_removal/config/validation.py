@@ -226,11 +226,15 @@ def _removal_faults(value: Callable[[str], Any]) -> list[str]:
             if (found := value(key)) not in (None, usual):
                 advice = "give that, or leave this out"
                 faults.append(f"{key}: has no effect without training.auxiliary_weight, found {found!r}; {advice}")
-    if value("training.outlier_weight") and value("training.auxiliary_target") != "constants":
-        rule = "has an effect only with training.auxiliary_target = 'constants'"
-        faults.append(
-            f"training.outlier_weight: {rule}, found {value('training.auxiliary_target')!r}; change one of them"
-        )
+    if (target := value("training.auxiliary_target")) != "constants":
+        rule = f"has an effect only with training.auxiliary_target = 'constants', found {target!r}; change one of them"
+        for key, usual in (("training.outlier_weight", 0.0), ("training.auxiliary_early", 1.0)):
+            if value(key) not in (None, usual):
+                faults.append(f"{key}: {rule}")
+    ratio = value("training.outlier_ratio")
+    if ratio not in (None, 1.5) and value("training.outlier_weight") == 0 and "outlier_weight" not in written:
+        advice = "give that, or leave this out"
+        faults.append(f"training.outlier_ratio: has no effect without training.outlier_weight, found {ratio}; {advice}")
     if value("schedule.cap") is None:
         faults += [
             f"schedule.{key}: has no effect without schedule.cap, found {found}; give that, or leave this out"

@@ -31,10 +31,6 @@ if TYPE_CHECKING:
     from ln_removal.config.recipe import TrainingSpec
 
 
-OUTLYING = math.log(1.5)
-"""A position is outlying where its std is more than 1.5 times the constant, or less than the constant over 1.5."""
-
-
 @dataclass(frozen=True)
 class Auxiliary:
     """The residual-std loss, which makes the stds that the norms see at different positions more alike.
@@ -45,17 +41,28 @@ class Auxiliary:
             each norm divides by once it is frozen; that target does not drift with the scale of the logits.
         sites: the norm in front of the unembedding alone, or every norm.
         outlier_weight: of `outlier_loss`, which is added with the target "constants".
+        outlier_ratio: of a std to the constant, or of the constant to a std, beyond which a position is outlying.
+        early: factor on both pulls towards the constants, in front of the first fifth of the norms.
     """
 
     weight: float
     target: Literal["batch", "constants"] = "batch"
     sites: Literal["ln_f", "all"] = "ln_f"
     outlier_weight: float = 0.0
+    outlier_ratio: float = 1.5
+    early: float = 1.0
 
     @classmethod
     def of(cls, spec: TrainingSpec) -> Auxiliary:
         """The terms that a recipe's [training] asks for."""
-        return cls(spec.auxiliary_weight, spec.auxiliary_target, spec.auxiliary_sites, spec.outlier_weight)
+        return cls(
+            spec.auxiliary_weight,
+            spec.auxiliary_target,
+            spec.auxiliary_sites,
+            spec.outlier_weight,
+            spec.outlier_ratio,
+            spec.auxiliary_early,
+        )
 
 
 @dataclass(frozen=True)
@@ -131,21 +138,21 @@ def outlier_loss(
     observed: Tensor | None = None,
     *,
     centred: bool = True,
-    outlying: float = OUTLYING,
+    ratio: float = 1.5,
 ) -> Tensor:
-    """Mean of max(0, |log(std / constant)| - outlying)^2 over the positions where it is not 0.
+    """Mean of max(0, |log(std / constant)| - log(ratio))^2 over the positions where it is not 0.
 
     Unlike in `constant_std_loss`, a single position with a massive activation weighs as much as if all positions had one. While
     the norms are still real they hardly mind what they divide by, so this takes massive activations away before anything freezes.
 
     Args:
         residual, constant, observed, centred: as for `constant_std_loss`.
-        outlying: the logarithm of the ratio beyond which a position is outlying.
+        ratio: a position is outlying where its std is more than `ratio` times the constant, or less than the constant over `ratio`.
 
     Returns:
         Scalar in float32, without a unit; 0 where no position is outlying.
     """
-    beyond = (_log_ratio(residual, constant, centred=centred).abs() - outlying).clamp(min=0)
+    beyond = (_log_ratio(residual, constant, centred=centred).abs() - math.log(ratio)).clamp(min=0)
     if observed is not None:
         beyond = torch.where(observed, beyond, 0.0)
     return beyond.square().sum() / (beyond > 0).sum().clamp(min=1)
@@ -330,9 +337,10 @@ class Objective(nn.Module):
         observed = documents.get("observed")
         if self.auxiliary.target == "constants":
             losses = []
-            for norm, residual in self._read:
+            for number, (norm, residual) in enumerate(self._read):
                 constant, known = constant_of(norm)
-                losses.append(known * self._towards(residual, constant, observed))
+                early = self.auxiliary.early if number < len(self._read) // 5 else 1.0
+                losses.append(early * known * self._towards(residual, constant, observed))
         else:
             special = torch.zeros_like(inputs, dtype=torch.bool)
             special[:, 0] = True
@@ -352,7 +360,8 @@ class Objective(nn.Module):
         pull = self.auxiliary.weight * constant_std_loss(residual, constant, observed, centred=self._centred)
         if self.auxiliary.outlier_weight == 0:
             return pull
-        outlying = outlier_loss(residual, constant, observed, centred=self._centred)
+        ratio = self.auxiliary.outlier_ratio
+        outlying = outlier_loss(residual, constant, observed, centred=self._centred, ratio=ratio)
         return pull + self.auxiliary.outlier_weight * outlying
 
 
