@@ -228,8 +228,8 @@ def _removal_faults(value: Callable[[str], Any]) -> list[str]:
                 faults.append(f"{key}: has no effect without training.auxiliary_weight, found {found!r}; {advice}")
     if (target := value("training.auxiliary_target")) != "constants":
         rule = f"has an effect only with training.auxiliary_target = 'constants', found {target!r}; change one of them"
-        for key, usual in (("training.outlier_weight", 0.0), ("training.auxiliary_early", 1.0)):
-            if value(key) not in (None, usual):
+        for key, default in (("training.outlier_weight", 0.0), ("training.auxiliary_early", 1.0)):
+            if value(key) not in (None, default):
                 faults.append(f"{key}: {rule}")
     ratio = value("training.outlier_ratio")
     if ratio not in (None, 1.5) and value("training.outlier_weight") == 0 and "outlier_weight" not in written:
