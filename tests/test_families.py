@@ -30,9 +30,11 @@ def logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     return found
 
 
-def installed(model: PreTrainedModel, tokens: Tensor, *, median: bool = False) -> NormSites:
+def installed(
+    model: PreTrainedModel, tokens: Tensor, *, median: bool = False, embedding_cap: float | None = None
+) -> NormSites:
     """Freezable norms whose statistics have seen `tokens`."""
-    sites = install(model, eot_token_id=EOT, median=median, keep=kept(model))
+    sites = install(model, eot_token_id=EOT, median=median, embedding_cap=embedding_cap, keep=kept(model))
     model.train()
     logits(model, tokens)
     sites.update_running(0.9)
@@ -40,9 +42,11 @@ def installed(model: PreTrainedModel, tokens: Tensor, *, median: bool = False) -
     return sites
 
 
-def all_frozen(variant: str, *, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, NormSites]:
+def all_frozen(
+    variant: str, *, dtype: torch.dtype = torch.float32, embedding_cap: float | None = None
+) -> tuple[PreTrainedModel, NormSites]:
     model = small_model(variant).to(dtype)
-    sites = installed(model, small_tokens(seed=1))
+    sites = installed(model, small_tokens(seed=1), embedding_cap=embedding_cap)
     for number, site in enumerate(sites.sites):
         sites.norms[site.norm].running_std.mul_(1 + 0.01 * number)  # every site has constants of its own
         sites.set_mix(site, 1)
@@ -196,3 +200,47 @@ def test_a_beginning_of_text_shares_the_class_of_position_0() -> None:
     same = PositionClasses(eot_token_id=5, bos_token_id=5)
     same.fill(torch.tensor([[5, 1, 5]]))
     assert same.current.tolist() == [[FIRST, ORDINARY, END_OF_TEXT]]
+
+
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if not name.startswith("gpt2")])
+def test_an_embedding_with_a_cap_is_one_with_smaller_rows_and_folds(variant: str) -> None:
+    tokens = small_tokens()
+    untouched = small_model(variant).double()
+    plain, plain_sites = all_frozen(variant, dtype=torch.float64)
+    model, sites = all_frozen(variant, dtype=torch.float64, embedding_cap=1.05)
+    assert sites.embedding is not None and NormSites.of(model).embedding is sites.embedding
+    family = family_of(model.config)
+    path = f"{family.body}.{family.embeddings[0]}.weight"
+    rows = plain.get_parameter(path).detach().clone()
+    torch.testing.assert_close(model.get_parameter(path), untouched.get_parameter(path), rtol=0, atol=0)
+    limit = 1.05 * sites.norms["ln_1.0"].captured_std[0, ORDINARY]
+    std = rows.std(-1, correction=0, keepdim=True) if family.centred else rows.square().mean(-1, keepdim=True).sqrt()
+    assert 0 < int((std > limit).sum()) < len(rows)
+    # By hand: the frozen model without the cap, whose embedding alone has smaller rows.
+    plain.get_submodule(path.rpartition(".")[0]).weight = nn.Parameter(rows * (limit / std).clamp(max=1))
+    for name, norm in plain_sites.norms.items():
+        norm.load_state_dict(sites.norms[name].state_dict())
+    torch.testing.assert_close(logits(model, tokens), logits(plain, tokens), rtol=1e-10, atol=1e-10)
+    folded = from_folded(model.config, fold(model))
+    torch.testing.assert_close(logits(folded, tokens), logits(model, tokens), rtol=1e-9, atol=1e-9)
+    verify_export(model, folded, tokens)
+    assert not any(name.endswith("limit") for name, _ in folded.named_buffers())
+
+
+def test_the_cap_of_an_embedding_begins_with_the_first_site_and_trains() -> None:
+    model, tokens = small_model("llama"), small_tokens()
+    expected = logits(model, tokens)
+    sites = installed(model, tokens, embedding_cap=1.05)
+    torch.testing.assert_close(logits(model, tokens), expected, rtol=1e-5, atol=1e-5)
+    for mix in (0.0, 0.01, 0.0):
+        sites.set_mix("ln_1_qk.0", mix)
+        changed = not torch.allclose(logits(model, tokens), expected, rtol=1e-3, atol=1e-3)
+        assert changed == (mix > 0)
+        model.zero_grad()
+        model(tokens, labels=tokens).loss.backward()
+        assert all(bool(torch.isfinite(parameter.grad).all()) for parameter in model.parameters())  # type: ignore[arg-type]
+
+
+def test_a_model_with_position_embeddings_has_no_cap_of_its_embedding() -> None:
+    with pytest.raises(UserError, match="position"):
+        install(small_model("gpt2"), eot_token_id=EOT, embedding_cap=1.2)

@@ -70,7 +70,8 @@ class ScheduleSpec(_Spec):
     n_layer * gap), unless its own start is given. `eot_after` counts from ln_f, `first_after` from the drop of the
     end-of-text constant. `taper` is the number of intermediate steps between LayerNorm and constant (0: at once);
     `special_taper` the same for the constants of the special positions. With a `cap` no norm gives more than that many
-    times its usual size, until cap_after steps after everything is constant; then the cap rises to infinity. With
+    times its usual size, until cap_after steps after everything is constant; then the cap rises to infinity. An
+    `embedding_cap` bounds the rows of the embedding to that many times the first constant (see norms/embedding.py). With
     `on_spike` = "wait" nothing new begins while the loss spikes (see training/divergence.py).
     """
 
@@ -88,6 +89,7 @@ class ScheduleSpec(_Spec):
     cap: Annotated[float, Field(gt=1)] | None = None
     cap_after: NonNegativeInt = 0
     cap_taper: NonNegativeInt = 0
+    embedding_cap: Annotated[float, Field(gt=1)] | None = None
     on_spike: Literal["wait", "ignore"] = "wait"
     keep: list[Literal["qk-norms"]] = []  # norms that stay, which Qwen3 requires
 

@@ -372,6 +372,7 @@ def _fold_checkpoint(run: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
         eot_token_id=loaded.tokenizer.eos_token_id,
         bos_token_id=first_token(loaded.tokenizer, loaded.model.config),
         cap=recipe.schedule.cap,
+        embedding_cap=recipe.schedule.embedding_cap,
         keep=recipe.schedule.keep,
     )
     if recipe.training.lora_rank is not None:

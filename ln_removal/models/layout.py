@@ -174,7 +174,7 @@ def _is_norm(module: nn.Module, family: Family) -> bool:
     return type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")
 
 
-def check_plain(model: PreTrainedModel, *, norms: Sequence[str], projections: Sequence[type[nn.Module]] = ()) -> None:
+def check_plain(model: PreTrainedModel, *, norms: Sequence[str], replaced: Sequence[type[nn.Module]] = ()) -> None:
     """Check that the weights which a fold reads are all that the modules between the norms compute with.
 
     An adapter or a quantised layer has a `weight` too, which is not what it multiplies with.
@@ -182,7 +182,7 @@ def check_plain(model: PreTrainedModel, *, norms: Sequence[str], projections: Se
     Args:
         model: of a known family.
         norms: paths of its norms.
-        projections: classes that a map behind the attention's norm may be of; default: those of transformers alone.
+        replaced: classes of modules that `install` has put in the place of transformers' own and that the fold knows.
 
     Raises:
         UserError: a linear map or an embedding is of another class, its weights are no plain parameters, an activation is not
@@ -201,10 +201,9 @@ def check_plain(model: PreTrainedModel, *, norms: Sequence[str], projections: Se
                 f"{name} is of type {type(found).__name__}, but the configuration has {family.activation_field} {activation!r}; an "
                 "export is built from the configuration, so pass a model whose activations are the ones that it names"
             )
-    joints = {f"{family.block(i)}.{path}" for i in range(model.config.num_hidden_layers) for path in family.qkv}
     for name, kind in expected.items():
         module = model.get_submodule(name)
-        if name in joints and isinstance(module, tuple(projections)):
+        if isinstance(module, tuple(replaced)):
             continue
         weight = getattr(module, "weight", None)
         odd = type(module) is kind and weight is not None and type(weight) is not nn.Parameter

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from ln_removal.errors import UserError
 from ln_removal.models.families import Family, blocks_of, family_of, final_norm_of
 from ln_removal.models.layout import SPECIALS, Site, all_sites, check_plain, check_supported, parse_site
+from ln_removal.norms.embedding import CappedEmbedding
 from ln_removal.norms.freezable import (
     END_OF_TEXT,
     FIRST,
@@ -51,6 +52,7 @@ def install(
     bos_token_id: int | None = None,
     median: bool = False,
     cap: float | None = None,
+    embedding_cap: float | None = None,
     keep: Sequence[str] = (),
 ) -> NormSites:
     """Replace every norm of `model`, in place, by a freezable norm at mix 0. Its outputs stay the same.
@@ -66,11 +68,14 @@ def install(
         median: the constants are running medians of the stds, not running means; see `FreezableNorm`.
         cap: bound of what every norm gives, as a multiple of its usual size, until `NormSites.lift_cap`; None for norms
             without one.
+        embedding_cap: bound of the std of an embedding's row, as a multiple of the first norm's constant, from the moment at which
+            its queries and keys begin to freeze. Unlike `cap` it stays, and folds. Not for a model with position embeddings.
         keep: norms that stay as they are, which a family may require: ("qk-norms",) for a Qwen3.
 
     Raises:
         UserError: the model is of no known family, it has norms that would stay without being named in `keep`, its norms are
-            already replaced, a linear map holds an adapter or is quantised, or a module that is replaced has hooks.
+            already replaced, a linear map holds an adapter or is quantised, a module that is replaced has hooks, or an
+            embedding_cap is given for a model with position embeddings.
     """
     family = check_supported(model, keep=keep)
     _check_no_hooks(model, family)
@@ -98,6 +103,8 @@ def install(
                 block.set_submodule(path, ReadingProjection(weight, bias, reader=int(number == 2)))
         block.set_submodule(family.mlp_norm, freezable(block.get_submodule(family.mlp_norm)))
     model.base_model.set_submodule(family.final_norm, freezable(final_norm_of(model)))
+    if embedding_cap is not None:
+        _cap_embedding(model, family, embedding_cap)
     model.train(model.training)  # New modules start in training mode.
     return NormSites.of(model)
 
@@ -112,10 +119,12 @@ class NormSites:
         sites: every site, in removal order.
         norms: the norms by name, in the order in which the residual stream meets them: "ln_1.0", "ln_2.0", ...,
             "ln_f".
+        embedding: of a model whose embedding has a cap.
     """
 
-    def __init__(self, norms: dict[str, FreezableNorm]) -> None:
+    def __init__(self, norms: dict[str, FreezableNorm], embedding: CappedEmbedding | None = None) -> None:
         self.norms = norms
+        self.embedding = embedding
         self.sites: list[Site] = all_sites(n_layer=(len(norms) - 1) // 2)
         assert {site.norm for site in self.sites} == set(norms), sorted(norms)
         # Sites known to have had statistics when they left mix 0. Only spares repeated look-ups on the device.
@@ -138,7 +147,11 @@ class NormSites:
                 f"ln_1.{layer}": f"{family.block(layer)}.{family.qkv[0]}.norm"
                 for layer in range(config.num_hidden_layers)
             }
-        return cls({name: _as_freezable(model.get_submodule(path)) for name, path in paths.items()})
+        embedding = model.get_submodule(f"{family.body}.{family.embeddings[0]}")
+        return cls(
+            {name: _as_freezable(model.get_submodule(path)) for name, path in paths.items()},
+            embedding if isinstance(embedding, CappedEmbedding) else None,
+        )
 
     def set_mix(self, site: Site | str, value: float) -> None:
         """Set the mix of one site.
@@ -166,6 +179,8 @@ class NormSites:
                 )
             self._checked.add(site)
         norm.write_mix(site.reader, value)
+        if self.embedding is not None and (site.kind, site.layer) == ("ln_1_qk", 0):
+            self.embedding.write_limit(norm.captured_std[site.reader, ORDINARY] if value > 0 else None)
 
     def set_special(self, which: str, dropped: float) -> None:
         """Move the constants of one special class, at all sites, towards the ordinary ones.
@@ -359,7 +374,7 @@ def fold(model: PreTrainedModel) -> dict[str, Tensor]:
         raise UserError("cannot fold: the norms still have a cap; call lift_cap(1), or let the schedule do it")
     family = family_of(model.config)
     norms = [name for name, module in model.named_modules() if isinstance(module, FreezableNorm)]
-    check_plain(model, norms=norms, projections=(NormedProjection, ReadingProjection))
+    check_plain(model, norms=norms, replaced=(NormedProjection, ReadingProjection, CappedEmbedding))
     readers = family.readers(model.config.num_hidden_layers)
     replaced = tuple(f"{path}." for path in (*readers, *norms))
     state = {
@@ -373,6 +388,10 @@ def fold(model: PreTrainedModel) -> dict[str, Tensor]:
             reader, norm.weight, norm.bias, _sigma(norm, reader), input_first=family.is_input_first(path)
         )
         state |= {f"{path}.{part}": value for part, value in folded.items()}
+    if sites.embedding is not None:
+        path = f"{family.body}.{family.embeddings[0]}"
+        del state[f"{path}.limit"]
+        state[f"{path}.weight"] = sites.embedding.folded().clone()
     return state
 
 
@@ -388,11 +407,24 @@ def _sigma(norm: FreezableNorm, reader: nn.Module) -> Tensor:
     return torch.cat((for_qk.expand(2 * width // heads), for_v.expand(width // heads))).repeat(heads)
 
 
+def _cap_embedding(model: PreTrainedModel, family: Family, ratio: float) -> None:
+    """Put a `CappedEmbedding` in the place of the embedding."""
+    if len(family.embeddings) > 1:
+        raise UserError(
+            f"an embedding_cap is for models whose residual stream begins with the token's embedding alone, and a {family.title} adds "
+            "position embeddings; leave it out"
+        )
+    path = f"{family.body}.{family.embeddings[0]}"
+    own = model.get_submodule(path)
+    assert isinstance(own, nn.Embedding), type(own)
+    model.set_submodule(path, CappedEmbedding(own, ratio=ratio, centred=family.centred))
+
+
 def _check_no_hooks(model: PreTrainedModel, family: Family) -> None:
     """Raises UserError when a module that `install` replaces has hooks, which would be gone with it."""
     layers = model.config.num_hidden_layers
     maps = [f"{family.block(layer)}.{path}" for layer in range(layers) for path in family.qkv]
-    for path in sorted({*family.norms(layers).values(), *maps}):
+    for path in sorted({*family.norms(layers).values(), *maps, f"{family.body}.{family.embeddings[0]}"}):
         module = model.get_submodule(path)
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
             raise UserError(

@@ -161,7 +161,14 @@ def _objective(recipe: Recipe, shape: ArchitectureSpec) -> Objective:
             as_teacher(copy.deepcopy(model), spec.precision), spec.distillation, spec.distillation_lag
         )
     schedule = recipe.schedule
-    install(model, eot_token_id=0, median=spec.std_statistic == "median", cap=schedule.cap, keep=schedule.keep)
+    install(
+        model,
+        eot_token_id=0,
+        median=spec.std_statistic == "median",
+        cap=schedule.cap,
+        embedding_cap=schedule.embedding_cap,
+        keep=schedule.keep,
+    )
     return Objective(model, eot_token_id=0, auxiliary=Auxiliary.of(spec), distillation=distillation).train()
 
 

@@ -277,6 +277,7 @@ def removal_session(context: RunContext, recipe: Recipe, inputs: Inputs) -> Iter
         bos_token_id=first_token(inputs.tokenizer, inputs.model.config),
         median=spec.std_statistic == "median",
         cap=recipe.schedule.cap,
+        embedding_cap=recipe.schedule.embedding_cap,
         keep=recipe.schedule.keep,
     )
     if spec.lora_rank is not None:
