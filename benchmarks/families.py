@@ -3,11 +3,12 @@
     ln-prepare python-source --tokenizer tiny --max-tokens 4000000 --out /tmp/python
     python benchmarks/families.py --tokens /tmp/python --out /tmp/families
 
-Each family has a model of 4 layers, by default of width 128, trained on Python source with Muon. Its norms are removed twice on the
-same batches: "staged" is the schedule of recipe `tiny`, in which every site begins one step after the one before, and in "together"
-all sites begin in step 1. Both have that recipe's losses, with the original as the teacher. The control is fine-tuned on the same
-batches with its norms. All runs are complete ones: folded, verified, exported, scored and reported. What is done already is not done
-again.
+Each family has a model of 4 layers, by default of width 128, trained on Python source with Muon. Its norms are removed on the same
+batches by several methods: "staged" is the schedule of recipe `tiny`, in which every site begins one step after the one before, and
+in "together" all sites begin in step 1. Both have that recipe's losses, with the original as the teacher. "gated", for models with a
+gated MLP, has the schedule and the pulls of recipe `gated`, and the learning rate and the teacher of the others. The control is
+fine-tuned on the same batches with its norms. All runs are complete ones: folded, verified, exported, scored and reported. What is
+done already is not done again.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from measuring import RESULTS, machine
 
+from ln_removal.config.family_parts import FAMILY_PARTS
 from ln_removal.config.presets import with_layers, with_steps
 from ln_removal.config.recipe import Recipe, load_recipe, with_overrides
 from ln_removal.evaluation import results as results_file
@@ -40,16 +42,20 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 """What each model has of its own in [architecture]: SmolLM2 and the small Qwen2.5 share keys and tie their unembedding."""
 
-SCHEDULES: dict[str, dict[str, Any]] = {
+METHODS: dict[str, dict[str, Any]] = {
     "staged": {},
     "together": {
-        **dict.fromkeys(("ln_2_gap", "qk_gap", "v_gap"), 0),
-        **dict.fromkeys(("ln_2_start", "qk_start", "v_start", "ln_f_at"), 1),
-        "taper": 19,
-        "special_taper": 49,
+        **dict.fromkeys(("schedule.ln_2_gap", "schedule.qk_gap", "schedule.v_gap"), 0),
+        **dict.fromkeys(("schedule.ln_2_start", "schedule.qk_start", "schedule.v_start", "schedule.ln_f_at"), 1),
+        "schedule.taper": 19,
+        "schedule.special_taper": 49,
     },
+    "gated": {},
 }
-"""Changes to the schedule of recipe `tiny`, of 200 steps."""
+"""Changes to recipe `tiny`, of 200 steps; "gated" takes them from that recipe."""
+
+TAKEN = ("std_statistic", "auxiliary_weight", "auxiliary_early", "outlier_weight", "outlier_ratio")
+"""What "gated" has from [training] of that recipe."""
 
 
 def pretraining(family: str, steps: int, width: int) -> Recipe:
@@ -79,12 +85,21 @@ def pretraining(family: str, steps: int, width: int) -> Recipe:
     return with_steps(recipe, steps)
 
 
-def removal(model: Path, schedule: str, steps: int, changes: dict[str, Any]) -> Recipe:
-    """The recipe of a removal: `tiny`, fitted to the depth, with one of SCHEDULES."""
-    recipe = with_layers(load_recipe("tiny", {"model": str(model), "name": schedule}), written_for=6, n_layer=LAYERS)
-    changed = {f"schedule.{key}": value for key, value in SCHEDULES[schedule].items()}
+def removal(model: Path, method: str, steps: int, changes: dict[str, Any]) -> Recipe:
+    """The recipe of a removal: `tiny`, fitted to the depth, changed by one of METHODS."""
+    recipe = with_layers(load_recipe("tiny", {"model": str(model), "name": method}), written_for=6, n_layer=LAYERS)
+    changed = dict(METHODS[method])
+    if method == "gated":
+        taken = with_steps(load_recipe("gated"), recipe.training.steps)
+        changed = {f"training.{key}": getattr(taken.training, key) for key in TAKEN}
+        changed["schedule"] = taken.schedule.model_dump(exclude_none=True) if taken.schedule is not None else {}
     changed |= {"data.context": CONTEXT, "training.compile": False, "export.formats": ["normfree"]}
     return with_overrides(with_steps(with_overrides(recipe, changed), steps), changes)
+
+
+def methods_of(family: str) -> list[str]:
+    """The methods for a family: "gated" for gated MLPs alone."""
+    return [method for method in METHODS if method != "gated" or FAMILY_PARTS[family].gated]
 
 
 def run_family(family: str, given: argparse.Namespace) -> dict[str, Any]:
@@ -101,11 +116,11 @@ def run_family(family: str, given: argparse.Namespace) -> dict[str, Any]:
             progress="lines",
         )
     found: dict[str, Any] = {"runs": {}}
-    for number, schedule in enumerate(SCHEDULES):
-        out = place / schedule
+    for number, method in enumerate(methods_of(family)):
+        out = place / method
         began = time.perf_counter()
         results = remove(
-            removal(place / "pretrained" / "model", schedule, given.steps, given.changes),
+            removal(place / "pretrained" / "model", method, given.steps, given.changes),
             out,
             tokens=given.tokens,
             control=number == 0,  # the second one would be the same
@@ -117,7 +132,7 @@ def run_family(family: str, given: argparse.Namespace) -> dict[str, Any]:
         losses = results.cross_entropy
         if number == 0:
             found |= {"original": losses.original, "control": losses.control}
-        found["runs"][schedule] = {
+        found["runs"][method] = {
             "cross_entropy": losses.ln_free,
             "gap": losses.ln_free - found["control"],
             "seconds": round(time.perf_counter() - began, 1),
@@ -136,13 +151,14 @@ def results_recipe(out: Path) -> dict[str, Any]:
 def table(families: dict[str, dict[str, Any]]) -> str:
     """Markdown: one row a family."""
     lines = [
-        "| family | original | control | " + " | ".join(f"LN-free, {name} | gap" for name in SCHEDULES) + " |",
-        "|---|" + "---:|" * (2 + 2 * len(SCHEDULES)),
+        "| family | original | control | " + " | ".join(f"LN-free, {name} | gap" for name in METHODS) + " |",
+        "|---|" + "---:|" * (2 + 2 * len(METHODS)),
     ]
     for family, found in families.items():
         cells = [f"{found['original']:.4f}", f"{found['control']:.4f}"]
-        for run in found["runs"].values():
-            cells += [f"{run['cross_entropy']:.4f}", f"{run['gap']:+.4f}"]
+        for method in METHODS:
+            run = found["runs"].get(method)
+            cells += ["", ""] if run is None else [f"{run['cross_entropy']:.4f}", f"{run['gap']:+.4f}"]
         lines.append(f"| {family} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

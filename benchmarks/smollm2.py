@@ -7,10 +7,11 @@
 The text files have one document a line, as {"text": ...}. All sites taper together; `PHASES` says how. The mix rises by one step
 only after a step with a gradient norm below CALM. Each phase begins with the mix, the weights and the moments of the one before.
 Every step is a line in OUT.jsonl, and OUT.pt is a checkpoint with which the same command continues. Held-out cross-entropy is
-measured with the cap and without it. `--control` trains on the same text with all norms, without a teacher and without a pull.
+measured with the cap and without it. At the end the cap is lifted, and the folded model is saved in OUT. `--control` trains on the
+same text with all norms, without a teacher and without a pull.
 
-This is an exploration of a training that `schedule.cap` is for. It is written out as a loop because the mix waits and the
-weights change from phase to phase, which no recipe can say.
+These are the phases of an exploration (docs/LOG.md), whose parts were run one after the other by hand. Recipe `gated` is what came
+of it. It is written out as a loop because the mix waits and the weights change from phase to phase, which no recipe can say.
 """
 
 from __future__ import annotations
@@ -28,19 +29,12 @@ from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from ln_removal.models.attention import fused_attention
-from ln_removal.norms.surgery import NormSites, install
-from ln_removal.training.loss import (
-    Auxiliary,
-    Distillation,
-    Objective,
-    as_teacher,
-    constant_of,
-    constant_std_loss,
-    outlier_loss,
-)
+from ln_removal.models.norm_free import from_folded
+from ln_removal.norms.surgery import NormSites, fold, install
+from ln_removal.training.loss import Auxiliary, Distillation, Objective, as_teacher
 
 CONTEXT, ROWS, END_OF_TEXT = 256, 4, 0
-RATE, MOMENTUM, CALM = 1e-4, 0.9, 20.0
+RATE, DECAY_STEPS, MOMENTUM, CALM, EMBEDDING_CAP = 1e-4, 120, 0.9, 20.0, 1.15
 EVALUATED_ROWS, EVALUATE_EVERY = 16, 20
 
 
@@ -53,46 +47,30 @@ class Phase:
         mix: at its beginning.
         rise: by which the mix rises after a calm step, up to 1.
         cap: of all norms, see `ln_removal.norms.freezable`.
-        pull, outlier: weights of `constant_std_loss` and `outlier_loss`.
-        outlying: the ratio to the constant beyond which a position is outlying.
-        early: factor on both weights at the norms of the first six layers.
+        pull: towards the constants, see `Auxiliary`.
     """
 
     until: int
     mix: float
     rise: float
     cap: float
-    pull: float
-    outlier: float
-    outlying: float = 1.5
-    early: float = 1.0
+    pull: Auxiliary
+
+
+def _pull(weight: float, outlier: float, ratio: float = 1.5, early: float = 1.0) -> Auxiliary:
+    return Auxiliary(weight, "constants", "all", outlier, ratio, early)
 
 
 PHASES = (
-    Phase(50, 0.0, 0.0, 2.0, 0.03, 0.3),  # shrink the massive activations while all norms are real
-    Phase(100, 0.0, 1 / 121, 2.0, 0.03, 0.3),
-    Phase(150, 0.2, 1 / 101, 2.0, 0.1, 3.0),
-    Phase(200, 0.634, 1 / 101, 1.4, 0.2, 3.0),
-    Phase(280, 1.0, 0.0, 1.4, 0.5, 6.0, outlying=1.2),
-    Phase(300, 1.0, 0.0, 1.4, 1.0, 10.0, outlying=1.1),
-    Phase(340, 1.0, 0.0, 1.4, 1.0, 10.0, outlying=1.1, early=6.0),
-    Phase(600, 1.0, 0.0, 1.4, 2.0, 20.0, outlying=1.1, early=6.0),
+    Phase(50, 0.0, 0.0, 2.0, _pull(0.03, 0.3)),  # shrink the massive activations while all norms are real
+    Phase(100, 0.0, 1 / 121, 2.0, _pull(0.03, 0.3)),
+    Phase(150, 0.2, 1 / 101, 2.0, _pull(0.1, 3.0)),
+    Phase(200, 0.634, 1 / 101, 1.4, _pull(0.2, 3.0)),
+    Phase(280, 1.0, 0.0, 1.4, _pull(0.5, 6.0, 1.2)),
+    Phase(300, 1.0, 0.0, 1.4, _pull(1.0, 10.0, 1.1)),
+    Phase(340, 1.0, 0.0, 1.4, _pull(1.0, 10.0, 1.1, 6.0)),
+    Phase(640, 1.0, 0.0, 1.4, _pull(2.0, 20.0, 1.1, 6.0)),
 )
-
-
-class PulledObjective(Objective):
-    """An objective whose pull towards the constants has the weights of a phase."""
-
-    phase = PHASES[0]
-
-    def _auxiliary_loss(self, inputs: Tensor, documents: dict[str, Any]) -> Tensor:
-        losses = []
-        for number, (norm, residual) in enumerate(self._read):
-            constant, known = constant_of(norm)
-            pull = self.phase.pull * constant_std_loss(residual, constant, centred=False)
-            outlying = outlier_loss(residual, constant, centred=False, outlying=math.log(self.phase.outlying))
-            losses.append(known * (pull + self.phase.outlier * outlying) * (self.phase.early if number < 12 else 1.0))
-        return torch.stack(losses).mean()
 
 
 class Run:
@@ -103,11 +81,13 @@ class Run:
         self.out: Path = options.out
         self.model = LlamaForCausalLM.from_pretrained(options.model, dtype=torch.float32)
         self.teacher = as_teacher(copy.deepcopy(self.model), "bfloat16")
-        self.sites: NormSites = install(self.model, eot_token_id=END_OF_TEXT, median=True, cap=PHASES[0].cap)
-        self.objective = PulledObjective(
+        self.sites: NormSites = install(
+            self.model, eot_token_id=END_OF_TEXT, median=True, cap=PHASES[0].cap, embedding_cap=EMBEDDING_CAP
+        )
+        self.objective = Objective(
             self.model,
             eot_token_id=END_OF_TEXT,
-            auxiliary=None if self.control else Auxiliary(1.0, "constants", "all", 1.0),
+            auxiliary=None if self.control else PHASES[0].pull,
             distillation=None if self.control else Distillation(self.teacher, 0.8, 1e-3),
         )
         for model in (self.model, self.teacher):
@@ -125,8 +105,9 @@ class Run:
 
     def enter(self, phase: Phase) -> None:
         """Begin a phase."""
-        self.phase = self.objective.phase = phase
-        self.mix = phase.mix
+        self.phase, self.mix = phase, phase.mix
+        if not self.control:
+            self.objective.auxiliary = phase.pull
         for norm in self.sites.norms.values():
             norm.cap = phase.cap
 
@@ -145,7 +126,7 @@ class Run:
         """One optimizer step; figures for the log."""
         self.freeze()
         for group in self.optimizer.param_groups:
-            group["lr"] = RATE * min(1.0, (self.step + 1) / 10)
+            group["lr"] = RATE * min(1.0, (self.step + 1) / 10, max(0.1, (PHASES[-1].until - self.step) / DECAY_STEPS))
         chosen = [int(self.order[(self.step * ROWS + row) % len(self.order)]) for row in range(ROWS)]
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = self.objective(self.text[chosen])
@@ -240,6 +221,9 @@ def main() -> None:
                     run.save()
                 for row in rows:
                     print(json.dumps(row), file=log, flush=True)
+    if not run.control:
+        run.sites.lift_cap(1)
+        from_folded(run.model.config, fold(run.model)).save_pretrained(options.out)
 
 
 def _windows(path: Path, tokenizer: Any) -> Tensor:
