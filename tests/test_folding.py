@@ -194,6 +194,10 @@ class TestFold:
             sites.set_special(special, 1)
         with pytest.raises(UserError, match="cap"):
             fold(tiny_gpt2)
+        sites.lift_cap(0.5)
+        lifted = [float(norm.cap_lifted) for norm in sites.norms.values()]
+        assert lifted == [1, 1, 1, 0.5, 0, 0, 0], "one norm after the other"
+        assert sites.has_cap()
         sites.lift_cap(1)
         assert fold(tiny_gpt2)
 

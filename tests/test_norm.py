@@ -370,6 +370,20 @@ class TestCap:
         norm.eval()(x)
         assert norm.over_cap == 3, "only training is counted"
 
+    @pytest.mark.parametrize("lifted", [0.0, 0.5, 1.0])
+    def test_its_gradient_is_that_of_the_formula_also_when_it_is_lifted(self, lifted: float) -> None:
+        norm = capped_norm(2.0, bias=False)
+        norm.cap_lifted.fill_(lifted)
+        sizes = torch.tensor([0.5, 1.9, 2.1, 9.0], dtype=torch.float64)[:, None]
+        x = (stream(1, 4, dtype=torch.float64) * sizes).requires_grad_()
+        norm(x).square().sum().backward()
+        by_hand = x.detach().clone().requires_grad_()
+        std = (by_hand.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        bound = torch.inf if lifted == 1 else 2.0 / (1 - lifted)
+        frozen = torch.where(std > bound, by_hand / std * bound if lifted < 1 else by_hand, by_hand)
+        (frozen * norm.weight).square().sum().backward()
+        torch.testing.assert_close(x.grad, by_hand.grad)
+
     def test_a_checkpoint_knows_how_far_it_is_lifted(self) -> None:
         norm, other = capped_norm(2.0, bias=True), capped_norm(2.0, bias=True)
         norm.cap_lifted.fill_(0.75)

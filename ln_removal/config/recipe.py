@@ -70,7 +70,7 @@ class ScheduleSpec(_Spec):
     n_layer * gap), unless its own start is given. `eot_after` counts from ln_f, `first_after` from the drop of the
     end-of-text constant. `taper` is the number of intermediate steps between LayerNorm and constant (0: at once);
     `special_taper` the same for the constants of the special positions. With a `cap` no norm gives more than that many
-    times its usual size, until cap_after steps after everything is constant; then the cap rises to infinity. An
+    times its usual size, until cap_after steps after everything is constant; then the caps are lifted within cap_taper steps. An
     `embedding_cap` bounds the rows of the embedding to that many times the first constant (see norms/embedding.py). With
     `on_spike` = "wait" nothing new begins while the loss spikes (see training/divergence.py).
     """

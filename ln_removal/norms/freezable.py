@@ -259,10 +259,12 @@ class FreezableNorm(nn.Module):
         scale = torch.where(mix == 1, constants.reciprocal()[classes].unsqueeze(-1), between)
         if self.cap is None:
             return scale
-        most = self.cap / (1 - self.cap_lifted) * torch.exp(-log_variance / 2)
+        # Finite also where the cap is lifted: there an infinite bound, which is not chosen, would give a gradient that is not a number.
+        most = self.cap / (1 - self.cap_lifted).clamp(min=1e-6) * torch.exp(-log_variance / 2)
+        acts = (self.cap_lifted < 1) & (scale > most)
         if self.training:
-            self.over_cap.add_((scale > most).sum())
-        return torch.minimum(scale, most)
+            self.over_cap.add_(acts.sum())
+        return torch.where(acts, most, scale)
 
     @torch.no_grad()
     def _observe(self, variance: Tensor, classes: Tensor) -> None:

@@ -202,15 +202,18 @@ class NormSites:
             norm.write_dropped(_CLASS_OF_SPECIAL[which], dropped)
 
     def lift_cap(self, share: float) -> None:
-        """Raise the cap of all norms to cap / (1 - share): 0 is the one of `install`, 1 is none. Norms without a cap stay as they are.
+        """Lift the cap of one norm after the other, in the order of the residual stream: at 0 none is lifted, at 1 all are.
+
+        With N norms that of norm i, from 0, is cap / (1 - v) with v = share * N - i, limited to [0, 1]. The norms behind still have
+        their caps, so what grows without one is bounded, and the pulls see it. Norms without a cap stay as they are.
 
         Raises:
             UserError: the share is outside [0, 1].
         """
         _check_fraction(share, "lifted share of the cap")
-        for norm in self.norms.values():
+        for number, norm in enumerate(self.norms.values()):
             if norm.cap is not None:
-                norm.cap_lifted.fill_(share)
+                norm.cap_lifted.fill_(min(1.0, max(0.0, share * len(self.norms) - number)))
 
     def has_cap(self) -> bool:
         """Whether a cap may still act. Waits for the device."""
