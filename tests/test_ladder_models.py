@@ -17,11 +17,13 @@ from ln_removal.errors import UserError
 from ln_removal.export.convert import to_bridge
 from ln_removal.export.verify import logits_error
 from ln_removal.export.write import export_model
+from ln_removal.models.attention import fused_attention
 from ln_removal.models.families import blocks_of
 from ln_removal.models.layout import check_supported
 from ln_removal.models.loading import load_model
 from ln_removal.models.norm_choice import build_model
 from ln_removal.models.norm_free import from_norm_choice
+from ln_removal.training.loss import Objective
 from ln_removal.training.optimizers import SpectralCap, build_optimizers
 
 LAYERS, HEADS, WIDTH, WORDS = 3, 2, 32, 320
@@ -300,3 +302,26 @@ def test_the_cap_follows_matrices_that_change() -> None:
         cap.step()
     largest = max(map(rms_norm_of, maps_of(model).values()))
     assert 1.9 < largest <= 2.0 * 1.03
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {**FREE, **MEANS, "biases": "paper", "activation": "relu"},
+        {"block_norm": "dyt", "final_norm": "derf", "qk_norm": True},
+    ],
+)
+def test_a_step_is_one_graph_with_the_same_loss_and_gradients(choices: dict[str, Any], ids: Tensor) -> None:
+    gradients = []
+    for compiled in (False, True):
+        objective = Objective(built(**choices), eot_token_id=None)
+        with fused_attention(objective.model):
+            step: Any = objective
+            if compiled:
+                torch.compiler.reset()
+                step = torch.compile(objective, backend="aot_eager", fullgraph=True, dynamic=False)
+            loss = step(ids).total
+            loss.backward()
+        gradients.append([parameter.grad for parameter in objective.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
