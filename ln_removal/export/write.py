@@ -351,10 +351,10 @@ def _trained_without_norms(model: PreTrainedModel, name: str) -> PreTrainedModel
     """The LN-free form of a model that ln-pretrain trained without any norm, compared with it."""
     try:
         converted = from_norm_choice(model)
-    except UserError as error:
-        raise UserError(f"{name}: {error}") from error
-    wide = [copy.deepcopy(one).double() for one in (model, converted)]
-    error = logits_error(*wide, _check_tokens(converted, rows=2))
+    except UserError as fault:
+        raise UserError(f"{name}: {fault}") from fault
+    wide, own = (copy.deepcopy(one).double() for one in (model, converted))
+    error = logits_error(wide, own, _check_tokens(converted, rows=2))
     if not error <= TOLERANCE:
         raise ExportError(f"{name}: the LN-free form's logits differ from the model's by {error:.2e} relative")
     return converted

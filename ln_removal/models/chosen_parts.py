@@ -128,10 +128,10 @@ class GainedConv1D(Conv1D):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., inputs) to (..., outputs)."""
-        rows = x.view(-1, self.nx)
-        out = torch.mm(rows, self.weight) if self.bias is None else torch.addmm(self.bias, rows, self.weight)
-        gain = self.initial if self.learned is None else self.learned.to(out.dtype)
-        return (out * gain).view(*x.shape[:-1], self.nf)
+        # The weights are smaller than the outputs of a batch.
+        rows, weight = x.view(-1, self.nx), self.weight * self.gain
+        out = torch.mm(rows, weight) if self.bias is None else torch.addmm(self.bias * self.gain, rows, weight)
+        return out.view(*x.shape[:-1], self.nf)
 
 
 class QueryKeyNorm(nn.Module):
@@ -221,9 +221,12 @@ class Scale(nn.Module):
 
 def in_the_norms_place(kind: str, width: int) -> nn.Module | None:
     """What stands where a norm was: an identity for "none", or DyT or Derf; None where the LayerNorm stays."""
-    made = {"none": nn.Identity, "dyt": lambda: DynamicTanh(width), "derf": lambda: DynamicErf(width)}
-    assert kind == "layernorm" or kind in made, kind
-    return None if kind == "layernorm" else made[kind]()
+    if kind == "dyt":
+        return DynamicTanh(width)
+    if kind == "derf":
+        return DynamicErf(width)
+    assert kind in ("layernorm", "none"), kind
+    return nn.Identity() if kind == "none" else None
 
 
 def branch_gain(n_layer: int) -> float:
@@ -263,7 +266,7 @@ def keep_the_streams_size(model: PreTrainedModel) -> None:
     for block in model.base_model.h:
         for path, deviation in deviations.items():
             module = block.get_submodule(path)
-            matrix = module[0].weight if isinstance(module, nn.Sequential) else module.weight
+            matrix = (module[0] if isinstance(module, nn.Sequential) else module).get_parameter("weight")
             before = drawn
             if path.endswith("c_proj") and config.residual_gain == "none":
                 deviation *= branch_gain(config.n_layer)

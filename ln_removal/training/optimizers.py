@@ -151,8 +151,10 @@ def to_step(optimizers: list[torch.optim.Optimizer], bad: Tensor) -> list[torch.
     for optimizer in optimizers:
         if isinstance(optimizer, torch.optim.AdamW):
             optimizer.found_inf = bad  # type: ignore[attr-defined]
-    unconditional = [optimizer for optimizer in optimizers if isinstance(optimizer, (torch.optim.AdamW, SpectralCap))]
-    return optimizers if len(unconditional) == len(optimizers) or not bad else unconditional
+    always = (torch.optim.AdamW, SpectralCap)
+    if all(isinstance(optimizer, always) for optimizer in optimizers) or not bad:
+        return optimizers
+    return [optimizer for optimizer in optimizers if isinstance(optimizer, always)]
 
 
 def learning_rate_at(step: int, spec: TrainingSpec) -> float:
