@@ -17,6 +17,7 @@ from small_model import write_corpus, write_model
 from typer.testing import CliRunner
 
 from ln_removal.data.tokens import TokenDataset
+from ln_removal.errors import UserError
 from ln_removal.models.loading import load_model
 from ln_removal.models.norm_choice import learnable_slopes
 
@@ -221,6 +222,11 @@ def test_a_gpt2_without_any_norm_resumes_bit_for_bit_and_is_an_ln_free_model(opt
     export = importlib.import_module("ln_removal.cli.export").app
     result = CliRunner().invoke(export, [str(out), "--out", str(tmp_path / "free")], prog_name="ln-export")
     assert result.exit_code == 0, result.output
+    from ln_removal.export.hub import HubTarget
+    from ln_removal.pipelines.publishing import export_files
+
+    with pytest.raises(UserError, match="hf upload alice/free"):
+        export_files(tmp_path / "free", str(out), HubTarget("alice/free", private=False), form="normfree")
     free, bridge = load_model(tmp_path / "free").model, load(out).original
     assert type(free).__name__ == "NormFreeGPT2LMHeadModel" and bridge is not None
     assert bridge.cfg.normalization_type is None
