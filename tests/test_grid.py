@@ -26,7 +26,7 @@ from ln_removal.config.recipe import load_recipe
 from ln_removal.config.sweep import Arm, Sweep
 from ln_removal.data.tokens import TokenDataset
 from ln_removal.pipelines import pretraining, sweep
-from ln_removal.report.sweep_table import RunResult, SweepTable, build_table, write_result
+from ln_removal.report.sweep_table import RunResult, SweepTable, build_table, read_result, write_result
 from ln_removal.training.session import sampler_of
 
 BASE = """
@@ -135,7 +135,7 @@ def test_what_a_grid_leaves(finished: tuple[Path, dict[str, Any]]) -> None:
 
 
 def test_what_was_seen_while_a_run_trained_is_in_its_result_and_in_the_table(
-    finished: tuple[Path, dict[str, Any]],
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     out, printed = finished
     for name in RUNS:
@@ -147,6 +147,8 @@ def test_what_was_seen_while_a_run_trained_is_in_its_result_and_in_the_table(
         assert seen["last"] == evaluations[4] and seen["best"] == min(evaluations.values())
         assert evaluations[seen["best_step"]] == seen["best"]
         assert seen["largest_norm"] == max(max(row["residual_norm"]) for row in observations)
+        last = [row for row in rows if row["kind"] == "train"][-1]
+        assert seen["tokens_per_second"] == last["tokens_per_second"]
         heads = np.array(observations[-1]["entropy"])
         assert seen["overloaded"] == pytest.approx(np.mean(heads > 0.9 * math.lgamma(17) / 16))
     for arm in printed["arms"]:
@@ -154,6 +156,13 @@ def test_what_was_seen_while_a_run_trained_is_in_its_result_and_in_the_table(
         assert arm["best_evaluation"] == pytest.approx(np.mean([math.exp(one["best"]) for one in seeds]))
         assert arm["largest_norm"] == max(one["largest_norm"] for one in seeds)
     assert "| while training | last evaluation | best evaluation |" in (out / "table.md").read_text()
+    # A result of an older version gets it from the metrics.
+    older = json.loads((out / RUNS[0] / "result.json").read_text())
+    seen = older.pop("seen")
+    shutil.copytree(out / RUNS[0], tmp_path / "older", symlinks=True)
+    (tmp_path / "older" / "result.json").write_text(json.dumps(older))
+    found = read_result(tmp_path / "older")
+    assert found is not None and found.seen.model_dump() == seen
 
 
 def test_perplexity_is_that_of_the_written_model(finished: tuple[Path, dict[str, Any]]) -> None:

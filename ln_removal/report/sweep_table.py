@@ -29,7 +29,7 @@ from ln_removal.config.estimate import readable_duration
 from ln_removal.config.sweep import Sweep
 from ln_removal.errors import UserError
 from ln_removal.files.atomic import write_json_atomically
-from ln_removal.files.metrics_log import METRICS_FILE, metrics_rows, rows_of_run
+from ln_removal.files.metrics_log import METRICS_FILE, last_logged, metrics_rows, rows_of_run
 from ln_removal.report.tables import as_it_is, markdown_table, text_table
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ class SeenInTraining(BaseModel):
         best_step: the number of steps before the best one.
         overloaded: share of heads whose attention entropy was in the overload band at the last observation.
         largest_norm: of the residual stream, the mean over positions of its L2 norm at the place and step where it is largest.
+        tokens_per_second: of the last session, without its first step, which may compile, and without evaluations.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -62,6 +63,7 @@ class SeenInTraining(BaseModel):
     best_step: int | None = None
     overloaded: float | None = None
     largest_norm: float | None = None
+    tokens_per_second: float | None = None
 
 
 def seen_in_training(run: Path) -> SeenInTraining:
@@ -87,6 +89,7 @@ def seen_in_training(run: Path) -> SeenInTraining:
         best_step=best_step,
         overloaded=overloaded,
         largest_norm=max(norms, default=None),
+        tokens_per_second=last_logged(run / METRICS_FILE).get("tokens_per_second"),
     )
 
 
@@ -123,12 +126,14 @@ class RunResult(BaseModel):
 
     @property
     def tokens_per_second(self) -> float:
-        """Speed of the training; 0 where nothing was timed."""
+        """Speed of the training, without compiling where the metrics say so; 0 where nothing was timed."""
+        if self.seen.tokens_per_second is not None:
+            return self.seen.tokens_per_second
         return self.tokens / self.seconds if self.seconds else 0.0
 
 
 def read_result(directory: Path) -> RunResult | None:
-    """The result of a run, or None while it is not over.
+    """The result of a run, or None while it is not over. What an older version did not write is read from the metrics.
 
     Raises:
         UserError: the file does not hold a result.
@@ -137,9 +142,10 @@ def read_result(directory: Path) -> RunResult | None:
     if not path.is_file():
         return None
     try:
-        return RunResult.model_validate_json(path.read_bytes())
+        found = RunResult.model_validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:
         raise UserError(f"{path} is damaged; remove it, and --resume measures that run again") from error
+    return found if found.seen.tokens_per_second else found.model_copy(update={"seen": seen_in_training(directory)})
 
 
 def write_result(directory: Path, result: RunResult) -> None:
