@@ -197,6 +197,18 @@ def test_nans_by_layer_and_none_in_words(runs: Path) -> None:
     assert found["residual_norm"][1][-1] is None
 
 
+def test_a_training_from_the_inside_in_one_figure(runs: Path) -> None:
+    shown = done("ln-analyze training unstable table/ln/seed-0 layers --out figures").stdout
+    are_figures(runs / "figures", "training")
+    assert "unstable" in shown and "layers" in shown
+    found = analysis_tables.training_json(read_observations([runs / "unstable", runs / "table/ln/seed-0"]))
+    # In the unstable run the three heads of layer 3 are NaN at the end, and of the others one of three is overloaded in even layers.
+    assert [one["overloaded"] for one in found] == [pytest.approx(2 / 12), pytest.approx(2 / 12)]
+    assert found[0]["mean_entropy"] is None and found[1]["mean_entropy"] == pytest.approx(LARGEST * (1.65 + 1.3) / 6)
+    assert found[0]["largest_residual_norm"] == {"value": 5.0, "step": 0} == found[1]["largest_residual_norm"]
+    assert found[0]["residual_norm"][1][-1] is None and found[0]["slopes"] == [[], [], []]
+
+
 def test_slopes_of_network_and_layers(runs: Path) -> None:
     shown = done("ln-analyze slopes network layers unstable --out figures").stdout  # one of three has none
     are_figures(runs / "figures", "slopes")

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks" / "gpu"))
 
 from growth_estimate import ASSUMED, architecture, read, run_of, token_seconds
+from int8 import as_linear, described, kind_of
 from measuring import RESULTS, machine
 from removal import finished, identity, write_table
 from removal_quality import show, stays_below, table
@@ -25,7 +26,9 @@ from revival_throughput import figures, ratio
 from soak import growth, thinned
 from train_throughput import _earlier_runs, _whole
 
+from ln_removal.config.recipe import ArchitectureSpec
 from ln_removal.evaluation.prompts import KINDS
+from ln_removal.models.norm_choice import build_model
 
 
 def test_growth_is_that_of_medians_after_the_warm_up() -> None:
@@ -162,3 +165,29 @@ def test_every_weight_goes_to_the_peer_once_and_its_other_biases_are_zero() -> N
     assert all(not theirs[name].any() for name in zeros)
     moved = sum(tensor.numel() for name, tensor in theirs.items() if name not in zeros)
     assert moved == sum(tensor.numel() for tensor in state.values())
+
+
+@pytest.mark.parametrize(
+    "means", [{}, {"residual_gain": "learned", "initialisation": "unit", "qk_norm": True, "biases": "paper"}]
+)
+def test_a_gpt2_of_linear_maps_computes_the_same(means: dict[str, Any]) -> None:
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 8, "vocab_size": 40, "block_norm": "none"}
+    model = build_model(ArchitectureSpec.model_validate(sizes | means), eot_token_id=0).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1)
+        ids = torch.arange(16).view(2, 8)
+        expected = model(ids).logits
+        torch.testing.assert_close(as_linear(model)(ids).logits, expected, rtol=1e-5, atol=1e-4)
+    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    assert len(linear) == 2 * 4 + 1 and all(map(kind_of, linear))
+
+
+def test_outliers_are_described_by_their_formulas() -> None:
+    normal = torch.randn(500, 64, generator=torch.Generator().manual_seed(0))
+    found = described(normal)
+    assert found["kurtosis"] == pytest.approx(3, rel=0.05) and found["neurons"] == pytest.approx(1, rel=0.02)
+    one = torch.zeros(500, 64)
+    one[:, 3] = 5.0
+    assert described(one)["neurons"] == pytest.approx(64) and described(one)["ratio"] == math.inf
+    assert described(torch.tensor([[1.0, -2.0, 3.0, -10.0]]))["ratio"] == pytest.approx(10 / 3)

@@ -26,7 +26,7 @@ from ln_removal.config.recipe import load_recipe
 from ln_removal.config.sweep import Arm, Sweep
 from ln_removal.data.tokens import TokenDataset
 from ln_removal.pipelines import pretraining, sweep
-from ln_removal.report.sweep_table import RunResult, SweepTable, build_table, write_result
+from ln_removal.report.sweep_table import RunResult, SweepTable, build_table, read_result, write_result
 from ln_removal.training.session import sampler_of
 
 BASE = """
@@ -47,7 +47,11 @@ learning_rate = 1e-2
 precision = "float32"
 compile = false
 checkpoint_every = 2
+evaluate_every = 2
 evaluation_tokens = 256
+[observation]
+every = 2
+sequences = 2
 """
 RUNS = ("one-layer-seed0", "two-layers-seed0", "one-layer-seed1", "two-layers-seed1")
 
@@ -128,6 +132,37 @@ def test_what_a_grid_leaves(finished: tuple[Path, dict[str, Any]]) -> None:
     markdown = (out / "table.md").read_text()
     two = printed["arms"][1]
     assert f"| two layers | {two['perplexity']:.3f} ({two['change_percent']:+.2f} %) |" in markdown
+
+
+def test_what_was_seen_while_a_run_trained_is_in_its_result_and_in_the_table(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    out, printed = finished
+    for name in RUNS:
+        rows = [json.loads(line) for line in (out / name / "metrics.jsonl").read_text().splitlines()]
+        evaluations = {row["step"]: row["cross_entropy"] for row in rows if row["kind"] == "evaluation"}
+        observations = [row for row in rows if row["kind"] == "observation"]
+        seen = json.loads((out / name / "result.json").read_text())["seen"]
+        assert list(evaluations) == [2, 4] and len(observations) == 3
+        assert seen["last"] == evaluations[4] and seen["best"] == min(evaluations.values())
+        assert evaluations[seen["best_step"]] == seen["best"]
+        assert seen["largest_norm"] == max(max(row["residual_norm"]) for row in observations)
+        last = [row for row in rows if row["kind"] == "train"][-1]
+        assert seen["tokens_per_second"] == last["tokens_per_second"]
+        heads = np.array(observations[-1]["entropy"])
+        assert seen["overloaded"] == pytest.approx(np.mean(heads > 0.9 * math.lgamma(17) / 16))
+    for arm in printed["arms"]:
+        seeds = [figures["seen"] for figures in arm["runs"]]
+        assert arm["best_evaluation"] == pytest.approx(np.mean([math.exp(one["best"]) for one in seeds]))
+        assert arm["largest_norm"] == max(one["largest_norm"] for one in seeds)
+    assert "| while training | last evaluation | best evaluation |" in (out / "table.md").read_text()
+    # A result of an older version gets it from the metrics.
+    older = json.loads((out / RUNS[0] / "result.json").read_text())
+    seen = older.pop("seen")
+    shutil.copytree(out / RUNS[0], tmp_path / "older", symlinks=True)
+    (tmp_path / "older" / "result.json").write_text(json.dumps(older))
+    found = read_result(tmp_path / "older")
+    assert found is not None and found.seen.model_dump() == seen
 
 
 def test_perplexity_is_that_of_the_written_model(finished: tuple[Path, dict[str, Any]]) -> None:
@@ -440,6 +475,11 @@ def test_means_changes_and_spreads_by_hand() -> None:
     assert (base.perplexity_spread, other.perplexity_spread) == (pytest.approx(2.0), pytest.approx(2.0))
     assert other.change_percent_spread == pytest.approx(6.25)
     assert other.seconds == pytest.approx(10.5) and other.tokens_per_second == pytest.approx((100 + 1000 / 11) / 2)
+
+
+def test_the_spread_of_three_seeds_is_their_standard_error() -> None:
+    (row,) = table_of({"a": [4.0, 5.0, 9.0]}).rows
+    assert row.perplexity_spread == pytest.approx(math.sqrt((4 + 1 + 9) / 2 / 3))
 
 
 def test_changes_count_only_seeds_that_both_have() -> None:

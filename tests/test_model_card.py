@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
@@ -189,10 +190,23 @@ def recipe_in(directory: Path) -> Recipe:
             "with a learned slope, one a layer, in its MLPs.",
             "ordinary",
         ),
+        (
+            {
+                "block_norm": "dyt",
+                "final_norm": "derf",
+                "initialisation": "unit",
+                "residual_gain": "learned",
+                "qk_norm": True,
+            },
+            "with DyT in its blocks and Derf in front of the unembedding, GELU in its MLPs. What a branch adds to the residual "
+            "stream is multiplied with a learned scalar. The embeddings are multiplied with a constant, so that the residual "
+            "stream began at a root mean square of 1. Queries and keys have an RMSNorm for every head.",
+            "ordinary",
+        ),
     ],
 )
 def test_base_model_card_says_what_was_chosen(
-    tmp_path: Path, changes: dict[str, str], expected: str, absent: str
+    tmp_path: Path, changes: dict[str, Any], expected: str, absent: str
 ) -> None:
     recipe = load_recipe("tiny-gpt2", {f"architecture.{key}": value for key, value in changes.items()})
     write_base_model_card(tmp_path, recipe, cross_entropy=3.25, bits_per_byte=None, validation_tokens=1000)

@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from click.testing import Result
 from small_model import write_corpus, write_model
 from typer.testing import CliRunner
 
+from ln_removal.data.tokens import TokenDataset
+from ln_removal.errors import UserError
 from ln_removal.models.loading import load_model
 from ln_removal.models.norm_choice import learnable_slopes
 
@@ -173,8 +176,6 @@ def test_the_entropy_penalty_brings_heads_and_thresholds_together_and_they_survi
     before, after = first - 0.5 * math.log(32), last - thresholds * math.log(32)
     assert float(before.abs().min()) > 0.5 and float(after.abs().max()) < 0.3
     assert float((thresholds - 0.5).abs().min()) > 0.05
-    import shutil
-
     shutil.rmtree("penalised/state/step-000020")
     shutil.rmtree("penalised/model")
     resumed = done("ln-pretrain --steps 20 --out penalised --resume", **changes)
@@ -182,6 +183,55 @@ def test_the_entropy_penalty_brings_heads_and_thresholds_together_and_they_survi
     # The exported model is what was chosen, and knows nothing of thresholds.
     with safe_open(Path("penalised/model/model.safetensors"), "pt") as file:
         assert not [name for name in file.keys() if "thresholds" in name]  # noqa: SIM118
+
+
+WITHOUT_ANY_NORM = {
+    "architecture__block_norm": "none",
+    "architecture__final_norm": "none",
+    "architecture__activation": "relu",
+    "architecture__residual_gain": "learned",
+    "architecture__initialisation": "unit",
+    "training__spectral_cap": 1.2,
+    "training__checkpoint_every": 6,
+}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_gpt2_without_any_norm_resumes_bit_for_bit_and_is_an_ln_free_model(optimizer: str, tmp_path: Path) -> None:
+    from safetensors import safe_open
+
+    from ln_removal.evaluation.loss import cross_entropy
+    from ln_removal.interpret.models import load
+
+    settings = {**WITHOUT_ANY_NORM, "training__optimizer": optimizer}
+    out = Path(f"bare-{optimizer}")
+    whole = done(f"ln-pretrain --steps 12 --out {out}", **settings)
+    trained = (out / "model" / "model.safetensors").read_bytes()
+    losses = [row["loss"] for row in rows(str(out), "train")]
+    assert losses[-1] < losses[0] - 0.1
+    # The vectors of the cap are those of the step before.
+    last = max((out / "state" / "step-000012").glob("optimizer-*.safetensors"))
+    with safe_open(last, "pt") as file:
+        assert {name.partition(".")[2] for name in file.keys()} == {"vector"}  # noqa: SIM118
+    shutil.rmtree(out / "state" / "step-000012")
+    shutil.rmtree(out / "model")
+    resumed = done(f"ln-pretrain --steps 12 --out {out} --resume", **settings)
+    assert resumed["cross_entropy"] == whole["cross_entropy"]
+    assert (out / "model" / "model.safetensors").read_bytes() == trained
+    # Exported, it scores the same. The analyses take the run itself.
+    export = importlib.import_module("ln_removal.cli.export").app
+    result = CliRunner().invoke(export, [str(out), "--out", str(tmp_path / "free")], prog_name="ln-export")
+    assert result.exit_code == 0, result.output
+    from ln_removal.export.hub import HubTarget
+    from ln_removal.pipelines.publishing import export_files
+
+    with pytest.raises(UserError, match="hf upload alice/free"):
+        export_files(tmp_path / "free", str(out), HubTarget("alice/free", private=False), form="normfree")
+    free, bridge = load_model(tmp_path / "free").model, load(out).original
+    assert type(free).__name__ == "NormFreeGPT2LMHeadModel" and bridge is not None
+    assert bridge.cfg.normalization_type is None
+    data = TokenDataset.open(out / "tokens").split("validation")
+    assert cross_entropy(free, data, context=32).cross_entropy == pytest.approx(whole["cross_entropy"], abs=1e-5)
 
 
 def test_float16_has_the_gradients_of_float32() -> None:

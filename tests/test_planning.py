@@ -362,7 +362,7 @@ def test_names_are_printed_as_they_are(tmp_path: Path) -> None:
     name = "my [v2] [red]table[/][:key:]"
     directory = write_config(tmp_path / "models [v2] :key:", SMALL)
     recipe = recipe_for(directory, {"name": name, "data.context": 32})
-    base = "\n".join(f"{key} = {value}" for key, value in SMALL.model_dump().items() if isinstance(value, int))
+    base = "\n".join(f"{key} = {value}" for key, value in SMALL.model_dump().items() if type(value) is int)
     (tmp_path / "base.toml").write_text(
         f'model = "m"\n[data]\ncorpus = "c"\ncontext = 32\n[architecture]\n{base}\n[training]\nsteps = 9\n'
         "tokens_per_step = 64\nwarmup_steps = 1\nlearning_rate = 1e-3\n"

@@ -352,6 +352,12 @@ learning_rate = 1e-3
         ({"observation.every": 0}, "observation.every"),
         ({"observation.sequences": 4}, "observation.every"),
         ({"training.entropy_tolerance": 1.0}, "training.entropy_tolerance"),
+        ({"training.spectral_cap": 0.0}, "training.spectral_cap"),
+        ({"architecture.residual_gain": 0.3}, "architecture.residual_gain"),
+        (
+            {"architecture.family": "pythia", "architecture.n_embd": 48, "architecture.qk_norm": True},
+            "architecture.qk_norm",
+        ),
     ],
 )
 def test_faults_of_an_architecture(tmp_path: Path, overrides: dict[str, object], key: str) -> None:
@@ -360,9 +366,10 @@ def test_faults_of_an_architecture(tmp_path: Path, overrides: dict[str, object],
     assert fault.partition(":")[0] == key
 
 
-def test_a_removal_has_no_entropy_penalty(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"training\.entropy_weight"):
-        load_recipe("tiny", {"training.entropy_weight": 1e-5})
+@pytest.mark.parametrize("key", ["training.entropy_weight", "training.spectral_cap"])
+def test_a_removal_has_no_entropy_penalty_and_no_cap_of_matrices(key: str) -> None:
+    with pytest.raises(UserError, match=key):
+        load_recipe("tiny", {key: 1e-5})
 
 
 def changed(name: str, overrides: dict[str, object]) -> dict[str, object]:

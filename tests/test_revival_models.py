@@ -132,15 +132,24 @@ def test_with_norms_biases_and_no_slope_it_is_transformers_own_class(
             "n_head": st.integers(1, 3),
             "vocab_size": st.integers(2, 60),
             "n_positions": st.integers(1, 20),
-            "block_norm": st.sampled_from(["layernorm", "none"]),
-            "final_norm": st.sampled_from(["layernorm", "none"]),
+            "block_norm": st.sampled_from(["layernorm", "none", "dyt", "derf"]),
+            "final_norm": st.sampled_from(["layernorm", "none", "dyt", "derf"]),
             "biases": st.sampled_from(["all", "paper"]),
             "activation": st.sampled_from(ACTIVATIONS),
         }
     ),
     network=st.booleans(),
+    means=st.fixed_dictionaries(
+        {
+            "residual_gain": st.sampled_from(["none", "fixed", "learned"]),
+            "initialisation": st.sampled_from(["gpt2", "unit"]),
+            "qk_norm": st.booleans(),
+        }
+    ),
 )
-def test_parameters_are_counted_as_they_are(choices: dict[str, Any], network: bool) -> None:
+def test_parameters_are_counted_as_they_are(choices: dict[str, Any], network: bool, means: dict[str, Any]) -> None:
+    if choices["family"] == "gpt2":
+        choices |= means
     if network and choices["activation"] == "learnable_leaky_relu":
         choices["slopes"] = "network"
     architecture = ArchitectureSpec.model_validate({**choices, "n_embd": 8 * choices["n_head"]})

@@ -139,6 +139,30 @@ def nans(
     analysis.print_figures(figures)
 
 
+def training(
+    runs: RunsArgument,
+    out: OutOption = None,
+    as_json: console.JsonOption = False,
+    debug: console.DebugOption = False,
+) -> None:
+    """Entropy, stream and gradients of several runs over the steps, in one figure with a row for each run.
+
+    \b
+    Examples:
+      ln-analyze training checkpoints/ladder/*-seed0 --out figures
+    """
+    from ln_removal.interpret.entropies import output_directory, runs_of
+    from ln_removal.report import analysis_tables, plots
+
+    found = runs_of(runs)
+    figures = analysis.draw({"training": lambda: plots.training_over_steps(found)}, output_directory(out, runs))
+    if as_json:
+        _print_json(analysis_tables.training_json(found), figures)
+        return
+    console.wide_console().print(analysis_tables.training_table(found))
+    analysis.print_figures(figures)
+
+
 def slopes(
     runs: RunsArgument,
     out: OutOption = None,
@@ -185,6 +209,7 @@ app = console.build_group(
     HELP,
     entropy=entropy,
     nans=nans,
+    training=training,
     slopes=slopes,
     dla=dla,
     paths=paths,

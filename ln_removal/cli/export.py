@@ -18,8 +18,8 @@ SourceArgument = Annotated[
     str,
     typer.Argument(
         metavar="RUN|MODEL",
-        help="A run of ln-remove, the directory of an LN-free model, or a published LN-free model (disarmed norms): its "
-        "directory or Hub id.",
+        help="A run of ln-remove, or of ln-pretrain without any norm; the directory of an LN-free model; or a published LN-free "
+        "model (disarmed norms): its directory or Hub id.",
         show_default=False,
     ),
 ]

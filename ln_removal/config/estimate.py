@@ -139,7 +139,8 @@ def count_parameters(shape: ArchitectureSpec) -> int:
     """
     rows = shape.vocab_size * (1 if shape.is_tied else 2) + (shape.n_positions if shape.parts.learned_positions else 0)
     layer = block_matrices(shape) + _biases(shape) + 2 * _norm(shape, shape.block_norm)
-    layer += 2 * shape.width_of_head if shape.parts.norms_of_heads else 0
+    layer += 2 * shape.width_of_head if shape.parts.norms_of_heads or shape.qk_norm else 0
+    layer += 2 if shape.residual_gain == "learned" else 0
     count = rows * shape.n_embd + shape.n_layer * layer + _norm(shape, shape.final_norm)
     if shape.activation == "learnable_leaky_relu":
         count += shape.n_layer if shape.slopes == "layer" else 1
@@ -174,8 +175,9 @@ def _biases(shape: ArchitectureSpec) -> int:
 
 
 def _norm(shape: ArchitectureSpec, kind: str) -> int:
-    """Parameters of one norm: a LayerNorm has a bias, an RMSNorm none."""
-    return {"layernorm": 2, "rmsnorm": 1, "none": 0}[kind] * shape.n_embd
+    """Parameters of one norm, or of what is in its place: an RMSNorm has no bias, DyT and Derf have one and two scalars."""
+    vectors, scalars = {"layernorm": (2, 0), "rmsnorm": (1, 0), "none": (0, 0), "dyt": (2, 1), "derf": (2, 2)}[kind]
+    return vectors * shape.n_embd + scalars
 
 
 def flops_per_token(shape: ArchitectureSpec, context: int) -> int:

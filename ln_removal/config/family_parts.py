@@ -9,6 +9,9 @@ from typing import Any, Literal
 REVIVAL_CHOICES = ("block_norm", "final_norm", "biases", "activation", "negative_slope", "slopes")
 """Keys of [architecture] that change what a GPT-2 or a Pythia is made of; see models/norm_choice.py."""
 
+LADDER_CHOICES = ("residual_gain", "initialisation", "qk_norm")
+"""Keys of [architecture] for a GPT-2 that trains without norms; see models/chosen_parts.py."""
+
 SHAPE_CHOICES = ("n_kv_head", "n_inner", "head_width", "tied", "attention_bias", "mlp_bias")
 """Keys of [architecture] that not every family takes."""
 
@@ -40,7 +43,9 @@ class FamilyParts:
 
 
 FAMILY_PARTS = {
-    "gpt2": FamilyParts("layernorm", "gelu", False, True, True, "all", True, ("n_inner", "tied", *REVIVAL_CHOICES)),
+    "gpt2": FamilyParts(
+        "layernorm", "gelu", False, True, True, "all", True, ("n_inner", "tied", *REVIVAL_CHOICES, *LADDER_CHOICES)
+    ),
     "pythia": FamilyParts(
         "layernorm", "gelu", False, False, False, "all", True, ("n_inner", "tied", "attention_bias", *REVIVAL_CHOICES)
     ),

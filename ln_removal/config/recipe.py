@@ -129,6 +129,7 @@ class TrainingSpec(_Spec):
     distillation_end: Annotated[float, Field(ge=0, le=1)] | None = None  # that share in the last step; None: the same
     entropy_weight: NonNegativeFloat = 0.0  # of the attention entropy penalty, see attention.EntropyRegulariser
     entropy_tolerance: Annotated[float, Field(ge=0, lt=1)] = 0.2  # gamma: what it lets pass, as a share of log T
+    spectral_cap: PositiveFloat | None = None  # of the matrices in the blocks, see optimizers.SpectralCap; None: none
     precision: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     compile: bool | Literal["auto"] = "auto"
     evaluate_every: PositiveInt = 50
@@ -137,12 +138,17 @@ class TrainingSpec(_Spec):
     keep_checkpoints: PositiveInt = 2
 
 
+NormChoice = Literal["layernorm", "rmsnorm", "none", "dyt", "derf"]
+"""A norm, none, or a function in its place that looks at no statistic of the token."""
+
+
 class ArchitectureSpec(_Spec):
     """The model to pretrain from scratch, or the sizes of a model: a GPT-2, a Pythia (GPT-NeoX), a Llama, a Qwen2 or 3.
 
     With nothing chosen it is the family's published architecture (see `FAMILY_PARTS`). `block_norm` is in front of attention and
     MLP, `final_norm` in front of the unembedding. `biases` "paper" leaves those of queries and keys only (and of norms).
     `negative_slope` is that of a leaky ReLU, or where a learnable one begins; `slopes` says whether each layer learns its own.
+    `residual_gain`, `initialisation` and `qk_norm` are means to train without norms; see models/chosen_parts.py.
     """
 
     family: Literal["gpt2", "pythia", "llama", "qwen2", "qwen3"] = "gpt2"
@@ -157,12 +163,15 @@ class ArchitectureSpec(_Spec):
     tied: bool | None = None  # whether the unembedding is the embedding; None: as the family
     attention_bias: bool | None = None  # for all maps of attention; None: as the family
     mlp_bias: bool | None = None
-    block_norm: Literal["layernorm", "rmsnorm", "none"] = "layernorm"
-    final_norm: Literal["layernorm", "rmsnorm", "none"] = "layernorm"
+    block_norm: NormChoice = "layernorm"
+    final_norm: NormChoice = "layernorm"
     biases: Literal["all", "paper"] = "all"
     activation: Literal["gelu", "silu", "relu", "leaky_relu", "learnable_leaky_relu"] = "gelu"
     negative_slope: float = 0.01
     slopes: Literal["layer", "network"] = "layer"
+    residual_gain: Literal["none", "fixed", "learned"] = "none"
+    initialisation: Literal["gpt2", "unit"] = "gpt2"
+    qk_norm: bool = False
 
     @model_validator(mode="before")
     @classmethod
@@ -178,8 +187,9 @@ class ArchitectureSpec(_Spec):
     def is_plain(self) -> bool:
         """Whether transformers' own class can be it: all norms, all biases, and an activation without a slope."""
         norm = self.parts.norm
-        chosen = (self.block_norm, self.final_norm, self.biases)
-        return chosen == (norm, norm, "all") and self.activation in (self.parts.activation, "relu")
+        chosen = (self.block_norm, self.final_norm, self.biases, self.residual_gain, self.initialisation, self.qk_norm)
+        plain = (norm, norm, "all", "none", "gpt2", False)
+        return chosen == plain and self.activation in (self.parts.activation, "relu")
 
     @property
     def is_tied(self) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
-from ln_removal.config.family_parts import FAMILY_PARTS, REVIVAL_CHOICES, SHAPE_CHOICES
+from ln_removal.config.family_parts import FAMILY_PARTS, LADDER_CHOICES, REVIVAL_CHOICES, SHAPE_CHOICES
 
 REMOVED_KEYS = {
     "schedule.layers": "first to last",
@@ -200,6 +200,10 @@ def _family_faults(value: Callable[[str], Any], family: str | None) -> list[str]
     for key in SHAPE_CHOICES:
         if (found := value(f"architecture.{key}")) is not None and key not in parts.choices:
             faults.append(f"architecture.{key}: {family!r} has no such choice, found {found!r}; leave it out")
+    for key, off in zip(LADDER_CHOICES, ("none", "gpt2", False), strict=True):
+        if key not in parts.choices and (found := value(f"architecture.{key}")) not in (None, off):
+            rule = f"can be chosen for 'gpt2' only, and the family is {family!r}"
+            faults.append(f"architecture.{key}: {rule}; found {found!r}; leave it out, or change the family")
     for key in REVIVAL_CHOICES:
         found = value(f"architecture.{key}")
         usual = own.get(key, {"biases": "all", "negative_slope": 0.01, "slopes": "layer"}.get(key))
@@ -241,8 +245,9 @@ def _removal_faults(value: Callable[[str], Any]) -> list[str]:
             for key in ("cap_after", "cap_taper")
             if (found := value(f"schedule.{key}"))
         ]
-    if value("training.entropy_weight"):
-        faults.append("training.entropy_weight: a removal, a recipe with [schedule], has none; leave it out")
+    for key in ("training.entropy_weight", "training.spectral_cap"):
+        if value(key):
+            faults.append(f"{key}: a removal, a recipe with [schedule], has none; leave it out")
     share, end = value("training.distillation"), value("training.distillation_end")
     if share == 0 and end:
         advice = "set that above 0, or leave this out"

@@ -41,7 +41,7 @@ from ln_removal.errors import UserError
 from ln_removal.export.stock import EPSILON, NORM_WEIGHT
 from ln_removal.export.verify import TOLERANCE, ExportError, position_errors, readers
 from ln_removal.models.bridge import as_bridge, is_bridged
-from ln_removal.models.families import family_of, is_norm_free
+from ln_removal.models.families import family_of, is_norm_choice, is_norm_free
 from ln_removal.models.layout import DISARMING_EPSILON, check_supported
 from ln_removal.models.norm_free import from_folded
 from ln_removal.norms.surgery import fold_into
@@ -225,8 +225,8 @@ def to_bridge(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None 
 
     Args:
         model: an LN-free model of this project; a published one, or our stock form, with disarmed norms, which is
-            converted first; or a model of a known family that still has its norms. It is left as it is: the bridge gets modules
-            of its own that share the weights (a conversion makes new ones).
+            converted first; a model of a known family that still has its norms; or one that was trained without any norm. It is
+            left as it is: the bridge gets modules of its own that share the weights (a conversion makes new ones).
         tokenizer: for `to_tokens`, `generate` from text and the like; none is looked for if it is left out.
 
     Returns:
@@ -236,7 +236,8 @@ def to_bridge(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None 
         UserError: the model is of no known family, has freezable norms, holds an adapter, or is in a bridge already; or
             TransformerLens would not compute what it computes.
     """
-    if isinstance(model, PreTrainedModel) and not is_bridged(model) and not is_norm_free(model.config):
+    as_it_is = isinstance(model, PreTrainedModel) and (is_norm_free(model.config) or is_norm_choice(model.config))
+    if isinstance(model, PreTrainedModel) and not is_bridged(model) and not as_it_is:
         check_supported(model)
         model = from_disarmed(model) if has_disarmed_norms(model) else model
     return as_bridge(model, tokenizer)

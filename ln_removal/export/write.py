@@ -1,7 +1,8 @@
 """Write LN-free models to disk: folded and verified first, then under a temporary name and renamed, so nothing is half there.
 
 A model comes from a training that has just ended, from a run (folded from its newest checkpoint where it was not exported
-yet), from an LN-free model's directory, or from a published LN-free model with disarmed norms, here or on the Hub.
+yet), from a model that ln-pretrain trained without any norm, from an LN-free model's directory, or from a published LN-free model
+with disarmed norms, here or on the Hub.
 
 `ln-export --with-code` puts the model's code beside its weights, for a transformers without ln-removal. transformers runs such
 a file only when the user passes trust_remote_code=True. With ln-removal imported it is not needed, and what is loaded is the
@@ -30,9 +31,9 @@ from ln_removal.export.stock import check_stock_form, stock_config, to_stock
 from ln_removal.export.verify import TOLERANCE, ExportError, logits_error, verify_export
 from ln_removal.files.atomic import check_room, is_full, shortage, written_whole
 from ln_removal.files.hub import is_hub_id, one_line
-from ln_removal.models.families import family_of, is_norm_free
+from ln_removal.models.families import family_of, is_norm_choice, is_norm_free
 from ln_removal.models.loading import quiet_transformers
-from ln_removal.models.norm_free import from_folded, norm_free_config
+from ln_removal.models.norm_free import from_folded, from_norm_choice, norm_free_config
 from ln_removal.models.precision import export_bytes
 from ln_removal.models.registration import MODEL_CLASSES
 from ln_removal.norms.surgery import fold
@@ -327,6 +328,8 @@ def open_source(
         # A configuration of our own, without a modelling file's entries.
         model = loaded.model
         return from_folded(model.config, model.state_dict(), model.generation_config), loaded.tokenizer
+    if is_norm_choice(loaded.model.config):
+        return _trained_without_norms(loaded.model, name), loaded.tokenizer
     if model_type != family.model_type:
         raise UserError(
             f"{name} is a {model_type} model, which has nothing left to fold; load it as it is (its README.md says how)"
@@ -342,6 +345,19 @@ def open_source(
     except UserError as error:
         raise type(error)(f"{name}: {error}") from error
     return converted, loaded.tokenizer
+
+
+def _trained_without_norms(model: PreTrainedModel, name: str) -> PreTrainedModel:
+    """The LN-free form of a model that ln-pretrain trained without any norm, compared with it."""
+    try:
+        converted = from_norm_choice(model)
+    except UserError as fault:
+        raise UserError(f"{name}: {fault}") from fault
+    wide, own = (copy.deepcopy(one).double() for one in (model, converted))
+    error = logits_error(wide, own, _check_tokens(converted, rows=2))
+    if not error <= TOLERANCE:
+        raise ExportError(f"{name}: the LN-free form's logits differ from the model's by {error:.2e} relative")
+    return converted
 
 
 def _check_tokens(model: PreTrainedModel, *, rows: int, length: int = CHECK_TOKENS) -> Tensor:

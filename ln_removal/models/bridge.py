@@ -13,9 +13,9 @@ import torch
 from transformers import PreTrainedModel
 
 from ln_removal.errors import UserError
-from ln_removal.models.families import is_norm_free
+from ln_removal.models.families import is_norm_choice, is_norm_free
 from ln_removal.models.layout import check_plain, check_supported, is_disarmed
-from ln_removal.models.norm_free import built, from_folded
+from ln_removal.models.norm_free import built, from_folded, from_norm_choice
 
 TOKENS = 16
 """Positions of the sequence on which a bridge is compared with its model."""
@@ -34,8 +34,9 @@ def as_bridge(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None 
     """Put a TransformerBridge around a model with all its norms, or around one without any norm.
 
     Args:
-        model: of a known family (`models.families`), a class of transformers, or an LN-free model of this project. It is left as
-            it is: the bridge gets modules of its own that share the model's weights.
+        model: of a known family (`models.families`), a class of transformers, an LN-free model of this project, or one that was
+            trained without any norm. It is left as it is: the bridge gets modules of its own that share the model's weights
+            (new ones for a model that was trained without norms).
         tokenizer: for `to_tokens`, `generate` from text and the like; none is looked for if it is left out.
 
     Returns:
@@ -106,6 +107,8 @@ def _own_modules(model: PreTrainedModel) -> Any:
     if isinstance(model, PreTrainedModel) and is_norm_free(model.config):
         check_plain(model, norms=())
         return from_folded(model.config, model.state_dict())
+    if isinstance(model, PreTrainedModel) and is_norm_choice(model.config):
+        return from_norm_choice(model)
     family = check_supported(model)
     if type(model).__name__ != family.model_class:
         raise UserError(

@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 NORM_FREE = "normfree_"
 """Begins the model_type of an LN-free model; the family's own follows."""
 
-_PREFIXES = (NORM_FREE, "revival_")
+NORM_CHOICE = "revival_"
+"""Begins the model_type of a model of norm_choice.py, which may have norms or none."""
+
+_PREFIXES = (NORM_FREE, NORM_CHOICE)
 
 
 @dataclass(frozen=True)
@@ -243,6 +246,11 @@ def known_family(config: PretrainedConfig) -> Family | None:
 def is_norm_free(config: PretrainedConfig) -> bool:
     """Whether a configuration is of an LN-free model that this project has folded."""
     return str(config.model_type).startswith(NORM_FREE)
+
+
+def is_norm_choice(config: PretrainedConfig) -> bool:
+    """Whether a configuration is of a model that was built here to train with other norms, biases or activations."""
+    return str(config.model_type).startswith(NORM_CHOICE)
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:

@@ -3,11 +3,18 @@
 Underneath are transformers' own classes: attention, rotary positions, generation, saving and loading are theirs. Llama and
 Qwen2 are built as they are. In a GPT-2 or a Pythia, what is chosen in the configuration replaces modules when the model is built:
 
-    block_norm, final_norm   "layernorm", or "none": an identity
+    block_norm, final_norm   "layernorm", "none" (an identity), "dyt" or "derf" (see chosen_parts.py)
     biases                   "all", or "paper": queries and keys have a bias, values and the other projections have none
     activation               "gelu" (the family's own), "relu", "leaky_relu" or "learnable_leaky_relu"
     negative_slope           of leaky ReLU; where training of a learnable one begins
     slopes                   "layer": a learnable slope for each layer; "network": one for all, and only one parameter
+
+and in a GPT-2 alone, for a model that trains without any norm:
+
+    residual_gain            "none", "fixed" or "learned": what attention and MLP are multiplied with before they are added to the
+                             stream, 1 / sqrt(2 n_layer), or a scalar for each of them that begins there
+    initialisation           "gpt2", or "unit": the stream begins with a root mean square of 1 and keeps it
+    qk_norm                  an RMSNorm of the queries and keys of every head
 
 Without LayerNorm this is the architecture of Jha & Reagen 2024 (arXiv 2410.09637), who keep the final norm. With the paper's
 biases the matrices also begin as in their code: a standard deviation of `initializer_range` for all of them, GPT-2's projections
@@ -19,16 +26,13 @@ The leaky ReLU has a slope that is fixed, learned for each layer, or learned onc
 
 Jha & Reagen (section 3) train the slope, from 0.01, to see which activation a model without LayerNorm asks for. GELU and
 ReLU are transformers' own.
-
-Shape legend: D model width, H heads, K width of one head.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.gpt2.configuration_gpt2 import GPT2Config
 from transformers.models.gpt2.modeling_gpt2 import GPT2LMHeadModel
@@ -40,9 +44,21 @@ from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2ForCausalLM
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM
-from transformers.pytorch_utils import Conv1D
 
-from ln_removal.config.family_parts import REVIVAL_CHOICES
+from ln_removal.config.family_parts import LADDER_CHOICES, REVIVAL_CHOICES
+from ln_removal.models.chosen_parts import (
+    BiaslessConv1D,
+    GainedConv1D,
+    LearnableLeakyReLU,
+    QueryKeyBiasConv1D,
+    QueryKeyBiasLinear,
+    QueryKeyNorm,
+    Scale,
+    branch_gain,
+    embedding_scale,
+    in_the_norms_place,
+    keep_the_streams_size,
+)
 from ln_removal.models.families import SIZES
 
 if TYPE_CHECKING:
@@ -51,75 +67,10 @@ if TYPE_CHECKING:
     from ln_removal.config.recipe import ArchitectureSpec
 
 
-class LearnableLeakyReLU(nn.Module):
-    """Leaky ReLU whose negative slope is a parameter: a scalar of shape (), which optimizers here do not decay.
-
-    Args:
-        initial: the slope before training.
-    """
-
-    def __init__(self, initial: float) -> None:
-        super().__init__()
-        self.initial = initial
-        self.slope = nn.Parameter(torch.tensor(float(initial)))
-
-    def reset_parameters(self) -> None:
-        """Back to the slope before training."""
-        nn.init.constant_(self.slope, self.initial)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Any shape; the type of `x`, whatever that of the slope."""
-        return torch.where(x > 0, x, x * self.slope.to(x.dtype))
-
-    def extra_repr(self) -> str:
-        """What printing a model shows of it."""
-        return f"initial={self.initial}"
-
-
 def learnable_slopes(model: nn.Module) -> dict[str, Tensor]:
     """The learnable slopes of a model by parameter name, each once: one for the network, one a layer, or none at all."""
     modules = {f"{name}.slope": module for name, module in model.named_modules()}
     return {name: module.slope for name, module in modules.items() if isinstance(module, LearnableLeakyReLU)}
-
-
-class QueryKeyBiasConv1D(Conv1D):
-    """GPT-2's c_attn, (D) to (3 D) in the order queries, keys, values, with a bias of (2 D) for the first two."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__(3 * width, width)
-        self.bias = nn.Parameter(torch.zeros(2 * width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., D) to (..., 3 D)."""
-        bias = F.pad(self.bias, (0, self.nx))
-        return torch.addmm(bias, x.view(-1, self.nx), self.weight).view(*x.shape[:-1], self.nf)
-
-
-class BiaslessConv1D(Conv1D):
-    """Conv1D, `inputs` to `outputs`, without a bias."""
-
-    def __init__(self, outputs: int, inputs: int) -> None:
-        super().__init__(outputs, inputs)
-        del self.bias
-        self.register_parameter("bias", None)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., inputs) to (..., outputs)."""
-        return torch.mm(x.view(-1, self.nx), self.weight).view(*x.shape[:-1], self.nf)
-
-
-class QueryKeyBiasLinear(nn.Linear):
-    """GPT-NeoX's query_key_value, (D) to (3 D) in the order head by head: queries, keys, values, with a bias of (2 H K)."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__(width, 3 * width, bias=False)
-        self.heads = heads
-        self.bias = nn.Parameter(torch.zeros(2 * width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., D) to (..., 3 D)."""
-        by_head = self.bias.view(self.heads, -1)
-        return F.linear(x, self.weight, F.pad(by_head, (0, by_head.shape[1] // 2)).flatten())
 
 
 class RevivalGPT2Config(GPT2Config):
@@ -133,6 +84,9 @@ class RevivalGPT2Config(GPT2Config):
     activation: str = "gelu"
     negative_slope: float = 0.01
     slopes: str = "layer"
+    residual_gain: str = "none"
+    initialisation: str = "gpt2"
+    qk_norm: bool = False
 
 
 class RevivalGPTNeoXConfig(GPTNeoXConfig):
@@ -160,21 +114,30 @@ class RevivalGPT2LMHeadModel(GPT2LMHeadModel):
         super().__init__(config)
         width = config.n_embd
         for block in self.transformer.h:
-            if config.block_norm == "none":
-                block.ln_1, block.ln_2 = nn.Identity(), nn.Identity()
+            if config.block_norm != "layernorm":
+                block.ln_1 = in_the_norms_place(config.block_norm, width)
+                block.ln_2 = in_the_norms_place(config.block_norm, width)
+            # In this order: a Conv1D draws numbers when it is made, and all arms of a seed begin with the same matrices.
             if config.biases == "paper":
                 block.attn.c_attn = QueryKeyBiasConv1D(width)
-                block.attn.c_proj = BiaslessConv1D(width, width)
+            block.attn.c_proj = _projection(block.attn.c_proj, config)
+            if config.biases == "paper":
                 block.mlp.c_fc = BiaslessConv1D(block.mlp.c_fc.nf, width)
-                block.mlp.c_proj = BiaslessConv1D(width, block.mlp.c_proj.nx)
-        if config.final_norm == "none":
-            self.transformer.ln_f = nn.Identity()
+            block.mlp.c_proj = _projection(block.mlp.c_proj, config)
+            if config.qk_norm:
+                norm = QueryKeyNorm(config.n_head, width // config.n_head)
+                block.attn.c_attn = nn.Sequential(OrderedDict(map=block.attn.c_attn, norm=norm))
+        if config.final_norm != "layernorm":
+            self.transformer.ln_f = in_the_norms_place(config.final_norm, width)
+        if config.initialisation == "unit":
+            # What follows the sum of the two embeddings. Models are trained without dropout here.
+            self.transformer.drop = Scale(embedding_scale(config.initializer_range))
         _choose_activation(self.transformer, [block.mlp for block in self.transformer.h], config)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        _init_slope(module)
+        _init_scalar(module)
 
 
 class RevivalGPTNeoXForCausalLM(GPTNeoXForCausalLM):
@@ -189,21 +152,22 @@ class RevivalGPTNeoXForCausalLM(GPTNeoXForCausalLM):
         super().__init__(config)
         width = config.hidden_size
         for layer in self.gpt_neox.layers:
-            if config.block_norm == "none":
-                layer.input_layernorm, layer.post_attention_layernorm = nn.Identity(), nn.Identity()
+            if config.block_norm != "layernorm":
+                layer.input_layernorm = in_the_norms_place(config.block_norm, width)
+                layer.post_attention_layernorm = in_the_norms_place(config.block_norm, width)
             if config.biases == "paper":
                 layer.attention.query_key_value = QueryKeyBiasLinear(width, config.num_attention_heads)
                 layer.attention.dense = nn.Linear(width, width, bias=False)
                 layer.mlp.dense_h_to_4h = nn.Linear(width, config.intermediate_size, bias=False)
                 layer.mlp.dense_4h_to_h = nn.Linear(config.intermediate_size, width, bias=False)
-        if config.final_norm == "none":
-            self.gpt_neox.final_layer_norm = nn.Identity()
+        if config.final_norm != "layernorm":
+            self.gpt_neox.final_layer_norm = in_the_norms_place(config.final_norm, width)
         _choose_activation(self.gpt_neox, [layer.mlp for layer in self.gpt_neox.layers], config)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        _init_slope(module)
+        _init_scalar(module)
 
 
 def _choose_activation(body: nn.Module, mlps: list[Any], config: Any) -> None:
@@ -226,8 +190,17 @@ def _choose_activation(body: nn.Module, mlps: list[Any], config: Any) -> None:
             mlp.__dict__["act"] = body.activation
 
 
-def _init_slope(module: nn.Module) -> None:
-    if isinstance(module, LearnableLeakyReLU):
+def _projection(own: Any, config: Any) -> Any:
+    """GPT-2's projection into the residual stream, without its bias or with a gain where the configuration says so."""
+    bias = config.biases == "all"
+    if config.residual_gain != "none":
+        learned = config.residual_gain == "learned"
+        return GainedConv1D(own.nf, own.nx, bias=bias, initial=branch_gain(config.n_layer), learned=learned)
+    return own if bias else BiaslessConv1D(own.nf, own.nx)
+
+
+def _init_scalar(module: nn.Module) -> None:
+    if isinstance(module, (LearnableLeakyReLU, GainedConv1D)):
         module.reset_parameters()
 
 
@@ -270,9 +243,11 @@ def build_model(architecture: ArchitectureSpec, *, eot_token_id: int) -> PreTrai
             entries |= {"num_key_value_heads": architecture.n_kv_head or architecture.n_head}
             entries |= {"head_dim": architecture.width_of_head}
     if not architecture.is_plain:
-        entries |= architecture.model_dump(include=set(REVIVAL_CHOICES))
+        entries |= architecture.model_dump(include={*architecture.parts.choices} & {*REVIVAL_CHOICES, *LADDER_CHOICES})
     elif architecture.activation == "relu":
         entries["activation_function" if architecture.family == "gpt2" else "hidden_act"] = "relu"
     config_class, model_class = _CLASSES[architecture.family, architecture.is_plain]
     model: PreTrainedModel = model_class(config_class(**entries))
+    if architecture.initialisation == "unit":
+        keep_the_streams_size(model)
     return model

@@ -1,4 +1,4 @@
-"""Build the LN-free model of any family from its weights: what `fold` returns, or the state of such a model."""
+"""Build the LN-free model of any family from its weights: what `fold` returns, or a model that has no norms to begin with."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import CONFIG_MAPPING
 
-from ln_removal.models.families import family_of
+from ln_removal.config.family_parts import LADDER_CHOICES, REVIVAL_CHOICES
+from ln_removal.errors import UserError
+from ln_removal.models.families import Family, family_of
 from ln_removal.models.normfree_gpt2 import NormFreeGPT2Config
 from ln_removal.models.registration import MODEL_CLASSES
 
@@ -71,6 +75,77 @@ def from_folded(
     if generation_config is not None:
         model.generation_config = copy.deepcopy(generation_config)
     return model
+
+
+@torch.no_grad()
+def from_norm_choice(model: PreTrainedModel) -> PreTrainedModel:
+    """The LN-free model that computes what a model of norm_choice.py without any norm computes, in evaluation mode.
+
+    The gain of a branch is multiplied into its projection, and the scale of the embeddings into both of them, so that a tied
+    unembedding becomes a matrix of its own. Missing biases become zeros. Arithmetic is in float64.
+
+    Args:
+        model: without any norm. Not changed.
+
+    Raises:
+        UserError: the model still has a norm or something in a norm's place, or an activation that transformers has no name for.
+    """
+    config: Any = model.config
+    family = family_of(config)
+    if left := _what_is_left(config):
+        raise UserError(f"the model still has {' and '.join(left)}, so it is not an LN-free model; load it as it is")
+    activation = _activation_name(config, family)
+    scale = getattr(model.base_model.get_submodule("drop"), "factor", 1.0) if family.model_type == "gpt2" else 1.0
+    state = {
+        f"{family.body}.{name}.weight": model.base_model.get_submodule(name).weight.double() * scale
+        for name in family.embeddings
+    }
+    for layer in range(config.num_hidden_layers):
+        for path in (*family.qkv, *family.mlp, *family.others):
+            name = f"{family.block(layer)}.{path}"
+            module: Any = model.get_submodule(name)
+            gain = torch.as_tensor(getattr(module, "gain", 1.0), dtype=torch.float64)
+            state[f"{name}.weight"] = module.weight.double() * gain
+            state[f"{name}.bias"] = _whole_bias(module, family) * gain
+    state["lm_head.weight"] = model.lm_head.weight.double()
+    state["lm_head.bias"] = torch.zeros_like(state["lm_head.weight"][:, 0])
+    chosen = {*REVIVAL_CHOICES, *LADDER_CHOICES}
+    entries = {key: value for key, value in without_identity(config).items() if key not in chosen}
+    plain = CONFIG_MAPPING[family.model_type](**entries | {family.activation_field: activation})
+    own = {name: value.to(model.dtype, copy=True).contiguous() for name, value in state.items()}
+    return from_folded(plain, own, model.generation_config)
+
+
+def _what_is_left(config: Any) -> list[str]:
+    """The norms of a model of norm_choice.py and what is in their places, in words."""
+    titles = {"layernorm": "LayerNorm", "dyt": "DyT", "derf": "Derf"}
+    places = {"block_norm": "in its blocks", "final_norm": "in front of the unembedding"}
+    left = [f"{titles[kind]} {where}" for key, where in places.items() if (kind := getattr(config, key)) != "none"]
+    return left + (["an RMSNorm of queries and keys"] if getattr(config, "qk_norm", False) else [])
+
+
+def _activation_name(config: Any, family: Family) -> str:
+    """What transformers calls the activation."""
+    own = "gelu_new" if family.model_type == "gpt2" else "gelu"
+    names = {"gelu": own, "relu": "relu", "leaky_relu": "leaky_relu" if config.negative_slope == 0.01 else ""}
+    if not names.get(config.activation):
+        kind = "learned slopes" if "learnable" in config.activation else f"a slope of {config.negative_slope:g}"
+        raise UserError(
+            f"the model has leaky ReLUs with {kind}, which the LN-free form cannot have (its activations are GELU, ReLU, or leaky "
+            "ReLU with a slope of 0.01); load it as it is"
+        )
+    return names[config.activation]
+
+
+def _whole_bias(module: Any, family: Family) -> Tensor:
+    """The bias of a linear map in float64, with zeros for what it lacks."""
+    weight, bias = module.weight, module.bias
+    outputs = weight.shape[1] if family.input_first else weight.shape[0]
+    if bias is None:
+        return weight.new_zeros(outputs).double()
+    missing = outputs - len(bias)  # of the values
+    heads = module.heads if missing and family.joint == "heads" else 1
+    return F.pad(bias.double().view(heads, -1), (0, missing // heads)).flatten()
 
 
 def built(model_class: Any, config: PretrainedConfig, state: Mapping[str, Tensor]) -> PreTrainedModel:

@@ -102,8 +102,17 @@ def run_files(run: Path, target: HubTarget) -> Files:
 
 
 def export_files(directory: Path, source: str, target: HubTarget, *, form: Form) -> Files:
-    """The files of an exported model and a card, with scores and plots if the model comes from a run."""
+    """The files of an exported model and a card, with scores and plots if the model comes from a run.
+
+    Raises:
+        UserError: it comes from a run of ln-pretrain, which has no card of a removal.
+    """
     run = run_of(Path(source))
+    if run is not None and recipe_of(run).schedule is None:
+        raise UserError(
+            f"{source} is of a run of ln-pretrain, and cards are for what ln-remove has made LN-free; the exported model is "
+            f"in {directory}: upload it with `hf upload {target.repo_id} {directory}`"
+        )
     files = _model_files(directory)
     beside = {} if run is None else _beside(run)
     return files | beside | {"README.md": _card(files, source, run, target, form=form)}

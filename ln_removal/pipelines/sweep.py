@@ -47,6 +47,7 @@ from ln_removal.files.signals import Interrupted
 from ln_removal.pipelines.context import RunContext, run_context, with_tokenizer
 from ln_removal.pipelines.pretraining import prepare_tokens, pretrain_in
 from ln_removal.report.sweep_table import (
+    LARGEST_CROSS_ENTROPY,
     RESULT_FILE,
     TABLE_JSON,
     TABLE_MARKDOWN,
@@ -54,6 +55,7 @@ from ln_removal.report.sweep_table import (
     SweepTable,
     build_table,
     read_result,
+    seen_in_training,
     write_result,
     write_table,
 )
@@ -64,9 +66,6 @@ if TYPE_CHECKING:
 
 SWEEP_FILE = "grid.toml"
 """The resolved sweep, with every value of every arm's recipe."""
-
-LARGEST_CROSS_ENTROPY = 700.0
-"""In nats per token. Above it exp() is larger than any float, so the run counts as diverged."""
 
 
 @contextmanager
@@ -246,11 +245,13 @@ def _train(context: RunContext, recipe: Recipe, known: Mapping[str, Any]) -> Run
     try:
         done = pretrain_in(context, recipe)
     except DivergedError as error:
-        return RunResult(status="diverged", message=" ".join(str(error).split()), **known)
+        seen = seen_in_training(context.out)
+        return RunResult(status="diverged", message=" ".join(str(error).split()), seen=seen, **known)
     timed: dict[str, Any] = {
         "tokens": done.training.tokens,
         "seconds": done.training.seconds,
         "skipped_steps": done.training.skipped_steps,
+        "seen": seen_in_training(context.out),
     }
     if not done.cross_entropy < LARGEST_CROSS_ENTROPY:  # NaN is not below it either
         message = f"validation cross-entropy {done.cross_entropy} after the last step"

@@ -10,7 +10,7 @@ import numpy as np
 from ln_removal.errors import UserError
 from ln_removal.interpret.entropies import HeadEntropies, nullable
 from ln_removal.interpret.observations import Array, Observations, layer_means
-from ln_removal.models.attention import OVERLOAD_SHARE
+from ln_removal.models.attention import OVERLOAD_SHARE, largest_entropy
 from ln_removal.report.tables import text_table
 
 if TYPE_CHECKING:
@@ -90,6 +90,51 @@ def nan_json(runs: Sequence[Observations]) -> list[dict[str, Any]]:
         }
         for run in runs
     ]
+
+
+def training_table(runs: Sequence[Observations]) -> Table:
+    """For each run the share of overloaded heads and the mean entropy at the end, and the largest norms and when they were."""
+    rows = []
+    for figures in training_json(runs):
+        norm, gradient = figures["largest_residual_norm"], figures["largest_gradient_norm"]
+        rows.append(
+            [
+                str(figures["name"]),
+                f"{100 * figures['overloaded']:.0f} %",
+                "NaN" if figures["mean_entropy"] is None else f"{figures['mean_entropy']:.3f}",
+                *("NaN" if one is None else f"{one['value']:.4g} (step {one['step']:,})" for one in (norm, gradient)),
+            ]
+        )
+    header = ["run", "heads overloaded", "entropy (nats)", "largest stream norm", "largest gradient norm of a block"]
+    return text_table("inside, at the last observation and at the largest", header, rows)
+
+
+def training_json(runs: Sequence[Observations]) -> list[dict[str, Any]]:
+    """What `training_table` shows, and what its figure draws."""
+    return [
+        {
+            "name": run.name,
+            "directory": str(run.directory),
+            "steps": run.steps.tolist(),
+            "overloaded": float((run.entropy[-1] > OVERLOAD_SHARE * largest_entropy(run.queries)).mean()),
+            "mean_entropy": nullable(layer_means(run.entropy[-1:]).mean()),
+            "largest_residual_norm": _largest(run, run.residual_norm),
+            "largest_gradient_norm": _largest(run, run.gradient_norm),
+            "layer_entropy": nullable(layer_means(run.entropy)),
+            "residual_norm": nullable(run.residual_norm),
+            "gradient_norm": nullable(run.gradient_norm),
+            "slopes": nullable(run.slopes),
+        }
+        for run in runs
+    ]
+
+
+def _largest(run: Observations, values: Array) -> dict[str, Any] | None:
+    """The largest of (S, any) that is finite, with its step."""
+    if not np.isfinite(values).any():
+        return None
+    known = np.where(np.isfinite(values), values, -np.inf).max(axis=1)
+    return {"value": float(known.max()), "step": int(run.steps[known.argmax()])}
 
 
 def with_slopes(runs: Sequence[Observations]) -> list[Observations]:

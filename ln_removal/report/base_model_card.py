@@ -123,12 +123,16 @@ def _kind(shape: ArchitectureSpec) -> str:
             else "It is an ordinary GPT-2 with LayerNorm: the model that ln-removal removes LayerNorm from when no other is at "
             "hand (`ln-remove --model tiny`), small enough to do so on a laptop."
         )
+    title = {"layernorm": "LayerNorm", "none": "no norm", "dyt": "DyT", "derf": "Derf"}
     norms = {
         ("layernorm", "layernorm"): "with LayerNorm",
         ("none", "layernorm"): "without LayerNorm in its blocks; the norm in front of the unembedding is kept",
         ("layernorm", "none"): "with LayerNorm in its blocks and none in front of the unembedding",
         ("none", "none"): "without any LayerNorm",
-    }[shape.block_norm, shape.final_norm]
+    }.get(
+        (shape.block_norm, shape.final_norm),
+        f"with {title[shape.block_norm]} in its blocks and {title[shape.final_norm]} in front of the unembedding",
+    )
     learned = "one for the network" if shape.slopes == "network" else "one a layer"
     activation = {
         "gelu": "GELU",
@@ -137,7 +141,20 @@ def _kind(shape: ArchitectureSpec) -> str:
         "learnable_leaky_relu": f"leaky ReLU with a learned slope, {learned},",
     }[shape.activation]
     biases = "" if shape.biases == "all" else " Queries and keys have biases, values and the other projections none."
+    means = _means(shape)
     loaded = (
         "" if shape.is_plain else " The model class comes with the Python package ln-removal: import it before loading."
     )
-    return f"A {family} trained from scratch {norms}, {activation} in its MLPs.{biases}{loaded}"
+    return f"A {family} trained from scratch {norms}, {activation} in its MLPs.{biases}{means}{loaded}"
+
+
+def _means(shape: ArchitectureSpec) -> str:
+    """What else was chosen so that the model trains without norms."""
+    found = {
+        "none": "",
+        "fixed": " What a branch adds to the residual stream is multiplied with 1 / sqrt(2 n_layer).",
+        "learned": " What a branch adds to the residual stream is multiplied with a learned scalar.",
+    }[shape.residual_gain]
+    if shape.initialisation == "unit":
+        found += " The embeddings are multiplied with a constant, so that the residual stream began at a root mean square of 1."
+    return found + (" Queries and keys have an RMSNorm for every head." if shape.qk_norm else "")

@@ -359,6 +359,46 @@ def slopes_over_steps(runs: Sequence[Observations]) -> Figure:
     return figure
 
 
+def training_over_steps(runs: Sequence[Observations]) -> Figure:
+    """Entropy, stream norms and gradient norms while runs train, and slopes if any learns them; a row for each run."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = {
+        "attention entropy (nats)": [layer_means(run.entropy) for run in runs],
+        "norm of the residual stream": [run.residual_norm for run in runs],
+        "gradient norm of the block": [run.gradient_norm for run in runs],
+    }
+    if any(run.slopes.shape[1] for run in runs):
+        columns["negative slope"] = [run.slopes for run in runs]
+    figure = Figure(figsize=(2.5 * len(columns) + 1.3, 1.35 * len(runs) + 0.7), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(len(runs), len(columns), squeeze=False, sharex=True, sharey="col")
+    most = max(run.residual_norm.shape[1] for run in runs)
+    colours = layer_colours(most)
+    for column, (title, values) in enumerate(columns.items()):
+        for panel, run, array in zip(grid[:, column], runs, values, strict=True):
+            for number, line in enumerate(array.T):
+                curve(panel, run.steps, line, ACCENT if array.shape[1] == 1 else colours[number])
+            panel.grid(axis="y")
+            if column == 0:
+                largest = largest_entropy(run.queries)
+                panel.axhspan(OVERLOAD_SHARE * largest, largest, color=ALARM, alpha=0.12, linewidth=0)
+                panel.set_ylabel(_wrapped(run.name, 1.3), color=TEXT)
+        if title.endswith(("stream", "block")):
+            _logarithmic(grid[0, column], np.concatenate([array.ravel() for array in values]))
+        grid[0, column].set_title(title, loc="left")
+        grid[-1, column].set_xlabel("optimizer step")
+    grid[0, 0].set_ylim(0, 1.03 * max(largest_entropy(run.queries) for run in runs))
+    layer_bar(figure, grid.flatten().tolist(), most)
+    note(
+        figure,
+        f"A line a layer, the last of the stream behind the last block. Shaded: above {OVERLOAD_SHARE:g} of the largest entropy of a "
+        "causal head. A gap: not finite.",
+    )
+    return figure
+
+
 def _lines(runs: Sequence[Observations], values: Sequence[Array], y_label: str, words: str, *, log: bool) -> Figure:
     """One panel a run, one line a column of its values (S, any)."""
     figure, axes = panels([run.name for run in runs], (2.9, 2.3), share=True)

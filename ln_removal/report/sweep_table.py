@@ -6,8 +6,12 @@ an arm is the mean over its finished seeds. The change is
     100 (perplexity of the arm / perplexity of the baseline - 1)      [%]
 
 averaged over the seeds that both the arm and the baseline have finished. It is paired by seed, so an effect that a seed has
-on both of them cancels. The spread of either is half the range for two seeds and the standard deviation (with n - 1) for
-more. A run that diverged has no perplexity and is in neither mean.
+on both of them cancels. The spread of either is the standard error of the mean, s / sqrt(n) with the standard deviation s (with
+n - 1) of n seeds; for two seeds that is half their range. A run that diverged has no perplexity and is in neither mean.
+
+What was seen while a run trained comes from its metrics: the perplexity of the last evaluation and of the best one, which is what a
+checkpoint selected by validation loss would have (both on the tokens that the recipe evaluates while it trains), the share of
+heads in the overload band at the last observation, and the largest norm that the residual stream had in any observation.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ from ln_removal.config.estimate import readable_duration
 from ln_removal.config.sweep import Sweep
 from ln_removal.errors import UserError
 from ln_removal.files.atomic import write_json_atomically
+from ln_removal.files.metrics_log import METRICS_FILE, last_logged, metrics_rows, rows_of_run
 from ln_removal.report.tables import as_it_is, markdown_table, text_table
 
 if TYPE_CHECKING:
@@ -33,8 +38,59 @@ if TYPE_CHECKING:
 RESULT_FILE = "result.json"
 """In the directory of every run of the sweep that is finished or has diverged."""
 
+LARGEST_CROSS_ENTROPY = 700.0
+"""In nats per token. Above it exp() is larger than any float."""
+
 TABLE_JSON = "table.json"
 TABLE_MARKDOWN = "table.md"
+
+
+class SeenInTraining(BaseModel):
+    """What the metrics of a run hold about its training; None where it was not evaluated or not observed.
+
+    Attributes:
+        last, best: cross-entropy of the last evaluation and of the lowest, nats per token, on the same tokens.
+        best_step: the number of steps before the best one.
+        overloaded: share of heads whose attention entropy was in the overload band at the last observation.
+        largest_norm: of the residual stream, the mean over positions of its L2 norm at the place and step where it is largest.
+        tokens_per_second: of the last session, without its first step, which may compile, and without evaluations.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    last: float | None = None
+    best: float | None = None
+    best_step: int | None = None
+    overloaded: float | None = None
+    largest_norm: float | None = None
+    tokens_per_second: float | None = None
+
+
+def seen_in_training(run: Path) -> SeenInTraining:
+    """Read what the metrics of a run say; a run that diverged has the observations that it took back."""
+    from ln_removal.models.attention import OVERLOAD_SHARE, largest_entropy
+
+    evaluations = [
+        (row["cross_entropy"], row["step"])
+        for row in metrics_rows(run / METRICS_FILE)
+        if row["kind"] == "evaluation" and row.get("cross_entropy") is not None
+    ]
+    best, best_step = min(evaluations, default=(None, None))
+    observations = rows_of_run(run)
+    overloaded = None
+    if observations:
+        heads = [entropy for layer in observations[-1]["entropy"] for entropy in layer]
+        band = OVERLOAD_SHARE * largest_entropy(observations[-1]["queries"])
+        overloaded = sum(entropy is not None and entropy > band for entropy in heads) / len(heads)
+    norms = [norm for row in observations for norm in row["residual_norm"] if norm is not None]
+    return SeenInTraining(
+        last=evaluations[-1][0] if evaluations else None,
+        best=best,
+        best_step=best_step,
+        overloaded=overloaded,
+        largest_norm=max(norms, default=None),
+        tokens_per_second=last_logged(run / METRICS_FILE).get("tokens_per_second"),
+    )
 
 
 class RunResult(BaseModel):
@@ -45,6 +101,7 @@ class RunResult(BaseModel):
         seconds: of training, without evaluations and checkpoints.
         tokens_sha256: of the tokens that it was trained and scored on, see `sweep.fingerprint`.
         message: why it diverged.
+        seen: what was seen while it trained; empty in results of older versions.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -60,6 +117,7 @@ class RunResult(BaseModel):
     device: str = ""
     tokens_sha256: str = ""
     message: str = ""
+    seen: SeenInTraining = SeenInTraining()
 
     @property
     def perplexity(self) -> float | None:
@@ -68,12 +126,14 @@ class RunResult(BaseModel):
 
     @property
     def tokens_per_second(self) -> float:
-        """Speed of the training; 0 where nothing was timed."""
+        """Speed of the training, without compiling where the metrics say so; 0 where nothing was timed."""
+        if self.seen.tokens_per_second is not None:
+            return self.seen.tokens_per_second
         return self.tokens / self.seconds if self.seconds else 0.0
 
 
 def read_result(directory: Path) -> RunResult | None:
-    """The result of a run, or None while it is not over.
+    """The result of a run, or None while it is not over. What an older version did not write is read from the metrics.
 
     Raises:
         UserError: the file does not hold a result.
@@ -82,9 +142,10 @@ def read_result(directory: Path) -> RunResult | None:
     if not path.is_file():
         return None
     try:
-        return RunResult.model_validate_json(path.read_bytes())
+        found = RunResult.model_validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:
         raise UserError(f"{path} is damaged; remove it, and --resume measures that run again") from error
+    return found if found.seen.tokens_per_second else found.model_copy(update={"seen": seen_in_training(directory)})
 
 
 def write_result(directory: Path, result: RunResult) -> None:
@@ -101,6 +162,9 @@ class ArmRow:
         change_percent: against the baseline, paired by seed; None where no seed is finished in both.
         tokens, seconds: of one run.
         perplexities, changes: by seed.
+        last_evaluation, best_evaluation: perplexities on the tokens that are evaluated while a run trains.
+        overloaded: share of heads in the overload band at the end.
+        largest_norm: of the residual stream, over all seeds.
     """
 
     name: str
@@ -115,6 +179,10 @@ class ArmRow:
     diverged: int
     perplexities: dict[int, float]
     changes: dict[int, float]
+    last_evaluation: float | None
+    best_evaluation: float | None
+    overloaded: float | None
+    largest_norm: float | None
 
 
 @dataclass(frozen=True)
@@ -154,7 +222,7 @@ class SweepTable:
             "context": self.grid.arms[0].recipe.data.context,
             "seeds": list(self.grid.seeds),
             "complete": self.complete,
-            "spread": "half the range for two seeds, standard deviation for more",
+            "spread": "standard error of the mean over seeds; half the range for two seeds",
             "arms": arms,
         }
 
@@ -189,16 +257,39 @@ class SweepTable:
         """Perplexity and change of every run, a row for each arm."""
         return [[row.name, *(self._run_figure(row, seed) for seed in self.grid.seeds)] for row in self.rows]
 
+    def cells_while_training(self) -> list[list[str]]:
+        """What was seen while the runs trained, a row for each arm; no rows where nothing was."""
+        rows = []
+        for row in self.rows:
+            figures = (row.last_evaluation, row.best_evaluation, row.overloaded, row.largest_norm)
+            if any(figure is not None for figure in figures):
+                last, best, overloaded, norm = figures
+                share = None if overloaded is None else 100 * overloaded
+                steps = sorted({str(step) for step in self._best_steps(row.name)}, key=int)
+                at = f" (step {' / '.join(steps)})" if steps else ""
+                rows.append(
+                    [
+                        row.name,
+                        _number(last, ".3f"),
+                        _number(best, ".3f") + at,
+                        _number(share, ".0f", " %"),
+                        _number(norm, ".4g"),
+                    ]
+                )
+        return rows
+
+    def _best_steps(self, arm: str) -> list[int]:
+        found = [self.results[arm, seed].seen.best_step for seed in self.grid.seeds if (arm, seed) in self.results]
+        return [step for step in found if step is not None]
+
     def notes(self) -> list[str]:
         """What a reader of the table has to know, one line for each note."""
         several = len(self.grid.seeds) > 1
         paired = ", paired by seed" if several else ""
         found = [f"In brackets: change against {self.grid.baseline}{paired}."]
         if several:
-            kind = "half the range" if len(self.grid.seeds) == 2 else "standard deviation"
-            found.append(
-                f"±: {kind} over seeds." + ("" if len(self.grid.seeds) == 2 else " (Two seeds: half the range.)")
-            )
+            two = " (for two seeds, half the range)" if len(self.grid.seeds) == 2 else ""
+            found.append(f"±: standard error of the mean over seeds{two}.")
         if not self.complete:
             found.append(f"Unfinished: {self.runs_over} of {len(self.grid.order())} runs are over.")
         for result in self.results.values():
@@ -226,6 +317,8 @@ class SweepTable:
 
 _FURTHER = ["±", "± of change", "seeds", "tokens", "time", "tokens/s"]
 
+_WHILE_TRAINING = ["last evaluation", "best evaluation", "heads overloaded", "largest stream norm"]
+
 
 def build_table(grid: Sweep, results: Mapping[tuple[str, int], RunResult]) -> SweepTable:
     """Put the results of a sweep's runs together: a row for each arm.
@@ -241,6 +334,7 @@ def build_table(grid: Sweep, results: Mapping[tuple[str, int], RunResult]) -> Sw
         own = perplexities[arm.name]
         changes = {seed: 100 * (value / baseline[seed] - 1) for seed, value in own.items() if seed in baseline}
         over = [results[arm.name, seed] for seed in own]
+        seen = [results[arm.name, seed].seen for seed in grid.seeds if (arm.name, seed) in results]
         rows.append(
             ArmRow(
                 name=arm.name,
@@ -257,16 +351,22 @@ def build_table(grid: Sweep, results: Mapping[tuple[str, int], RunResult]) -> Sw
                 ),
                 perplexities=own,
                 changes=changes,
+                last_evaluation=_mean(
+                    math.exp(one.last) for one in seen if one.last is not None and one.last < LARGEST_CROSS_ENTROPY
+                ),
+                best_evaluation=_mean(
+                    math.exp(one.best) for one in seen if one.best is not None and one.best < LARGEST_CROSS_ENTROPY
+                ),
+                overloaded=_mean(one.overloaded for one in seen if one.overloaded is not None),
+                largest_norm=max((one.largest_norm for one in seen if one.largest_norm is not None), default=None),
             )
         )
     return SweepTable(grid, tuple(rows), results)
 
 
 def spread_over_seeds(values: Sequence[float]) -> float | None:
-    """Half the range of two values, or the standard deviation (with n - 1) of more; None for fewer than two."""
-    if len(values) < 2:
-        return None
-    return abs(values[0] - values[1]) / 2 if len(values) == 2 else statistics.stdev(values)
+    """The standard error of the mean, s / sqrt(n); half the range of two values, None for fewer than two."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 def write_table(table: SweepTable, out: Path) -> None:
@@ -286,6 +386,8 @@ def to_markdown(table: SweepTable) -> str:
     ]
     if len(table.grid.seeds) > 1:
         parts.append(markdown_table(["arm", *(f"seed {seed}" for seed in table.grid.seeds)], table.cells_by_seed()))
+    if rows := table.cells_while_training():
+        parts.append(markdown_table(["while training", *_WHILE_TRAINING], rows))
     parts += table.notes()
     return "\n\n".join(parts) + "\n"
 
@@ -296,6 +398,8 @@ def render_table(table: SweepTable, console: Console) -> None:
     if len(table.grid.seeds) > 1:
         seeds = [f"seed {seed}" for seed in table.grid.seeds]
         console.print(text_table("By seed", ["", *seeds], table.cells_by_seed()))
+    if rows := table.cells_while_training():
+        console.print(text_table("While training", ["", *_WHILE_TRAINING], rows))
     for note in table.notes():
         console.print(as_it_is(note), soft_wrap=True)
 
@@ -314,6 +418,10 @@ def _with_change(perplexity: float, change: float | None) -> str:
     """ "2.757 (+2.53 %)"."""
     shown = f"{perplexity:.3f}" if perplexity < 1000 else f"{perplexity:.4g}"
     return shown if change is None else f"{shown} ({change:+.2f} %)"
+
+
+def _number(value: float | None, form: str, unit: str = "") -> str:
+    return "-" if value is None else f"{value:{form}}{unit}"
 
 
 def _spread(value: float | None, form: str, unit: str = "") -> str:

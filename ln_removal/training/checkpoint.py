@@ -278,11 +278,15 @@ def _load_optimizer(path: Path, optimizer: torch.optim.Optimizer, files: dict[st
     for name, tensor in files.get(path.name, {}).items():
         number, key = name.split(".", 1)
         state.setdefault(int(number), {})[key] = tensor
-    fits = path.name in files and all(
-        number < len(parameters) and tensor.shape in ((), parameters[number].shape)
-        for number, values in state.items()
-        for tensor in values.values()
-    )
-    if not fits:
+
+    def fits(number: int, key: str, shape: torch.Size) -> bool:
+        if number >= len(parameters):
+            return False
+        own = optimizer.state.get(parameters[number], {}).get(key)  # of one that begins with a state
+        return shape in ((), parameters[number].shape) if own is None else shape == own.shape
+
+    if path.name not in files or not all(
+        fits(number, key, tensor.shape) for number, values in state.items() for key, tensor in values.items()
+    ):
         raise UserError(f"{path.parent} has no state for this optimizer; resume with the recipe the run began with")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

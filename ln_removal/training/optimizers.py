@@ -1,26 +1,32 @@
-"""Optimizers, and the schedules of the learning rate and of the teacher's share.
+"""Optimizers, a cap of the matrices' spectral norms, and the schedules of the learning rate and of the teacher's share.
 
 Fused AdamW is used everywhere, together with Muon where a recipe for pretraining asks for it. Only matrices and embeddings have
 weight decay; biases, norms, slopes and other vectors have none, as is usual for GPT-2. The learning rate depends on the step
 alone, so a resumed run has the same rate in the same step.
+
+The cap is an optimizer too, which steps after the others. So its vectors are in the checkpoints, and a resumed run goes on with
+the same ones.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ln_removal.errors import UserError
-from ln_removal.models.families import blocks_of
+from ln_removal.models.families import blocks_of, family_of
 
 if TYPE_CHECKING:
     from ln_removal.config.recipe import TrainingSpec
 
 MUON_MOMENTUM = 0.95
+
+ITERATIONS, FIRST_ITERATIONS = 3, 50
+"""Power iterations of every step, and before the first one. A step changes a matrix little, so its vector is close already."""
 
 
 def build_optimizers(
@@ -30,14 +36,15 @@ def build_optimizers(
 
     `adamw` is one fused AdamW. `muon` gives the matrices inside the blocks to torch.optim.Muon (Jordan et al. 2024, with the
     update scaled to AdamW's root mean square so that both share a learning rate; Liu et al. 2025, arXiv 2502.16982) and the
-    rest (embeddings, norms, biases) to AdamW.
+    rest (embeddings, norms, biases) to AdamW. With a `spectral_cap` a `SpectralCap` of the same matrices comes last.
 
     Raises:
         UserError: `muon` with a PyTorch that has none (before 2.9).
     """
+    caps = [] if spec.spectral_cap is None else [SpectralCap(model, spec.spectral_cap)]
     parameters = [parameter for parameter in (*model.parameters(), *besides) if parameter.requires_grad]
     if spec.optimizer == "adamw":
-        return [_adamw(parameters, spec)]
+        return [_adamw(parameters, spec), *caps]
     if not hasattr(torch.optim, "Muon"):
         raise UserError(
             f"training.optimizer = 'muon' needs PyTorch 2.9 or newer, found {torch.__version__}; upgrade it or use 'adamw'"
@@ -53,7 +60,7 @@ def build_optimizers(
         momentum=MUON_MOMENTUM,
         adjust_lr_fn="match_rms_adamw",
     )
-    return [muon, _adamw(rest, spec)]
+    return [muon, _adamw(rest, spec), *caps]
 
 
 def _adamw(parameters: list[nn.Parameter], spec: TrainingSpec) -> torch.optim.AdamW:
@@ -64,6 +71,67 @@ def _adamw(parameters: list[nn.Parameter], spec: TrainingSpec) -> torch.optim.Ad
     return torch.optim.AdamW(
         [group for group in groups if group["params"]], lr=spec.learning_rate, betas=spec.betas, fused=True
     )
+
+
+class SpectralCap(torch.optim.Optimizer):
+    """Scales every matrix inside the blocks down, after each step, to an RMS-to-RMS norm of at most a cap.
+
+    The RMS-to-RMS norm of a map W from n to m numbers is the largest factor by which it changes the root mean square of its input,
+    sqrt(n / m) sigma(W), with sigma(W) the spectral norm (Newhouse et al. 2025, arXiv 2507.13338, "spectral normalize"). Queries, keys
+    and values of a GPT-2 count as three maps. sigma is found by power iteration with a vector that is kept from step to step:
+
+        u = W v,  v = W^T u / |W^T u|,  sigma = |W v|
+
+    This finds sigma from below, so a norm may be above the cap by one or two per cent.
+
+    Args:
+        model: of a known family.
+        cap: above 0.
+    """
+
+    def __init__(self, model: nn.Module, cap: float) -> None:
+        loaded: Any = model
+        family = family_of(loaded.config)
+        joint = family.qkv[0] if family.joint == "columns" else ""
+        split: list[nn.Parameter] = []
+        whole: list[nn.Parameter] = []
+        for block in blocks_of(model):
+            for name, parameter in block.named_parameters():
+                if parameter.requires_grad and parameter.dim() == 2:
+                    (split if joint and name.startswith(f"{joint}.") else whole).append(parameter)
+        groups = [{"params": split, "parts": 3}, {"params": whole, "parts": 1}]
+        super().__init__([group for group in groups if group["params"]], {"lr": 0.0})
+        self.cap, self.input_first = cap, family.input_first
+        generator = torch.Generator().manual_seed(0)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                maps = self._maps(parameter, group["parts"])
+                drawn = torch.randn(len(maps), maps.shape[2], generator=generator).to(parameter)
+                self.state[parameter]["vector"] = _largest(maps, drawn, FIRST_ITERATIONS)[0]
+
+    def _maps(self, parameter: Tensor, parts: int) -> Tensor:
+        """The matrix as (parts, inputs, outputs), a view."""
+        matrix = parameter.detach() if self.input_first else parameter.detach().T
+        return matrix.unflatten(1, (parts, -1)).movedim(1, 0)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Apply the cap. Does not wait for the device."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                maps, state = self._maps(parameter, group["parts"]), self.state[parameter]
+                state["vector"], sigma = _largest(maps, state["vector"], ITERATIONS)
+                largest = self.cap * math.sqrt(maps.shape[2] / maps.shape[1])
+                maps.mul_((largest / sigma.clamp(min=largest))[:, None, None])
+
+
+@torch.no_grad()
+def _largest(maps: Tensor, vector: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+    """Of each map (parts, n, m) the right singular vector (parts, m) of its largest singular value, and this value (parts,)."""
+    for _ in range(iterations):
+        left = torch.einsum("pnm,pm->pn", maps, vector)
+        vector = nn.functional.normalize(torch.einsum("pnm,pn->pm", maps, left), dim=-1)
+    return vector, torch.einsum("pnm,pm->pn", maps, vector).norm(dim=-1)
 
 
 def set_learning_rate(optimizers: list[torch.optim.Optimizer], value: float) -> None:
@@ -77,14 +145,16 @@ def to_step(optimizers: list[torch.optim.Optimizer], bad: Tensor) -> list[torch.
     """The optimizers to call `step` of, so that nothing is updated where `bad` is 1 (a scalar tensor).
 
     Fused AdamW reads the flag on the device, as it does for gradient scalers, so it is always among them and needs no host
-    synchronisation. Muon has no such argument: it is left out after a look at the flag, which is a synchronisation.
+    synchronisation. A cap of weights that have not changed does not change them either. Muon has no such argument: it is left out
+    after a look at the flag, which is a synchronisation.
     """
     for optimizer in optimizers:
         if isinstance(optimizer, torch.optim.AdamW):
             optimizer.found_inf = bad  # type: ignore[attr-defined]
-    if all(isinstance(optimizer, torch.optim.AdamW) for optimizer in optimizers) or not bad:
+    always = (torch.optim.AdamW, SpectralCap)
+    if all(isinstance(optimizer, always) for optimizer in optimizers) or not bad:
         return optimizers
-    return [optimizer for optimizer in optimizers if isinstance(optimizer, torch.optim.AdamW)]
+    return [optimizer for optimizer in optimizers if isinstance(optimizer, always)]
 
 
 def learning_rate_at(step: int, spec: TrainingSpec) -> float:
