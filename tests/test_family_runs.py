@@ -153,7 +153,7 @@ def test_a_model_with_gated_mlps_has_its_massive_activations_shrunk_before_anyth
     schedule = expand(recipe.schedule, 30, recipe.training.steps)  # type: ignore[arg-type]
     assert schedule.stage(99) == "real" and set(schedule.freeze_values(100).values()) == {1 / 250}
     assert schedule.special_values(100) == {"eot": 1.0, "first": 1.0}, "one constant for all positions"
-    assert schedule.cap == 1.4 and schedule.complete_at == 100 + 249 + 350 < recipe.training.steps
+    assert schedule.cap == 1.4 and schedule.complete_at == 100 + 249 + 250 + 149 < recipe.training.steps
 
 
 def test_a_context_beyond_the_sliding_window_is_refused(place: Path, tmp_path: Path) -> None:
