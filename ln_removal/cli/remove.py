@@ -76,7 +76,7 @@ def remove(
 ) -> None:
     """Remove the LayerNorms or RMSNorms of a model by fine-tuning, fold them away, export and score the result.
 
-    Models are GPT-2, Pythia, Llama, Mistral, Qwen2 and Qwen3. One without a recipe gets that of the GPT-2 of the closest depth.
+    Models are GPT-2, Pythia, Llama, Mistral, Qwen2 and Qwen3. One without a recipe gets `gated` or that of the closest GPT-2.
 
     \b
     Examples:
