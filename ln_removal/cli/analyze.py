@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from matplotlib.figure import Figure
+    from rich.table import Table
 
 RunsArgument = Annotated[
     list[str],
@@ -158,9 +159,8 @@ def training(
     figures = analysis.draw({"training": lambda: plots.training_over_steps(found)}, output_directory(out, runs))
     if as_json:
         _print_json(analysis_tables.training_json(found), figures)
-        return
-    console.wide_console().print(analysis_tables.training_table(found))
-    analysis.print_figures(figures)
+    else:
+        _print_table(analysis_tables.training_table(found), figures)
 
 
 def slopes(
@@ -182,13 +182,17 @@ def slopes(
     figures = analysis.draw({"slopes": lambda: plots.slopes_over_steps(found)}, output_directory(out, runs))
     if as_json:
         _print_json(analysis_tables.slope_json(found), figures)
-        return
-    console.wide_console().print(analysis_tables.slope_table(found))
-    analysis.print_figures(figures)
+    else:
+        _print_table(analysis_tables.slope_table(found), figures)
 
 
 def _print_json(found: list[dict[str, Any]], figures: list[Path]) -> None:
     typer.echo(json.dumps({"runs": found, "figures": [str(path) for path in figures]}, indent=2, allow_nan=False))
+
+
+def _print_table(table: Table, figures: list[Path]) -> None:
+    console.wide_console().print(table)
+    analysis.print_figures(figures)
 
 
 HELP = """Look into models and their training. Original, control and LN-free model of a run are shown side by side.

@@ -7,9 +7,9 @@ A recipe says everything that determines a run. A removal recipe has a [schedule
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypedDict
 
 import tomli_w
 from pydantic import (
@@ -221,6 +221,15 @@ class ExportSpec(_Spec):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
 
+class Freezing(TypedDict):
+    """What a recipe says of the freezable norms: arguments of `norms.surgery.install`."""
+
+    median: bool
+    cap: float | None
+    embedding_cap: float | None
+    keep: Sequence[str]
+
+
 class Recipe(_Spec):
     """One run. `model` is "tiny" (the embedded model), a local directory or a Hugging Face Hub id."""
 
@@ -246,6 +255,17 @@ class Recipe(_Spec):
     def tokens(self) -> int:
         """Tokens that the whole run trains on."""
         return self.training.steps * self.training.tokens_per_step
+
+    @property
+    def freezing(self) -> Freezing:
+        """How a removal installs its norms."""
+        assert self.schedule is not None, self.name
+        return {
+            "median": self.training.std_statistic == "median",
+            "cap": self.schedule.cap,
+            "embedding_cap": self.schedule.embedding_cap,
+            "keep": self.schedule.keep,
+        }
 
 
 def available_recipes() -> list[str]:

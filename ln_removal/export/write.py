@@ -329,34 +329,38 @@ def open_source(
         model = loaded.model
         return from_folded(model.config, model.state_dict(), model.generation_config), loaded.tokenizer
     if is_norm_choice(loaded.model.config):
-        return _trained_without_norms(loaded.model, name), loaded.tokenizer
-    if model_type != family.model_type:
+        converter = _trained_without_norms
+    elif model_type != family.model_type:
         raise UserError(
             f"{name} is a {model_type} model, which has nothing left to fold; load it as it is (its README.md says how)"
         )
-    if not has_disarmed_norms(loaded.model):
+    elif not has_disarmed_norms(loaded.model):
         raise UserError(
             f"{name} is a {model_type} model with its {family.norm_name}s, not an LN-free one; remove them first "
             f"with ln-remove --model {name}"
         )
+    else:
+        converter = _with_disarmed_norms
     try:
-        converted = from_disarmed(loaded.model)
-        check_conversion(loaded.model, converted, _check_tokens(converted, rows=32, length=16))
+        return converter(loaded.model), loaded.tokenizer
     except UserError as error:
         raise type(error)(f"{name}: {error}") from error
-    return converted, loaded.tokenizer
 
 
-def _trained_without_norms(model: PreTrainedModel, name: str) -> PreTrainedModel:
+def _with_disarmed_norms(model: PreTrainedModel) -> PreTrainedModel:
+    """The LN-free form of a model with disarmed norms, compared with it."""
+    converted = from_disarmed(model)
+    check_conversion(model, converted, _check_tokens(converted, rows=32, length=16))
+    return converted
+
+
+def _trained_without_norms(model: PreTrainedModel) -> PreTrainedModel:
     """The LN-free form of a model that ln-pretrain trained without any norm, compared with it."""
-    try:
-        converted = from_norm_choice(model)
-    except UserError as fault:
-        raise UserError(f"{name}: {fault}") from fault
+    converted = from_norm_choice(model)
     wide, own = (copy.deepcopy(one).double() for one in (model, converted))
     error = logits_error(wide, own, _check_tokens(converted, rows=2))
     if not error <= TOLERANCE:
-        raise ExportError(f"{name}: the LN-free form's logits differ from the model's by {error:.2e} relative")
+        raise ExportError(f"the LN-free form's logits differ from the model's by {error:.2e} relative")
     return converted
 
 
@@ -387,9 +391,7 @@ def _fold_checkpoint(run: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
         loaded.model,
         eot_token_id=loaded.tokenizer.eos_token_id,
         bos_token_id=first_token(loaded.tokenizer, loaded.model.config),
-        cap=recipe.schedule.cap,
-        embedding_cap=recipe.schedule.embedding_cap,
-        keep=recipe.schedule.keep,
+        **recipe.freezing,
     )
     if recipe.training.lora_rank is not None:
         adapt(loaded.model, recipe.training.lora_rank)

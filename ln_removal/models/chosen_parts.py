@@ -180,10 +180,13 @@ class DynamicTanh(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) to (..., D)."""
-        return self.weight * torch.tanh(self.alpha * x) + self.bias
+        return self.weight * self._bounded(x) + self.bias
+
+    def _bounded(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.alpha * x)
 
 
-class DynamicErf(nn.Module):
+class DynamicErf(DynamicTanh):
     """gamma * erf(alpha x + s) + beta, in the place of a norm.
 
     Args:
@@ -192,15 +195,11 @@ class DynamicErf(nn.Module):
     """
 
     def __init__(self, width: int, alpha: float = 1.0) -> None:
-        super().__init__()
-        self.alpha = nn.Parameter(torch.tensor(float(alpha)))
+        super().__init__(width, alpha)
         self.shift = nn.Parameter(torch.zeros(()))
-        self.weight = nn.Parameter(torch.ones(width))
-        self.bias = nn.Parameter(torch.zeros(width))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., D) to (..., D)."""
-        return self.weight * torch.erf(self.alpha * x + self.shift) + self.bias
+    def _bounded(self, x: Tensor) -> Tensor:
+        return torch.erf(self.alpha * x + self.shift)
 
 
 class Scale(nn.Module):

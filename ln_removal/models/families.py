@@ -91,6 +91,11 @@ class Family:
         """Path of a block in the language model."""
         return f"{self.body}.{self.blocks}.{layer}"
 
+    @property
+    def embedding(self) -> str:
+        """Path of the tokens' embedding in the language model."""
+        return f"{self.body}.{self.embeddings[0]}"
+
     def norms(self, layers: int) -> dict[str, str]:
         """Path of each norm in the language model, by its name in sites ("ln_1.0"), in the order of the residual stream."""
         found = {}

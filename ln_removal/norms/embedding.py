@@ -9,8 +9,17 @@ Shapes: B batch, T positions, V vocabulary, D model width.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
+
+from ln_removal.errors import UserError
+from ln_removal.models.families import family_of
+from ln_removal.norms.freezable import std_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class CappedEmbedding(nn.Embedding):
@@ -52,8 +61,24 @@ class CappedEmbedding(nn.Embedding):
             self.limit.copy_(self.ratio * constant)
 
     def _limited(self, rows: Tensor) -> Tensor:
-        centred = rows - rows.mean(-1, keepdim=True) if self.centred else rows
-        std = torch.linalg.vector_norm(centred, dim=-1, keepdim=True) / rows.shape[-1] ** 0.5
+        std = std_of(rows, centred=self.centred).unsqueeze(-1)
         over = std > self.limit
         # Not (limit / std).clamp(max=1), whose gradient is not a number where the limit is infinite.
         return rows * (torch.where(over, self.limit, 1.0) / torch.where(over, std, 1.0)).to(rows.dtype)
+
+
+def cap_embedding(model: PreTrainedModel, ratio: float) -> None:
+    """Put a `CappedEmbedding` in the place of the embedding of a model of a known family.
+
+    Raises:
+        UserError: the model has position embeddings.
+    """
+    family = family_of(model.config)
+    if len(family.embeddings) > 1:
+        raise UserError(
+            f"an embedding_cap is for models whose residual stream begins with the token's embedding alone, and a {family.title} adds "
+            "position embeddings; leave it out"
+        )
+    own = model.get_submodule(family.embedding)
+    assert isinstance(own, nn.Embedding), type(own)
+    model.set_submodule(family.embedding, CappedEmbedding(own, ratio=ratio, centred=family.centred))

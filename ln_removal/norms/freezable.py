@@ -407,6 +407,14 @@ class ReadingProjection(nn.Module):
         return f"{tuple(self.weight.shape)}, reader={self.reader}"
 
 
+def std_of(x: Tensor, *, centred: bool) -> Tensor:
+    """The std of each position of `x` (..., D) without epsilon, (...): of a LayerNorm if `centred`, else the root mean square.
+
+    Neither has an infinite gradient where it is 0, as the root of a variance has.
+    """
+    return x.std(dim=-1, correction=0) if centred else torch.linalg.vector_norm(x, dim=-1) / x.shape[-1] ** 0.5
+
+
 def _affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x (..., in) times weight (in, out) plus bias (out,)."""
     return torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[1])

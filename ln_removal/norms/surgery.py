@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from ln_removal.errors import UserError
 from ln_removal.models.families import Family, blocks_of, family_of, final_norm_of
 from ln_removal.models.layout import SPECIALS, Site, all_sites, check_plain, check_supported, parse_site
-from ln_removal.norms.embedding import CappedEmbedding
+from ln_removal.norms.embedding import CappedEmbedding, cap_embedding
 from ln_removal.norms.freezable import (
     END_OF_TEXT,
     FIRST,
@@ -90,21 +90,14 @@ def install(
 
     for block in blocks_of(model):
         norm = freezable(block.get_submodule(family.attention_norm), readers=2)
-        maps = {path: block.get_submodule(path) for path in family.qkv}
         block.set_submodule(family.attention_norm, nn.Identity() if family.joint else norm)
-        for number, (path, reader) in enumerate(maps.items()):
-            weight = reader.get_parameter("weight")
-            bias = None if reader.bias is None else reader.get_parameter("bias")
-            if family.joint:
-                assert bias is not None, path
-                heads = model.config.num_attention_heads if family.joint == "heads" else None
-                block.set_submodule(path, NormedProjection(norm, weight, bias, heads=heads))
-            else:  # queries, keys, values
-                block.set_submodule(path, ReadingProjection(weight, bias, reader=int(number == 2)))
+        heads = model.config.num_attention_heads if family.joint == "heads" else None
+        for number, path in enumerate(family.qkv):
+            _read_parts(block, path, norm, joint=bool(family.joint), heads=heads, reader=int(number == 2))
         block.set_submodule(family.mlp_norm, freezable(block.get_submodule(family.mlp_norm)))
     model.base_model.set_submodule(family.final_norm, freezable(final_norm_of(model)))
     if embedding_cap is not None:
-        _cap_embedding(model, family, embedding_cap)
+        cap_embedding(model, embedding_cap)
     model.train(model.training)  # New modules start in training mode.
     return NormSites.of(model)
 
@@ -147,7 +140,7 @@ class NormSites:
                 f"ln_1.{layer}": f"{family.block(layer)}.{family.qkv[0]}.norm"
                 for layer in range(config.num_hidden_layers)
             }
-        embedding = model.get_submodule(f"{family.body}.{family.embeddings[0]}")
+        embedding = model.get_submodule(family.embedding)
         return cls(
             {name: _as_freezable(model.get_submodule(path)) for name, path in paths.items()},
             embedding if isinstance(embedding, CappedEmbedding) else None,
@@ -392,9 +385,8 @@ def fold(model: PreTrainedModel) -> dict[str, Tensor]:
         )
         state |= {f"{path}.{part}": value for part, value in folded.items()}
     if sites.embedding is not None:
-        path = f"{family.body}.{family.embeddings[0]}"
-        del state[f"{path}.limit"]
-        state[f"{path}.weight"] = sites.embedding.folded().clone()
+        del state[f"{family.embedding}.limit"]
+        state[f"{family.embedding}.weight"] = sites.embedding.folded()
     return state
 
 
@@ -410,24 +402,24 @@ def _sigma(norm: FreezableNorm, reader: nn.Module) -> Tensor:
     return torch.cat((for_qk.expand(2 * width // heads), for_v.expand(width // heads))).repeat(heads)
 
 
-def _cap_embedding(model: PreTrainedModel, family: Family, ratio: float) -> None:
-    """Put a `CappedEmbedding` in the place of the embedding."""
-    if len(family.embeddings) > 1:
-        raise UserError(
-            f"an embedding_cap is for models whose residual stream begins with the token's embedding alone, and a {family.title} adds "
-            "position embeddings; leave it out"
-        )
-    path = f"{family.body}.{family.embeddings[0]}"
-    own = model.get_submodule(path)
-    assert isinstance(own, nn.Embedding), type(own)
-    model.set_submodule(path, CappedEmbedding(own, ratio=ratio, centred=family.centred))
+def _read_parts(
+    block: nn.Module, path: str, norm: FreezableNorm, *, joint: bool, heads: int | None, reader: int
+) -> None:
+    """Let a map behind the attention's norm read the part that is for it: a joint map both parts, queries and keys 0, values 1."""
+    own = block.get_submodule(path)
+    weight, bias = own.get_parameter("weight"), None if own.bias is None else own.get_parameter("bias")
+    if joint:
+        assert bias is not None, path
+        block.set_submodule(path, NormedProjection(norm, weight, bias, heads=heads))
+    else:
+        block.set_submodule(path, ReadingProjection(weight, bias, reader=reader))
 
 
 def _check_no_hooks(model: PreTrainedModel, family: Family) -> None:
     """Raises UserError when a module that `install` replaces has hooks, which would be gone with it."""
     layers = model.config.num_hidden_layers
     maps = [f"{family.block(layer)}.{path}" for layer in range(layers) for path in family.qkv]
-    for path in sorted({*family.norms(layers).values(), *maps, f"{family.body}.{family.embeddings[0]}"}):
+    for path in sorted({*family.norms(layers).values(), *maps, family.embedding}):
         module = model.get_submodule(path)
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
             raise UserError(

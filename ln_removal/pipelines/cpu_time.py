@@ -160,15 +160,7 @@ def _objective(recipe: Recipe, shape: ArchitectureSpec) -> Objective:
         distillation = Distillation(
             as_teacher(copy.deepcopy(model), spec.precision), spec.distillation, spec.distillation_lag
         )
-    schedule = recipe.schedule
-    install(
-        model,
-        eot_token_id=0,
-        median=spec.std_statistic == "median",
-        cap=schedule.cap,
-        embedding_cap=schedule.embedding_cap,
-        keep=schedule.keep,
-    )
+    install(model, eot_token_id=0, **recipe.freezing)
     return Objective(model, eot_token_id=0, auxiliary=Auxiliary.of(spec), distillation=distillation).train()
 
 

@@ -275,10 +275,7 @@ def removal_session(context: RunContext, recipe: Recipe, inputs: Inputs) -> Iter
         inputs.model,
         eot_token_id=inputs.data.eot_token_id,
         bos_token_id=first_token(inputs.tokenizer, inputs.model.config),
-        median=spec.std_statistic == "median",
-        cap=recipe.schedule.cap,
-        embedding_cap=recipe.schedule.embedding_cap,
-        keep=recipe.schedule.keep,
+        **recipe.freezing,
     )
     if spec.lora_rank is not None:
         adapt(inputs.model, spec.lora_rank)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ln_removal.errors import UserError
-from ln_removal.interpret.entropies import HeadEntropies, nullable
+from ln_removal.interpret.entropies import HeadEntropies, nullable, observed
 from ln_removal.interpret.observations import Array, Observations, layer_means
-from ln_removal.models.attention import OVERLOAD_SHARE, largest_entropy
+from ln_removal.models.attention import OVERLOAD_SHARE
 from ln_removal.report.tables import text_table
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def training_json(runs: Sequence[Observations]) -> list[dict[str, Any]]:
             "name": run.name,
             "directory": str(run.directory),
             "steps": run.steps.tolist(),
-            "overloaded": float((run.entropy[-1] > OVERLOAD_SHARE * largest_entropy(run.queries)).mean()),
+            "overloaded": float(observed(run, None).overloaded.mean()),
             "mean_entropy": nullable(layer_means(run.entropy[-1:]).mean()),
             "largest_residual_norm": _largest(run, run.residual_norm),
             "largest_gradient_norm": _largest(run, run.gradient_norm),

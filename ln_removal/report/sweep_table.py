@@ -68,7 +68,8 @@ class SeenInTraining(BaseModel):
 
 def seen_in_training(run: Path) -> SeenInTraining:
     """Read what the metrics of a run say; a run that diverged has the observations that it took back."""
-    from ln_removal.models.attention import OVERLOAD_SHARE, largest_entropy
+    from ln_removal.interpret.entropies import observed
+    from ln_removal.interpret.observations import read_observations
 
     evaluations = [
         (row["cross_entropy"], row["step"])
@@ -76,19 +77,17 @@ def seen_in_training(run: Path) -> SeenInTraining:
         if row["kind"] == "evaluation" and row.get("cross_entropy") is not None
     ]
     best, best_step = min(evaluations, default=(None, None))
-    observations = rows_of_run(run)
-    overloaded = None
-    if observations:
-        heads = [entropy for layer in observations[-1]["entropy"] for entropy in layer]
-        band = OVERLOAD_SHARE * largest_entropy(observations[-1]["queries"])
-        overloaded = sum(entropy is not None and entropy > band for entropy in heads) / len(heads)
-    norms = [norm for row in observations for norm in row["residual_norm"] if norm is not None]
+    overloaded = largest_norm = None
+    if rows_of_run(run):
+        (observations,) = read_observations([run])
+        overloaded = float(observed(observations, None).overloaded.mean())
+        largest_norm = max(filter(math.isfinite, observations.residual_norm.ravel().tolist()), default=None)
     return SeenInTraining(
         last=evaluations[-1][0] if evaluations else None,
         best=best,
         best_step=best_step,
         overloaded=overloaded,
-        largest_norm=max(norms, default=None),
+        largest_norm=largest_norm,
         tokens_per_second=last_logged(run / METRICS_FILE).get("tokens_per_second"),
     )
 

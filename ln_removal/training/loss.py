@@ -22,7 +22,7 @@ from ln_removal.errors import UserError
 from ln_removal.models.attention import EntropyRegulariser, document_inputs
 from ln_removal.models.families import attentions_of, family_of, final_norm_of
 from ln_removal.models.precision import DTYPES, Precision
-from ln_removal.norms.freezable import ORDINARY, FreezableNorm, NormedProjection
+from ln_removal.norms.freezable import ORDINARY, FreezableNorm, NormedProjection, std_of
 from ln_removal.training.cross_entropy import Head, linear_cross_entropy
 
 if TYPE_CHECKING:
@@ -104,9 +104,7 @@ def residual_std_loss(
     Returns:
         Scalar in float32, in squared units of the residual stream.
     """
-    wide = residual.float()
-    # Neither has an infinite gradient where it is 0, as a root has.
-    std = wide.std(dim=-1, correction=0) if centred else torch.linalg.vector_norm(wide, dim=-1) / wide.shape[-1] ** 0.5
+    std = std_of(residual.float(), centred=centred)
     ordinary = (~special if observed is None else observed & ~special).to(std.dtype)
     target = (std.detach() * ordinary).sum() / ordinary.sum().clamp(min=1.0)
     return _mean((std - target).square(), observed)
@@ -338,7 +336,7 @@ class Objective(nn.Module):
         if self.auxiliary.target == "constants":
             losses = []
             for number, (norm, residual) in enumerate(self._read):
-                constant, known = constant_of(norm)
+                constant, known = _constant_of(norm)
                 early = self.auxiliary.early if number < len(self._read) // 5 else 1.0
                 losses.append(early * known * self._towards(residual, constant, observed))
         else:
@@ -369,7 +367,7 @@ def _head(model: PreTrainedModel) -> Head:
     return Head(model.lm_head.weight, getattr(model.lm_head, "bias", None))
 
 
-def constant_of(norm: nn.Module) -> tuple[Tensor, Tensor]:
+def _constant_of(norm: nn.Module) -> tuple[Tensor, Tensor]:
     """The constant that a frozen norm divides ordinary positions by, or the running std of a norm that is not frozen.
 
     Both elements are scalars; the second says whether the first is known: in the first step there are no statistics yet.
