@@ -156,10 +156,17 @@ def test_metrics_on_a_full_disk(tmp_path: Path, small_disk: SmallDisk) -> None:
     assert weights_sha256(resumed.model) == weights_sha256(undisturbed.model)
 
 
-def test_what_a_command_says_of_a_full_disk_where_nothing_else_does(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_a_command_says_of_a_full_disk_where_nothing_else_does(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     import typer
 
+    from ln_removal.cli import console
     from ln_removal.cli.console import guard
+
+    # What a command of another test in this process has noted as typed.
+    monkeypatch.setattr(console, "_typed", [])
+    monkeypatch.setattr(console, "_program", [])
 
     def remove(resume: bool = False) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "run/metrics.jsonl")

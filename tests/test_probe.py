@@ -143,6 +143,7 @@ def test_training_is_bitwise_the_same_with_and_without(tmp_path: Path, removal: 
 
 
 def test_a_compiled_step_is_not_compiled_again(tmp_path: Path) -> None:
+    torch._dynamo.reset()  # a graph of another test would have to be compiled again
     run = TinyRun(tmp_path / "run", spec=tiny_spec(steps=20))
     run.objective.compile(dynamic=False, fullgraph=True, backend="aot_eager")
     probe = Probe(torch.zeros(2, CONTEXT, dtype=torch.int64), every=9, steps=20)
