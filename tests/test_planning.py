@@ -137,6 +137,30 @@ def test_memory_follows_the_formula_and_the_settings() -> None:
     assert eager.activations > estimate_memory(recipe_for("gpt2"), small, 8).activations
 
 
+@pytest.mark.parametrize(
+    "family",
+    [
+        {},
+        {"family": "pythia"},
+        {"family": "llama", "n_kv_head": 1, "n_inner": 48, "attention_bias": True},
+        {"family": "qwen2", "n_kv_head": 1, "tied": True},
+        {"family": "qwen3", "head_width": 12},
+    ],
+    ids=["gpt2", "pythia", "llama", "qwen2", "qwen3"],
+)
+def test_low_rank_changes_need_gradients_and_moments_of_what_is_trained(family: dict[str, Any]) -> None:
+    from ln_removal.models.norm_choice import build_model
+    from ln_removal.training.low_rank import adapt
+
+    shape = ArchitectureSpec(**SMALL.model_dump(exclude_defaults=True) | family)
+    model = build_model(shape, eot_token_id=0)
+    adapt(model, 2)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    memory = estimate_memory(recipe_for("gpt2", {"training.lora_rank": 2, "data.context": 32}), shape, 4)
+    assert memory.parameters == 4 * sum(parameter.numel() for parameter in model.parameters())
+    assert (memory.gradients, memory.optimizer) == (4 * trained, 8 * trained)
+
+
 def test_a_teacher_takes_memory_and_time() -> None:
     small = estimate.KNOWN_ARCHITECTURES["gpt2"]
     alone = recipe_for("gpt2")

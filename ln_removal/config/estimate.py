@@ -6,7 +6,7 @@ pass: for B sequences of T tokens, L layers of width D and a vocabulary of V,
     activations = B T (L c D + 12 D)  +  10 V min(B T, positions of one chunk)        [bytes]
 
 (and with a teacher its weights in the run's precision and twice the last term; with the entropy penalty 15 B H T T L
-for H heads), with c measured on a GPT-2 (bytes kept by autograd per layer, token and unit of width, with dropout off and
+for H heads; with `training.lora_rank` only the changes, biases and norms have gradients and moments), with c measured on a GPT-2 (bytes kept by autograd per layer, token and unit of width, with dropout off and
 fused attention): 40 compiled and 82 not in bfloat16 autocast, 76 and 140 in float32. Other families keep less when they are
 not compiled, as `KEPT_NOT_COMPILED` says; compiled they are taken to keep less in the same proportion. Time is estimated
 as tokens * (6 N + 12 L D T) FLOPs (N parameters, the second term for attention; a third more with a teacher) at an
@@ -137,14 +137,19 @@ def count_parameters(shape: ArchitectureSpec) -> int:
     embeddings, and Qwen2 L (H + 2 G) K biases more. A model without norms lacks theirs; with the paper's biases a layer has 2 D
     in place of 9 D biases.
     """
-    rows = shape.vocab_size * (1 if shape.is_tied else 2) + (shape.n_positions if shape.parts.learned_positions else 0)
     layer = block_matrices(shape) + _biases(shape) + 2 * _norm(shape, shape.block_norm)
     layer += 2 * shape.width_of_head if shape.parts.norms_of_heads or shape.qk_norm else 0
     layer += 2 if shape.residual_gain == "learned" else 0
-    count = rows * shape.n_embd + shape.n_layer * layer + _norm(shape, shape.final_norm)
+    count = _embeddings(shape) + shape.n_layer * layer + _norm(shape, shape.final_norm)
     if shape.activation == "learnable_leaky_relu":
         count += shape.n_layer if shape.slopes == "layer" else 1
     return count
+
+
+def _embeddings(shape: ArchitectureSpec) -> int:
+    """Parameters of the embeddings, and of the unembedding if it is not one of them."""
+    rows = shape.vocab_size * (1 if shape.is_tied else 2) + (shape.n_positions if shape.parts.learned_positions else 0)
+    return rows * shape.n_embd
 
 
 def block_matrices(shape: ArchitectureSpec) -> int:
@@ -157,6 +162,16 @@ def block_matrices(shape: ArchitectureSpec) -> int:
 def _attention_widths(shape: ArchitectureSpec) -> tuple[int, int]:
     """Width of all queries, and of all keys, which is that of all values."""
     return shape.n_head * shape.width_of_head, (shape.n_kv_head or shape.n_head) * shape.width_of_head
+
+
+def count_low_rank(shape: ArchitectureSpec, rank: int) -> int:
+    """Parameters of the changes that `training.lora_rank` trains: rank (in + out) for each matrix inside the blocks."""
+    width, inside = shape.n_embd, shape.width_of_mlp
+    queries, keys = _attention_widths(shape)
+    readers = 3 if shape.parts.gated else 1  # GPT-2 and Pythia have one matrix for queries, keys and values
+    attention = (readers * width + queries + 2 * keys) + (queries + width)
+    mlp = (3 if shape.parts.gated else 2) * (width + inside)
+    return shape.n_layer * rank * (attention + mlp)
 
 
 def _biases(shape: ArchitectureSpec) -> int:
@@ -190,8 +205,13 @@ def estimate_memory(recipe: Recipe, shape: ArchitectureSpec, micro_batch: int) -
     count = count_parameters(shape)
     training = recipe.training
     matrices = shape.n_layer * block_matrices(shape)
-    # AdamW keeps two moments of every parameter, Muon one of the matrices inside the blocks.
-    moments = 2 * count - (matrices if training.optimizer == "muon" else 0)
+    own, trained, in_matrices = count, count, matrices
+    if training.lora_rank is not None:
+        in_matrices = count_low_rank(shape, training.lora_rank)
+        own += in_matrices
+        trained = in_matrices + count - matrices - _embeddings(shape)
+    # AdamW keeps two moments of every trained parameter, Muon one of those in matrices inside the blocks.
+    moments = 2 * trained - (in_matrices if training.optimizer == "muon" else 0)
     tokens = micro_batch * recipe.data.context
     kept = activation_bytes(shape, training.precision, compiled=training.compile is not False)
     activations = round(tokens * (shape.n_layer * kept + 12) * shape.n_embd)
@@ -206,8 +226,10 @@ def estimate_memory(recipe: Recipe, shape: ArchitectureSpec, micro_batch: int) -
         activations += logits
     if training.precision != "float32":
         activations += 2 * matrices  # autocast's copies of the weights
+    elif training.lora_rank is not None:
+        activations += 4 * matrices  # the changed weights, which the backward pass needs
     return Memory(
-        parameters=4 * count, gradients=4 * count, optimizer=4 * moments, activations=activations, teacher=teacher
+        parameters=4 * own, gradients=4 * trained, optimizer=4 * moments, activations=activations, teacher=teacher
     )
 
 
