@@ -6,7 +6,8 @@ pass: for B sequences of T tokens, L layers of width D and a vocabulary of V,
     activations = B T (L c D + 12 D)  +  10 V min(B T, positions of one chunk)        [bytes]
 
 (and with a teacher its weights in the run's precision and twice the last term; with the entropy penalty 15 B H T T L
-for H heads; with `training.lora_rank` only the changes, biases and norms have gradients and moments), with c measured on a GPT-2 (bytes kept by autograd per layer, token and unit of width, with dropout off and
+for H heads; with `training.lora_rank` only the changes, biases and norms have gradients and moments), with c measured on a
+GPT-2 (bytes kept by autograd per layer, token and unit of width, with dropout off and
 fused attention): 40 compiled and 82 not in bfloat16 autocast, 76 and 140 in float32. Other families keep less when they are
 not compiled, as `KEPT_NOT_COMPILED` says; compiled they are taken to keep less in the same proportion. Time is estimated
 as tokens * (6 N + 12 L D T) FLOPs (N parameters, the second term for attention; a third more with a teacher) at an
