@@ -18,6 +18,7 @@ from ln_removal.export.convert import to_bridge
 from ln_removal.export.verify import logits_error
 from ln_removal.export.write import export_model
 from ln_removal.models.attention import fused_attention
+from ln_removal.models.chosen_parts import ReLU
 from ln_removal.models.families import blocks_of
 from ln_removal.models.layout import check_supported
 from ln_removal.models.loading import load_model
@@ -41,6 +42,23 @@ def built(*, seed: int = 0, disturbed: bool = True, **choices: Any) -> PreTraine
             for parameter in model.parameters() if disturbed else ():
                 parameter.add_(0.2 * torch.randn_like(parameter))
     return model.eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_relu_and_its_gradient_are_those_of_pytorch(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = torch.cat([torch.randn(500, generator=generator), torch.tensor([0.0, -0.0, 1e-38, -1e-38, torch.inf])])
+    gradient = torch.randn(505, generator=generator).to(dtype)
+    found = []
+    for module in (ReLU(), torch.nn.ReLU(), torch.compile(ReLU())):
+        x = values.to(dtype).requires_grad_()
+        out = module(x)
+        out.backward(gradient)
+        assert x.grad is not None
+        found.append((out.detach(), x.grad))
+    for out, grad in found:
+        assert torch.equal(out, found[1][0])
+        assert torch.equal(grad, found[1][1])
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ Shape legend: B batch, T positions, D model width, H heads, K width of one head,
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,36 @@ if TYPE_CHECKING:
 
 NORM_EPSILON = 1e-6
 """Of the RMSNorm of queries and keys, added to the mean square."""
+
+
+class _ReLUByOutput(torch.autograd.Function):
+    """max(x, 0) with the gradient g sign(max(x, 0)), which is that of torch.relu."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """Any shape."""
+        out = torch.relu(x)
+        ctx.save_for_backward(out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        """The gradient of the output to that of the input."""
+        (out,) = ctx.saved_tensors
+        return gradients[0] * out.sign()
+
+
+class ReLU(nn.Module):
+    """max(x, 0), as nn.ReLU, whose compiled training step is faster on a CPU.
+
+    The backward pass of torch.relu reads a mask of truth values. The compiled step writes it in the forward pass, one value after the
+    other, although the output, which the next map keeps anyway, says the same. Compiled steps of the ladder's models with this
+    class take 0.81 of the time (benchmarks/ladder_throughput.py).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape."""
+        return cast(Tensor, _ReLUByOutput.apply(x))  # type: ignore[no-untyped-call]
 
 
 class LearnableLeakyReLU(nn.Module):

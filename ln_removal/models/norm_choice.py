@@ -24,8 +24,8 @@ The leaky ReLU has a slope that is fixed, learned for each layer, or learned onc
 
     leaky(x) = max(x, 0) + slope * min(x, 0)
 
-Jha & Reagen (section 3) train the slope, from 0.01, to see which activation a model without LayerNorm asks for. GELU and
-ReLU are transformers' own.
+Jha & Reagen (section 3) train the slope, from 0.01, to see which activation a model without LayerNorm asks for. GELU is
+transformers' own, and so is the ReLU of a model that is one of their classes.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ from ln_removal.models.chosen_parts import (
     QueryKeyBiasConv1D,
     QueryKeyBiasLinear,
     QueryKeyNorm,
+    ReLU,
     Scale,
     branch_gain,
     embedding_scale,
@@ -175,7 +176,7 @@ def _choose_activation(body: nn.Module, mlps: list[Any], config: Any) -> None:
     assert config.activation in ("gelu", "relu", "leaky_relu", "learnable_leaky_relu"), config.activation
     if config.activation == "relu":
         for mlp in mlps:
-            mlp.act = nn.ReLU()
+            mlp.act = ReLU()
     elif config.activation == "leaky_relu":
         for mlp in mlps:
             mlp.act = nn.LeakyReLU(config.negative_slope)
