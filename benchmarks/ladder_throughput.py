@@ -5,7 +5,7 @@
 
 The steps are those of `ln-pretrain`: the arm's model, compiled, autocast, clipping and the arm's optimizers, on random tokens.
 Every round times some steps of each arm, one arm after the other. A ratio is the median over the rounds of the baseline's time to
-that of the arm in the same round, so that other work on the machine slows both. With --profile the operators of each arm follow.
+that of the arm in the same round, so that other work on the machine slows both.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from measuring import cores, device_label, machine, spread, table, write_result
-from torch.profiler import ProfilerActivity, profile
 
 from ln_removal.config.recipe import Recipe, with_overrides
 from ln_removal.config.sweep import load_sweep
@@ -88,7 +88,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="steps of an arm in a round")
     parser.add_argument("--threads", type=int, default=cores())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--profile", action="store_true", help="print the operators of each arm")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -104,7 +103,7 @@ def main() -> None:
         for name, step in steps.items():
             seconds[name].append(timed(step, options.steps, options.device))
     baseline = seconds[options.arms[0]]
-    found = {
+    found: dict[str, dict[str, Any]] = {
         name: {
             "seconds_a_step": spread(samples),
             "speed_to_baseline": median(b / a for a, b in zip(samples, baseline, strict=True)),
