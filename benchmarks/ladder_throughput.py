@@ -117,13 +117,6 @@ def main() -> None:
         for name, each in found.items()
     ]
     print(table(rows))
-    if options.profile:
-        for name, step in steps.items():
-            with profile(activities=[ProfilerActivity.CPU]) as seen:
-                timed(step, options.steps, options.device)
-            print(
-                name, seen.key_averages().table(sort_by="self_cpu_time_total", row_limit=14, max_name_column_width=60)
-            )
     result = {
         "machine": machine(options.device, options.threads),
         "sizes": chosen,
