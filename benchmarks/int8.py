@@ -94,14 +94,14 @@ def as_linear(model: PreTrainedModel) -> PreTrainedModel:
     for name, module in list(model.named_modules()):
         if not isinstance(module, Conv1D):
             continue
-        gain = getattr(module, "gain", 1.0)
+        gain = torch.as_tensor(getattr(module, "gain", 1.0)).expand(module.nf)
         linear = nn.Linear(module.nx, module.nf, bias=module.bias is not None)
         with torch.no_grad():
-            linear.weight.copy_(module.weight.T * gain)
+            linear.weight.copy_((module.weight * gain).T)
             if module.bias is not None:
                 # A bias of queries and keys alone is the shorter one.
                 linear.bias.zero_()
-                linear.bias[: len(module.bias)] = module.bias * gain
+                linear.bias[: len(module.bias)] = module.bias * gain[: len(module.bias)]
         model.set_submodule(name, linear)
     return model.eval()
 

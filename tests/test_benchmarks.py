@@ -168,7 +168,12 @@ def test_every_weight_goes_to_the_peer_once_and_its_other_biases_are_zero() -> N
 
 
 @pytest.mark.parametrize(
-    "means", [{}, {"residual_gain": "learned", "initialisation": "unit", "qk_norm": True, "biases": "paper"}]
+    "means",
+    [
+        {},
+        {"residual_gain": "learned", "initialisation": "unit", "qk_norm": True, "biases": "paper"},
+        {"attention_scale": "1/k", "biases": "paper"},
+    ],
 )
 def test_a_gpt2_of_linear_maps_computes_the_same(means: dict[str, Any]) -> None:
     sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 8, "vocab_size": 40, "block_norm": "none"}

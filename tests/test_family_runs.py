@@ -183,7 +183,12 @@ def test_choices_of_norms_and_activations_are_for_gpt2_and_pythia(family: str) -
     for key, value in (("block_norm", "none"), ("biases", "paper"), ("activation", "relu"), ("slopes", "network")):
         with pytest.raises(UserError, match=f"architecture.{key}: .*'gpt2' and 'pythia'"):
             load_recipe("tiny-gpt2", {"architecture.family": family, f"architecture.{key}": value})
-    for key, value in (("residual_gain", "fixed"), ("initialisation", "unit"), ("qk_norm", True)):
+    for key, value in (
+        ("residual_gain", "fixed"),
+        ("initialisation", "unit"),
+        ("qk_norm", True),
+        ("attention_scale", "1/k"),
+    ):
         with pytest.raises(UserError, match=f"architecture.{key}: .*'gpt2' only"):
             load_recipe("tiny-gpt2", {"architecture.family": family, f"architecture.{key}": value})
 

@@ -101,7 +101,8 @@ def written_out(model: PreTrainedModel, ids: Tensor) -> Tensor:
             scale = [(part.square().mean(-1, keepdim=True) + 1e-6).sqrt() for part in (query, key)]
             query = query / scale[0] * weights[f"{name}.c_attn.norm.query"]
             key = key / scale[1] * weights[f"{name}.c_attn.norm.key"]
-        scores = query @ key.transpose(-1, -2) / math.sqrt(WIDTH / HEADS)
+        width = WIDTH / HEADS
+        scores = query @ key.transpose(-1, -2) / (width if config.attention_scale == "1/k" else math.sqrt(width))
         future = torch.ones(scores.shape[-2:]).triu(1).bool()
         heads = scores.masked_fill(future, -torch.inf).softmax(-1) @ value
         return linear(f"{name}.c_proj", heads.transpose(1, 2).flatten(-2))
@@ -128,6 +129,9 @@ def written_out(model: PreTrainedModel, ids: Tensor) -> Tensor:
         {**FREE, **MEANS, "activation": "relu", "biases": "paper"},
         {"block_norm": "none", "qk_norm": True, "biases": "paper"},
         {**FREE, **MEANS, "qk_norm": True, "tied": False},
+        {"attention_scale": "1/k", "initialisation": "unit"},
+        {**FREE, "attention_scale": "1/k", "activation": "relu", "biases": "paper"},
+        {"attention_scale": "1/k", "qk_norm": True},
     ],
 )
 def test_logits_are_those_of_the_formulas(choices: dict[str, Any], ids: Tensor) -> None:
@@ -178,7 +182,7 @@ def test_the_stream_begins_at_one_and_the_branches_add_as_much(biases: str, acti
 
 def test_without_choices_nothing_changes() -> None:
     """The keys' defaults are what a GPT-2 without them was: the same weights from the same random state, bit for bit."""
-    off = {"residual_gain": "none", "initialisation": "gpt2", "qk_norm": False}
+    off = {"residual_gain": "none", "initialisation": "gpt2", "qk_norm": False, "attention_scale": "1/sqrt(k)"}
     for choices in ({**FREE, "biases": "paper"}, {"block_norm": "none"}, {}):
         one, other = built(disturbed=False, **choices), built(disturbed=False, **choices, **off)
         assert type(one) is type(other)
@@ -187,7 +191,13 @@ def test_without_choices_nothing_changes() -> None:
 
 def test_arms_of_one_seed_begin_with_the_same_matrices_up_to_a_factor() -> None:
     plain = built(disturbed=False, biases="paper", **FREE).state_dict()
-    for choices in (MEANS, {"residual_gain": "fixed"}, {"initialisation": "unit"}, {"qk_norm": True}):
+    for choices in (
+        MEANS,
+        {"residual_gain": "fixed"},
+        {"initialisation": "unit"},
+        {"qk_norm": True},
+        {"attention_scale": "1/k"},
+    ):
         arm = built(disturbed=False, biases="paper", **FREE, **choices).state_dict()
         for name, tensor in plain.items():
             own = arm.get(name, arm.get(name.replace("c_attn.", "c_attn.map.")))
@@ -199,7 +209,12 @@ def test_arms_of_one_seed_begin_with_the_same_matrices_up_to_a_factor() -> None:
 
 @pytest.mark.parametrize(
     "choices",
-    [{**FREE, **MEANS, "biases": "paper"}, {"block_norm": "dyt", "final_norm": "derf"}, {"qk_norm": True, **MEANS}],
+    [
+        {**FREE, **MEANS, "biases": "paper"},
+        {"block_norm": "dyt", "final_norm": "derf"},
+        {"qk_norm": True, **MEANS},
+        {**MEANS, "attention_scale": "1/k"},
+    ],
 )
 def test_saved_and_loaded_a_model_gives_equal_logits(choices: dict[str, Any], ids: Tensor, tmp_path: Path) -> None:
     model = built(**choices)
@@ -215,7 +230,10 @@ def test_saved_and_loaded_a_model_gives_equal_logits(choices: dict[str, Any], id
 
 @pytest.mark.parametrize("family", ["gpt2", "pythia"])
 @pytest.mark.parametrize("biases", ["all", "paper"])
-@pytest.mark.parametrize("choices", [{}, MEANS, {"residual_gain": "fixed", "activation": "relu"}])
+@pytest.mark.parametrize(
+    "choices",
+    [{}, MEANS, {"residual_gain": "fixed", "activation": "relu", "attention_scale": "1/k"}],
+)
 def test_a_model_without_norms_is_an_ln_free_model(
     family: str, biases: str, choices: dict[str, Any], ids: Tensor
 ) -> None:
@@ -340,7 +358,7 @@ def test_the_cap_follows_matrices_that_change() -> None:
 @pytest.mark.parametrize(
     "choices",
     [
-        {**FREE, **MEANS, "biases": "paper", "activation": "relu"},
+        {**FREE, **MEANS, "biases": "paper", "activation": "relu", "attention_scale": "1/k"},
         {"block_norm": "dyt", "final_norm": "derf", "qk_norm": True},
     ],
 )

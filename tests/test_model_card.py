@@ -197,10 +197,12 @@ def recipe_in(directory: Path) -> Recipe:
                 "initialisation": "unit",
                 "residual_gain": "learned",
                 "qk_norm": True,
+                "attention_scale": "1/k",
             },
             "with DyT in its blocks and Derf in front of the unembedding, GELU in its MLPs. What a branch adds to the residual "
             "stream is multiplied with a learned scalar. The embeddings are multiplied with a constant, so that the residual "
-            "stream began at a root mean square of 1. Queries and keys have an RMSNorm for every head.",
+            "stream began at a root mean square of 1. Attention scores are divided by the width of a head, not by its root. "
+            "Queries and keys have an RMSNorm for every head.",
             "ordinary",
         ),
     ],

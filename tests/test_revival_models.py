@@ -144,6 +144,7 @@ def test_with_norms_biases_and_no_slope_it_is_transformers_own_class(
             "residual_gain": st.sampled_from(["none", "fixed", "learned"]),
             "initialisation": st.sampled_from(["gpt2", "unit"]),
             "qk_norm": st.booleans(),
+            "attention_scale": st.sampled_from(["1/sqrt(k)", "1/k"]),
         }
     ),
 )

@@ -9,8 +9,8 @@ from typing import Any, Literal
 REVIVAL_CHOICES = ("block_norm", "final_norm", "biases", "activation", "negative_slope", "slopes")
 """Keys of [architecture] that change what a GPT-2 or a Pythia is made of; see models/norm_choice.py."""
 
-LADDER_CHOICES = ("residual_gain", "initialisation", "qk_norm")
-"""Keys of [architecture] for a GPT-2 that trains without norms; see models/chosen_parts.py."""
+LADDER_CHOICES = {"residual_gain": "none", "initialisation": "gpt2", "qk_norm": False, "attention_scale": "1/sqrt(k)"}
+"""Keys of [architecture] for a GPT-2 that trains without norms, with what transformers' own has; see models/chosen_parts.py."""
 
 SHAPE_CHOICES = ("n_kv_head", "n_inner", "head_width", "tied", "attention_bias", "mlp_bias")
 """Keys of [architecture] that not every family takes."""

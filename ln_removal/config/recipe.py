@@ -25,7 +25,7 @@ from pydantic import (
     model_validator,
 )
 
-from ln_removal.config.family_parts import FAMILY_PARTS, FamilyParts, with_family_defaults
+from ln_removal.config.family_parts import FAMILY_PARTS, LADDER_CHOICES, FamilyParts, with_family_defaults
 from ln_removal.config.validation import all_faults, cross_field_faults, did_you_mean, follow, without_removed_keys
 from ln_removal.errors import UserError
 from ln_removal.files.resources import recipes_directory
@@ -148,7 +148,7 @@ class ArchitectureSpec(_Spec):
     With nothing chosen it is the family's published architecture (see `FAMILY_PARTS`). `block_norm` is in front of attention and
     MLP, `final_norm` in front of the unembedding. `biases` "paper" leaves those of queries and keys only (and of norms).
     `negative_slope` is that of a leaky ReLU, or where a learnable one begins; `slopes` says whether each layer learns its own.
-    `residual_gain`, `initialisation` and `qk_norm` are means to train without norms; see models/chosen_parts.py.
+    `residual_gain`, `initialisation`, `qk_norm` and `attention_scale` are means to train without norms; see models/chosen_parts.py.
     """
 
     family: Literal["gpt2", "pythia", "llama", "qwen2", "qwen3"] = "gpt2"
@@ -172,6 +172,7 @@ class ArchitectureSpec(_Spec):
     residual_gain: Literal["none", "fixed", "learned"] = "none"
     initialisation: Literal["gpt2", "unit"] = "gpt2"
     qk_norm: bool = False
+    attention_scale: Literal["1/sqrt(k)", "1/k"] = "1/sqrt(k)"  # k: the width of a head
 
     @model_validator(mode="before")
     @classmethod
@@ -187,9 +188,9 @@ class ArchitectureSpec(_Spec):
     def is_plain(self) -> bool:
         """Whether transformers' own class can be it: all norms, all biases, and an activation without a slope."""
         norm = self.parts.norm
-        chosen = (self.block_norm, self.final_norm, self.biases, self.residual_gain, self.initialisation, self.qk_norm)
-        plain = (norm, norm, "all", "none", "gpt2", False)
-        return chosen == plain and self.activation in (self.parts.activation, "relu")
+        chosen = (self.block_norm, self.final_norm, self.biases) != (norm, norm, "all")
+        chosen |= any(getattr(self, key) != own for key, own in LADDER_CHOICES.items())
+        return not chosen and self.activation in (self.parts.activation, "relu")
 
     @property
     def is_tied(self) -> bool:

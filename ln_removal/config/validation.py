@@ -200,7 +200,7 @@ def _family_faults(value: Callable[[str], Any], family: str | None) -> list[str]
     for key in SHAPE_CHOICES:
         if (found := value(f"architecture.{key}")) is not None and key not in parts.choices:
             faults.append(f"architecture.{key}: {family!r} has no such choice, found {found!r}; leave it out")
-    for key, off in zip(LADDER_CHOICES, ("none", "gpt2", False), strict=True):
+    for key, off in LADDER_CHOICES.items():
         if key not in parts.choices and (found := value(f"architecture.{key}")) not in (None, off):
             rule = f"can be chosen for 'gpt2' only, and the family is {family!r}"
             faults.append(f"architecture.{key}: {rule}; found {found!r}; leave it out, or change the family")

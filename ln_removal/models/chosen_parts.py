@@ -14,6 +14,10 @@ On the way back into the residual stream, a gain a branch, which is 1 / sqrt(2 n
 2405.19279, who use a fixed gain of order 1 / sqrt(depth); a learned scalar: SkipInit, De & Smith 2020, arXiv 2002.10444, which
 begins at 0).
 
+In front of the softmax, 1 / K in place of 1 / sqrt(K) (Yang et al. 2022, arXiv 2203.03466, definition 4.1), as a factor
+1 / sqrt(K) on the queries. A norm keeps the size of what queries and keys are made of. Without one the stream grows in a training,
+and the scores grow with its square.
+
 Shape legend: B batch, T positions, D model width, H heads, K width of one head, L layers.
 """
 
@@ -89,17 +93,32 @@ class LearnableLeakyReLU(nn.Module):
         return f"initial={self.initial}"
 
 
-class QueryKeyBiasConv1D(Conv1D):
-    """GPT-2's c_attn, (D) to (3 D) in the order queries, keys, values, with a bias of (2 D) for the first two."""
+class JointConv1D(Conv1D):
+    """GPT-2's c_attn, (D) to (3 D) in the order queries, keys, values, with a choice of its biases and of the size of queries.
 
-    def __init__(self, width: int) -> None:
+    Args:
+        width: D.
+        value_bias: whether values have a bias too; without one the bias has (2 D) entries.
+        query_scale: what the queries are multiplied with, their bias too.
+    """
+
+    def __init__(self, width: int, *, value_bias: bool, query_scale: float) -> None:
         super().__init__(3 * width, width)
-        self.bias = nn.Parameter(torch.zeros(2 * width))
+        self.bias = nn.Parameter(torch.zeros((3 if value_bias else 2) * width))
+        self.query_scale = query_scale
+
+    @property
+    def gain(self) -> Tensor:
+        """(3 D): what each output is multiplied with."""
+        return torch.cat((self.weight.new_full((self.nx,), self.query_scale), self.weight.new_ones(2 * self.nx)))
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) to (..., 3 D)."""
-        bias = F.pad(self.bias, (0, self.nx))
-        return torch.addmm(bias, x.view(-1, self.nx), self.weight).view(*x.shape[:-1], self.nf)
+        weight, bias = self.weight, F.pad(self.bias, (0, self.nf - len(self.bias)))
+        if self.query_scale != 1:
+            gain = self.gain
+            weight, bias = weight * gain, bias * gain
+        return torch.addmm(bias, x.view(-1, self.nx), weight).view(*x.shape[:-1], self.nf)
 
 
 class BiaslessConv1D(Conv1D):
@@ -175,18 +194,21 @@ class QueryKeyNorm(nn.Module):
     Args:
         heads: H.
         head_width: K.
+        query_scale: what the normed queries are multiplied with.
     """
 
-    def __init__(self, heads: int, head_width: int) -> None:
+    def __init__(self, heads: int, head_width: int, *, query_scale: float) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.query_scale = heads, query_scale
         self.query = nn.Parameter(torch.ones(head_width))
         self.key = nn.Parameter(torch.ones(head_width))
 
     def forward(self, joint: Tensor) -> Tensor:
         """Queries, keys and values side by side, (..., 3 H K), to the same with normed queries and keys, in the same type."""
         queries, keys, values = joint.chunk(3, dim=-1)
-        return torch.cat((self._normed(queries, self.query), self._normed(keys, self.key), values), dim=-1)
+        return torch.cat(
+            (self._normed(queries, self.query * self.query_scale), self._normed(keys, self.key), values), dim=-1
+        )
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
         wide = x.unflatten(-1, (self.heads, -1)).to(torch.promote_types(x.dtype, torch.float32))
@@ -256,6 +278,12 @@ def in_the_norms_place(kind: str, width: int) -> nn.Module | None:
         return DynamicErf(width)
     assert kind in ("layernorm", "none"), kind
     return nn.Identity() if kind == "none" else None
+
+
+def query_scale(attention_scale: str, head_width: int) -> float:
+    """What queries are multiplied with, so that the scores, which attention divides by sqrt(K), are divided by what is chosen."""
+    assert attention_scale in ("1/sqrt(k)", "1/k"), attention_scale
+    return 1 / math.sqrt(head_width) if attention_scale == "1/k" else 1.0
 
 
 def branch_gain(n_layer: int) -> float:

@@ -15,6 +15,7 @@ and in a GPT-2 alone, for a model that trains without any norm:
                              stream, 1 / sqrt(2 n_layer), or a scalar for each of them that begins there
     initialisation           "gpt2", or "unit": the stream begins with a root mean square of 1 and keeps it
     qk_norm                  an RMSNorm of the queries and keys of every head
+    attention_scale          what attention scores are multiplied with, "1/sqrt(k)" or "1/k", for heads of width k
 
 Without LayerNorm this is the architecture of Jha & Reagen 2024 (arXiv 2410.09637), who keep the final norm. With the paper's
 biases the matrices also begin as in their code: a standard deviation of `initializer_range` for all of them, GPT-2's projections
@@ -49,8 +50,8 @@ from ln_removal.config.family_parts import LADDER_CHOICES, REVIVAL_CHOICES
 from ln_removal.models.chosen_parts import (
     BiaslessConv1D,
     GainedConv1D,
+    JointConv1D,
     LearnableLeakyReLU,
-    QueryKeyBiasConv1D,
     QueryKeyBiasLinear,
     QueryKeyNorm,
     ReLU,
@@ -59,6 +60,7 @@ from ln_removal.models.chosen_parts import (
     embedding_scale,
     in_the_norms_place,
     keep_the_streams_size,
+    query_scale,
 )
 from ln_removal.models.families import SIZES
 
@@ -88,6 +90,7 @@ class RevivalGPT2Config(GPT2Config):
     residual_gain: str = "none"
     initialisation: str = "gpt2"
     qk_norm: bool = False
+    attention_scale: str = "1/sqrt(k)"
 
 
 class RevivalGPTNeoXConfig(GPTNeoXConfig):
@@ -114,19 +117,21 @@ class RevivalGPT2LMHeadModel(GPT2LMHeadModel):
     def __init__(self, config: RevivalGPT2Config) -> None:
         super().__init__(config)
         width = config.n_embd
+        scale = query_scale(config.attention_scale, width // config.n_head)
         for block in self.transformer.h:
             if config.block_norm != "layernorm":
                 block.ln_1 = in_the_norms_place(config.block_norm, width)
                 block.ln_2 = in_the_norms_place(config.block_norm, width)
             # In this order: a Conv1D draws numbers when it is made, and all arms of a seed begin with the same matrices.
-            if config.biases == "paper":
-                block.attn.c_attn = QueryKeyBiasConv1D(width)
+            if config.biases == "paper" or (scale != 1 and not config.qk_norm):
+                own_scale = 1.0 if config.qk_norm else scale
+                block.attn.c_attn = JointConv1D(width, value_bias=config.biases == "all", query_scale=own_scale)
             block.attn.c_proj = _projection(block.attn.c_proj, config)
             if config.biases == "paper":
                 block.mlp.c_fc = BiaslessConv1D(block.mlp.c_fc.nf, width)
             block.mlp.c_proj = _projection(block.mlp.c_proj, config)
             if config.qk_norm:
-                norm = QueryKeyNorm(config.n_head, width // config.n_head)
+                norm = QueryKeyNorm(config.n_head, width // config.n_head, query_scale=scale)
                 block.attn.c_attn = nn.Sequential(OrderedDict(map=block.attn.c_attn, norm=norm))
         if config.final_norm != "layernorm":
             self.transformer.ln_f = in_the_norms_place(config.final_norm, width)

@@ -157,4 +157,6 @@ def _means(shape: ArchitectureSpec) -> str:
     }[shape.residual_gain]
     if shape.initialisation == "unit":
         found += " The embeddings are multiplied with a constant, so that the residual stream began at a root mean square of 1."
+    if shape.attention_scale == "1/k":
+        found += " Attention scores are divided by the width of a head, not by its root."
     return found + (" Queries and keys have an RMSNorm for every head." if shape.qk_norm else "")
