@@ -150,6 +150,7 @@ def test_what_was_seen_while_a_run_trained_is_in_its_result_and_in_the_table(
         last = [row for row in rows if row["kind"] == "train"][-1]
         assert seen["tokens_per_second"] == last["tokens_per_second"]
         heads = np.array(observations[-1]["entropy"])
+        assert seen["entropy"] == pytest.approx(heads.mean())
         assert seen["overloaded"] == pytest.approx(np.mean(heads > 0.9 * math.lgamma(17) / 16))
     for arm in printed["arms"]:
         seeds = [figures["seen"] for figures in arm["runs"]]

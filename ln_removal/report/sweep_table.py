@@ -10,8 +10,9 @@ on both of them cancels. The spread of either is the standard error of the mean,
 n - 1) of n seeds; for two seeds that is half their range. A run that diverged has no perplexity and is in neither mean.
 
 What was seen while a run trained comes from its metrics: the perplexity of the last evaluation and of the best one, which is what a
-checkpoint selected by validation loss would have (both on the tokens that the recipe evaluates while it trains), the share of
-heads in the overload band at the last observation, and the largest norm that the residual stream had in any observation.
+checkpoint selected by validation loss would have (both on the tokens that the recipe evaluates while it trains), the mean attention
+entropy and the share of heads in the overload band at the last observation, and the largest norm that the residual stream had in
+any observation.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ln_removal.config.estimate import readable_duration
@@ -51,7 +53,8 @@ class SeenInTraining(BaseModel):
     Attributes:
         last, best: cross-entropy of the last evaluation and of the lowest, nats per token, on the same tokens.
         best_step: the number of steps before the best one.
-        overloaded: share of heads whose attention entropy was in the overload band at the last observation.
+        entropy: of the attention at the last observation, nats, mean over the heads whose entropy is finite.
+        overloaded: share of heads whose attention entropy was in the overload band then.
         largest_norm: of the residual stream, the mean over positions of its L2 norm at the place and step where it is largest.
         tokens_per_second: of the last session, without its first step, which may compile, and without evaluations.
     """
@@ -61,6 +64,7 @@ class SeenInTraining(BaseModel):
     last: float | None = None
     best: float | None = None
     best_step: int | None = None
+    entropy: float | None = None
     overloaded: float | None = None
     largest_norm: float | None = None
     tokens_per_second: float | None = None
@@ -77,15 +81,19 @@ def seen_in_training(run: Path) -> SeenInTraining:
         if row["kind"] == "evaluation" and row.get("cross_entropy") is not None
     ]
     best, best_step = min(evaluations, default=(None, None))
-    overloaded = largest_norm = None
+    entropy = overloaded = largest_norm = None
     if rows_of_run(run):
         (observations,) = read_observations([run])
-        overloaded = float(observed(observations, None).overloaded.mean())
+        heads = observed(observations, None)
+        overloaded = float(heads.overloaded.mean())
+        finite = heads.entropy[np.isfinite(heads.entropy)]
+        entropy = float(finite.mean()) if finite.size else None
         largest_norm = max(filter(math.isfinite, observations.residual_norm.ravel().tolist()), default=None)
     return SeenInTraining(
         last=evaluations[-1][0] if evaluations else None,
         best=best,
         best_step=best_step,
+        entropy=entropy,
         overloaded=overloaded,
         largest_norm=largest_norm,
         tokens_per_second=last_logged(run / METRICS_FILE).get("tokens_per_second"),
@@ -144,7 +152,8 @@ def read_result(directory: Path) -> RunResult | None:
         found = RunResult.model_validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:
         raise UserError(f"{path} is damaged; remove it, and --resume measures that run again") from error
-    return found if found.seen.tokens_per_second else found.model_copy(update={"seen": seen_in_training(directory)})
+    whole = found.seen.tokens_per_second and found.seen.entropy is not None
+    return found if whole else found.model_copy(update={"seen": seen_in_training(directory)})
 
 
 def write_result(directory: Path, result: RunResult) -> None:
@@ -162,7 +171,7 @@ class ArmRow:
         tokens, seconds: of one run.
         perplexities, changes: by seed.
         last_evaluation, best_evaluation: perplexities on the tokens that are evaluated while a run trains.
-        overloaded: share of heads in the overload band at the end.
+        entropy, overloaded: of the attention at the end: its mean in nats, and the share of heads in the overload band.
         largest_norm: of the residual stream, over all seeds.
     """
 
@@ -180,6 +189,7 @@ class ArmRow:
     changes: dict[int, float]
     last_evaluation: float | None
     best_evaluation: float | None
+    entropy: float | None
     overloaded: float | None
     largest_norm: float | None
 
@@ -260,9 +270,9 @@ class SweepTable:
         """What was seen while the runs trained, a row for each arm; no rows where nothing was."""
         rows = []
         for row in self.rows:
-            figures = (row.last_evaluation, row.best_evaluation, row.overloaded, row.largest_norm)
+            figures = (row.last_evaluation, row.best_evaluation, row.entropy, row.overloaded, row.largest_norm)
             if any(figure is not None for figure in figures):
-                last, best, overloaded, norm = figures
+                last, best, entropy, overloaded, norm = figures
                 share = None if overloaded is None else 100 * overloaded
                 steps = sorted({str(step) for step in self._best_steps(row.name)}, key=int)
                 at = f" (step {' / '.join(steps)})" if steps else ""
@@ -271,6 +281,7 @@ class SweepTable:
                         row.name,
                         _number(last, ".3f"),
                         _number(best, ".3f") + at,
+                        _number(entropy, ".2f"),
                         _number(share, ".0f", " %"),
                         _number(norm, ".4g"),
                     ]
@@ -316,7 +327,13 @@ class SweepTable:
 
 _FURTHER = ["±", "± of change", "seeds", "tokens", "time", "tokens/s"]
 
-_WHILE_TRAINING = ["last evaluation", "best evaluation", "heads overloaded", "largest stream norm"]
+_WHILE_TRAINING = [
+    "last evaluation",
+    "best evaluation",
+    "attention entropy (nats)",
+    "heads overloaded",
+    "largest stream norm",
+]
 
 
 def build_table(grid: Sweep, results: Mapping[tuple[str, int], RunResult]) -> SweepTable:
@@ -356,6 +373,7 @@ def build_table(grid: Sweep, results: Mapping[tuple[str, int], RunResult]) -> Sw
                 best_evaluation=_mean(
                     math.exp(one.best) for one in seen if one.best is not None and one.best < LARGEST_CROSS_ENTROPY
                 ),
+                entropy=_mean(one.entropy for one in seen if one.entropy is not None),
                 overloaded=_mean(one.overloaded for one in seen if one.overloaded is not None),
                 largest_norm=max((one.largest_norm for one in seen if one.largest_norm is not None), default=None),
             )
