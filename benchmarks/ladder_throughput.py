@@ -1,7 +1,7 @@
 """Whole training steps of arms of the ladder (recipes/normfree/ladder.toml), in turns in one process.
 
     python benchmarks/ladder_throughput.py
-    python benchmarks/ladder_throughput.py --arms "LN + GELU" "no norm + ReLU + unit + gain" --width 768 --layers 12
+    python benchmarks/ladder_throughput.py --arms "LN + GELU" "no norm + ReLU" --width 768 --layers 12
 
 The steps are those of `ln-pretrain`: the arm's model, compiled, autocast, clipping and the arm's optimizers, on random tokens.
 Every round times some steps of each arm, one arm after the other. A ratio is the median over the rounds of the baseline's time to
@@ -29,11 +29,11 @@ from ln_removal.training.optimizers import build_optimizers
 
 LADDER = Path(__file__).parent.parent / "recipes" / "normfree" / "ladder.toml"
 ARMS = (
+    "LN + GELU + unit + gain + 1/k",
+    "no norm + GELU + unit + gain + 1/k",
+    "no norm + ReLU + unit + gain + 1/k",
     "LN + GELU",
-    "LN + ReLU + unit + gain",
     "no norm + ReLU",
-    "no norm + ReLU + unit + gain",
-    "no norm + GELU + unit + gain",
     "no norm but QK-RMSNorm + ReLU",
     "DyT + ReLU + unit",
     "Derf + ReLU + unit",
