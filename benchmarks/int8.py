@@ -74,13 +74,12 @@ def main() -> None:
     context = options.context or min(positions_of(model.config) for model in loaded.values())
     rows = []
     for name, model in loaded.items():
-        rows.append({"model": name, "directory": str(names[name])} | measure(model, data, context, options))
+        rows.append({"model": name} | measure(model, data, context, options))
         print(line(rows[-1]), flush=True)
     print(report(rows))
     settings = {
         "context": context,
         "max_tokens": options.max_tokens,
-        "tokens": str(tokens),
         "torchao": torchao.__version__,
     }
     write_result("int8", {"machine": machine("cpu"), "settings": settings, "models": rows}, options.out)

@@ -14,11 +14,12 @@ import argparse
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 from measuring import cores, device_label, machine, spread, table, write_result
+from pacing import synchronise
+from revival_throughput import ratio
 
 from ln_removal.config.recipe import Recipe, with_overrides
 from ln_removal.config.sweep import load_sweep
@@ -66,15 +67,13 @@ def training_step(recipe: Recipe, device: str) -> Callable[[], None]:
     return step
 
 
-def timed(step: Callable[[], None], count: int, device: str) -> float:
-    """Seconds of `count` steps."""
-    if device == "cuda":
-        torch.cuda.synchronize()
+def timed(step: Callable[[], None], count: int) -> float:
+    """Seconds a step, of `count` steps."""
+    synchronise()
     began = time.perf_counter()
     for _ in range(count):
         step()
-    if device == "cuda":
-        torch.cuda.synchronize()
+    synchronise()
     return (time.perf_counter() - began) / count
 
 
@@ -97,16 +96,16 @@ def main() -> None:
     recipes = {arm.name: with_overrides(arm.recipe, chosen) for arm in load_sweep(LADDER).arms}
     steps = {name: training_step(recipes[name], options.device) for name in options.arms}
     for step in steps.values():
-        timed(step, 5, options.device)
+        timed(step, 5)
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(options.rounds):
         for name, step in steps.items():
-            seconds[name].append(timed(step, options.steps, options.device))
+            seconds[name].append(timed(step, options.steps))
     baseline = seconds[options.arms[0]]
     found: dict[str, dict[str, Any]] = {
         name: {
             "seconds_a_step": spread(samples),
-            "speed_to_baseline": median(b / a for a, b in zip(samples, baseline, strict=True)),
+            "speed_to_baseline": ratio(baseline, samples),
         }
         for name, samples in seconds.items()
     }

@@ -58,7 +58,7 @@ class Pace:
             return
         if self._began is not None and self._steps < self.settings["sample_steps"]:
             return
-        _synchronise()
+        synchronise()
         now = time.perf_counter()
         self._turn.close()
         if self._began is None:
@@ -222,7 +222,8 @@ def locked(path: Path | None) -> Iterator[None]:
         yield
 
 
-def _synchronise() -> None:
+def synchronise() -> None:
+    """Wait until a GPU, if there is one, has done what was asked of it."""
     import torch
 
     if torch.cuda.is_available():

@@ -82,7 +82,6 @@ def remove(
     Examples:
       ln-remove --model tiny --control --out checkpoints/demo
       ln-remove --model EleutherAI/pythia-70m --dry-run
-      ln-remove --model gpt2 --control --out checkpoints/gpt2
       ln-remove --recipe gpt2-fast --set seed=1 --set data.corpus=texts/ --out checkpoints/mine
       ln-remove --control --out checkpoints/gpt2 --resume
       ln-remove --model gpt2 --control --out checkpoints/gpt2 --push-to-hub alice/gpt2-without-layernorm

@@ -155,24 +155,22 @@ def _embeddings(shape: ArchitectureSpec) -> int:
 
 def block_matrices(shape: ArchitectureSpec) -> int:
     """Weights of the linear maps of one block."""
+    return sum(inputs * outputs for inputs, outputs in _maps(shape))
+
+
+def _maps(shape: ArchitectureSpec) -> list[tuple[int, int]]:
+    """Inputs and outputs of each matrix of one block: attention's with its projection, then the MLP's."""
+    width, inside = shape.n_embd, shape.width_of_mlp
     queries, keys = _attention_widths(shape)
-    mlp = (3 if shape.parts.gated else 2) * shape.width_of_mlp
-    return shape.n_embd * (2 * queries + 2 * keys + mlp)
+    # GPT-2 and Pythia have one matrix for queries, keys and values.
+    readers = [queries, keys, keys] if shape.parts.gated else [queries + 2 * keys]
+    into_mlp = 2 if shape.parts.gated else 1
+    return [*((width, reader) for reader in readers), (queries, width), *[(width, inside)] * into_mlp, (inside, width)]
 
 
 def _attention_widths(shape: ArchitectureSpec) -> tuple[int, int]:
     """Width of all queries, and of all keys, which is that of all values."""
     return shape.n_head * shape.width_of_head, (shape.n_kv_head or shape.n_head) * shape.width_of_head
-
-
-def count_low_rank(shape: ArchitectureSpec, rank: int) -> int:
-    """Parameters of the changes that `training.lora_rank` trains: rank (in + out) for each matrix inside the blocks."""
-    width, inside = shape.n_embd, shape.width_of_mlp
-    queries, keys = _attention_widths(shape)
-    readers = 3 if shape.parts.gated else 1  # GPT-2 and Pythia have one matrix for queries, keys and values
-    attention = (readers * width + queries + 2 * keys) + (queries + width)
-    mlp = (3 if shape.parts.gated else 2) * (width + inside)
-    return shape.n_layer * rank * (attention + mlp)
 
 
 def _biases(shape: ArchitectureSpec) -> int:
@@ -208,7 +206,8 @@ def estimate_memory(recipe: Recipe, shape: ArchitectureSpec, micro_batch: int) -
     matrices = shape.n_layer * block_matrices(shape)
     own, trained, in_matrices = count, count, matrices
     if training.lora_rank is not None:
-        in_matrices = count_low_rank(shape, training.lora_rank)
+        # The change of a matrix has rank (in + out) parameters.
+        in_matrices = shape.n_layer * training.lora_rank * sum(map(sum, _maps(shape)))
         own += in_matrices
         trained = in_matrices + count - matrices - _embeddings(shape)
     # AdamW keeps two moments of every trained parameter, Muon one of those in matrices inside the blocks.

@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ln_removal.errors import UserError
-from ln_removal.interpret.observations import Array, Observations, find_runs, is_run, read_observations, runs_below
+from ln_removal.interpret.observations import (
+    Array,
+    Observations,
+    find_runs,
+    is_run,
+    layer_means,
+    read_observations,
+    runs_below,
+)
 from ln_removal.models.attention import OVERLOAD_SHARE, largest_entropy
 
 if TYPE_CHECKING:
@@ -62,6 +70,11 @@ class HeadEntropies:
     def overloaded(self) -> npt.NDArray[np.bool_]:
         """(L, H): whether the head's entropy is above 0.9 of the largest possible."""
         return np.asarray(self.entropy > OVERLOAD_SHARE * self.largest)
+
+    @property
+    def mean(self) -> float:
+        """Mean over the layers of the mean over their heads that have a number, nats; NaN where a layer has none."""
+        return float(layer_means(self.entropy[None]).mean())
 
     @property
     def overload_shares(self) -> Array:

@@ -118,20 +118,21 @@ class RevivalGPT2LMHeadModel(GPT2LMHeadModel):
         super().__init__(config)
         width = config.n_embd
         scale = query_scale(config.attention_scale, width // config.n_head)
+        # A norm of the queries would undo a scale in front of it.
+        before, behind = (1.0, scale) if config.qk_norm else (scale, 1.0)
         for block in self.transformer.h:
             if config.block_norm != "layernorm":
                 block.ln_1 = in_the_norms_place(config.block_norm, width)
                 block.ln_2 = in_the_norms_place(config.block_norm, width)
             # In this order: a Conv1D draws numbers when it is made, and all arms of a seed begin with the same matrices.
-            if config.biases == "paper" or (scale != 1 and not config.qk_norm):
-                own_scale = 1.0 if config.qk_norm else scale
-                block.attn.c_attn = JointConv1D(width, value_bias=config.biases == "all", query_scale=own_scale)
+            if config.biases == "paper" or before != 1:
+                block.attn.c_attn = JointConv1D(width, value_bias=config.biases == "all", query_scale=before)
             block.attn.c_proj = _projection(block.attn.c_proj, config)
             if config.biases == "paper":
                 block.mlp.c_fc = BiaslessConv1D(block.mlp.c_fc.nf, width)
             block.mlp.c_proj = _projection(block.mlp.c_proj, config)
             if config.qk_norm:
-                norm = QueryKeyNorm(config.n_head, width // config.n_head, query_scale=scale)
+                norm = QueryKeyNorm(config.n_head, width // config.n_head, query_scale=behind)
                 block.attn.c_attn = nn.Sequential(OrderedDict(map=block.attn.c_attn, norm=norm))
         if config.final_norm != "layernorm":
             self.transformer.ln_f = in_the_norms_place(config.final_norm, width)

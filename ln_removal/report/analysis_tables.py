@@ -116,8 +116,8 @@ def training_json(runs: Sequence[Observations]) -> list[dict[str, Any]]:
             "name": run.name,
             "directory": str(run.directory),
             "steps": run.steps.tolist(),
-            "overloaded": float(observed(run, None).overloaded.mean()),
-            "mean_entropy": nullable(layer_means(run.entropy[-1:]).mean()),
+            "overloaded": float(last.overloaded.mean()),
+            "mean_entropy": nullable(np.asarray(last.mean)),
             "largest_residual_norm": _largest(run, run.residual_norm),
             "largest_gradient_norm": _largest(run, run.gradient_norm),
             "layer_entropy": nullable(layer_means(run.entropy)),
@@ -126,6 +126,7 @@ def training_json(runs: Sequence[Observations]) -> list[dict[str, Any]]:
             "slopes": nullable(run.slopes),
         }
         for run in runs
+        for last in [observed(run, None)]
     ]
 
 

@@ -24,7 +24,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ln_removal.config.estimate import readable_duration
@@ -53,7 +52,7 @@ class SeenInTraining(BaseModel):
     Attributes:
         last, best: cross-entropy of the last evaluation and of the lowest, nats per token, on the same tokens.
         best_step: the number of steps before the best one.
-        entropy: of the attention at the last observation, nats, mean over the heads whose entropy is finite.
+        entropy: of the attention at the last observation, nats, mean over the heads; None where a layer has only NaN.
         overloaded: share of heads whose attention entropy was in the overload band then.
         largest_norm: of the residual stream, the mean over positions of its L2 norm at the place and step where it is largest.
         tokens_per_second: of the last session, without its first step, which may compile, and without evaluations.
@@ -86,8 +85,7 @@ def seen_in_training(run: Path) -> SeenInTraining:
         (observations,) = read_observations([run])
         heads = observed(observations, None)
         overloaded = float(heads.overloaded.mean())
-        finite = heads.entropy[np.isfinite(heads.entropy)]
-        entropy = float(finite.mean()) if finite.size else None
+        entropy = heads.mean if math.isfinite(heads.mean) else None
         largest_norm = max(filter(math.isfinite, observations.residual_norm.ravel().tolist()), default=None)
     return SeenInTraining(
         last=evaluations[-1][0] if evaluations else None,
@@ -152,7 +150,7 @@ def read_result(directory: Path) -> RunResult | None:
         found = RunResult.model_validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:
         raise UserError(f"{path} is damaged; remove it, and --resume measures that run again") from error
-    whole = found.seen.tokens_per_second and found.seen.entropy is not None
+    whole = "entropy" in found.seen.model_fields_set
     return found if whole else found.model_copy(update={"seen": seen_in_training(directory)})
 
 
